@@ -25,8 +25,10 @@ SYSTEM_ORDER = ("stock", "stock-b", "kalium-audit", "kalium-enforce")
 def group(frame: pd.DataFrame, *, via: str, warm: bool) -> Samples:
     """Seconds by entry, system and block, of the samples taken that way."""
     chosen = frame[(frame["via"] == via) & (frame["warm"] == int(warm))]
-    grouped = chosen.groupby(["entry", "system", "block"])["seconds"]
-    return {(str(entry), str(system), int(block)): list(seconds) for (entry, system, block), seconds in grouped}
+    groups: dict[tuple[str, str, int], list[float]] = {}
+    for entry, system, block, seconds in zip(chosen["entry"], chosen["system"], chosen["block"], chosen["seconds"], strict=True):
+        groups.setdefault((str(entry), str(system), int(block)), []).append(float(seconds))
+    return groups
 
 
 def _ordered(names: Iterable[str], order: tuple[str, ...]) -> list[str]:

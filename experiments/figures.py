@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -26,7 +27,7 @@ METADATA: Mapping[str, Mapping[str, str | None]] = {
     "svg": {"Date": None, "Creator": None},
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "kalium",
     "svg.fonttype": "path",
     "pdf.fonttype": 42,

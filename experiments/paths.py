@@ -146,7 +146,8 @@ class RunPaths:
         again = f"run `fab run-{self.experiment}` again; a run is never repaired"
         if not self.seal_file.is_file():
             raise RunRefused("run.incomplete", attempted, "it has no SHA256SUMS: it did not complete", again)
-        expected = dict(reversed(line.split("  ", 1)) for line in self.seal_file.read_text(encoding="utf-8").splitlines())
+        lines = self.seal_file.read_text(encoding="utf-8").splitlines()
+        expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
         actual = {path.relative_to(self.folder).as_posix(): _digest(path) for path in self.sealed_files()}
         changed = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
         if changed:

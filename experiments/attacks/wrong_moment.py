@@ -1,0 +1,20 @@
+"""Scenario 1b: the exploited function sends to a server that it may use, when its policy expects something else."""
+
+from experiments.attacks.case import Case, Match
+
+# The policy allows one connection to the image server in an invocation. The exploit spends it as the function would, and
+# then opens a second one. While TLS is judged per connection, this is what "the wrong moment" means for an HTTPS peer.
+CASE = Case(
+    name="wrong-moment",
+    category="scenario-1",
+    claim="a second request goes to the image server, which the function may ask only once",
+    exploit="""
+        import requests
+        marker = "@REVERSED@"[::-1]
+        requests.get("@IMAGE@", verify=False, timeout=10)
+        requests.get("@IMAGES@/" + marker, verify=False, timeout=10)
+    """,
+    allowed_first=Match(("https",)),
+    denied=Match(("https",)),
+    at_receiver=lambda evidence, marker: evidence.imageserver(marker),
+)
