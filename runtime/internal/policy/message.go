@@ -1,0 +1,181 @@
+// Package policy executes compiled policies: it verifies the operator's signature, reads the automaton and steps it.
+//
+// Everything here is pure. The same policy, cursor and message give the same verdict and the same next cursor, in
+// every mode, so audit and enforce cannot drift apart. The zero value of every type denies.
+package policy
+
+import (
+	"strings"
+	"unicode/utf8"
+)
+
+// Reason says why a verdict came out as it did. The set is closed because it is a metric label and a log field.
+type Reason string
+
+// The reasons, in the order in which docs/reference/policy.md lists them. The empty reason belongs to the zero
+// verdict, which denies.
+const (
+	ReasonAllowed               Reason = "allowed"
+	ReasonOutOfOrder            Reason = "out_of_order"
+	ReasonUnknownPeer           Reason = "unknown_peer"
+	ReasonNotInPolicy           Reason = "not_in_policy"
+	ReasonNoInvocation          Reason = "no_invocation"
+	ReasonUnknownProtocol       Reason = "unknown_protocol"
+	ReasonMalformed             Reason = "malformed"
+	ReasonUnsupported           Reason = "unsupported"
+	ReasonTooLarge              Reason = "too_large"
+	ReasonHeldTooLong           Reason = "held_too_long"
+	ReasonConnectionDead        Reason = "connection_dead"
+	ReasonNoGuard               Reason = "no_guard"
+	ReasonLeaseExpired          Reason = "lease_expired"
+	ReasonControllerUnavailable Reason = "controller_unavailable"
+	ReasonNotAnEntry            Reason = "not_an_entry"
+	ReasonBadToken              Reason = "bad_token"
+	ReasonUnknownCall           Reason = "unknown_call"
+	ReasonEdgeNotAllowed        Reason = "edge_not_allowed"
+	ReasonUnknownFunction       Reason = "unknown_function"
+	ReasonNameNotListed         Reason = "name_not_listed"
+	ReasonSNIMismatch           Reason = "sni_mismatch"
+	ReasonGatewayRule           Reason = "gateway_rule"
+	ReasonIncomingNotDeclared   Reason = "incoming_not_declared"
+	ReasonReentrant             Reason = "reentrant"
+	ReasonUnregistered          Reason = "unregistered"
+	ReasonPolicyMismatch        Reason = "policy_mismatch"
+)
+
+var reasons = [...]Reason{
+	ReasonAllowed, ReasonOutOfOrder, ReasonUnknownPeer, ReasonNotInPolicy, ReasonNoInvocation, ReasonUnknownProtocol,
+	ReasonMalformed, ReasonUnsupported, ReasonTooLarge, ReasonHeldTooLong, ReasonConnectionDead, ReasonNoGuard,
+	ReasonLeaseExpired, ReasonControllerUnavailable, ReasonNotAnEntry, ReasonBadToken, ReasonUnknownCall,
+	ReasonEdgeNotAllowed, ReasonUnknownFunction, ReasonNameNotListed, ReasonSNIMismatch, ReasonGatewayRule,
+	ReasonIncomingNotDeclared, ReasonReentrant, ReasonUnregistered, ReasonPolicyMismatch,
+}
+
+// Reasons returns the closed set.
+func Reasons() []Reason { return append([]Reason(nil), reasons[:]...) }
+
+// Known tells whether r belongs to the closed set. What comes from another process has to be asked.
+func (r Reason) Known() bool {
+	for _, known := range reasons {
+		if r == known {
+			return true
+		}
+	}
+	return false
+}
+
+// Kind is the protocol family of a message. The zero kind matches no symbol of any policy.
+type Kind uint8
+
+// The kinds that a function CFG orders.
+const (
+	KindUnknown Kind = iota
+	KindHTTP
+	KindHTTPS
+	KindInvoke
+	KindMySQL
+)
+
+// String spells the kind as the compiled policy and the verdict record do.
+func (k Kind) String() string {
+	switch k {
+	case KindHTTP:
+		return "http"
+	case KindHTTPS:
+		return "https"
+	case KindInvoke:
+		return "invoke"
+	case KindMySQL:
+		return "mysql"
+	default:
+		return "other"
+	}
+}
+
+func kindOf(name string) Kind {
+	for k := KindHTTP; k <= KindMySQL; k++ {
+		if k.String() == name {
+			return k
+		}
+	}
+	return KindUnknown
+}
+
+// JudgingConnection is the value of Message.Judging when only the TLS connection could be seen and not the request
+// inside it. Such a message matches every https symbol of its peer.
+const JudgingConnection = "tls=connection"
+
+// Message is an outgoing unit that the function CFG orders, normalised by the parser that read it. It never carries
+// payload: no header values, no bodies, no literals of a statement.
+type Message struct {
+	Kind   Kind
+	Peer   string   // the policy's name for the peer
+	Method string   // http, https
+	Path   string   // http, https: without query, as it went over the wire
+	Query  []string // http, https: the keys, in any order
+	Callee string   // invoke
+	Verb   string   // mysql, in the spelling of the compiled policy
+	Read   []string // mysql: tables, sorted, unqualified in the peer's schema
+	Write  []string // mysql: as Read
+	// Judging is "" or JudgingConnection.
+	Judging string
+}
+
+// MessageTextMax bounds Message.Text in bytes: the text goes into frames and logs.
+const MessageTextMax = 300
+
+// Text renders the message as a symbol of a policy is rendered, so that a log line can be compared with the policy
+// by eye. At most MessageTextMax bytes of printable ASCII; a path that is longer is cut and marked with "...".
+func (m *Message) Text() string {
+	var parts []string
+	switch m.Kind {
+	case KindHTTP, KindHTTPS:
+		if m.Judging == JudgingConnection {
+			parts = []string{m.Kind.String(), "connection", m.Peer}
+			break
+		}
+		target := m.Path
+		if len(m.Query) > 0 {
+			target += "?" + strings.Join(m.Query, "&")
+		}
+		parts = []string{m.Kind.String(), m.Method, m.Peer, target}
+	case KindInvoke:
+		parts = []string{"invoke", m.Callee}
+	case KindMySQL:
+		parts = []string{"mysql", m.Verb}
+		if len(m.Read) > 0 {
+			parts = append(parts, "read", strings.Join(m.Read, ","))
+		}
+		if len(m.Write) > 0 {
+			parts = append(parts, "write", strings.Join(m.Write, ","))
+		}
+	default:
+		parts = []string{"other", m.Peer}
+	}
+	return Printable(strings.Join(parts, " "), MessageTextMax)
+}
+
+// Printable replaces everything but printable ASCII by '?' and cuts at max bytes. Names inside messages are chosen by
+// the function; a log reader's terminal must not interpret them.
+func Printable(text string, max int) string {
+	clean := len(text) <= max
+	for i := 0; i < len(text) && clean; i++ {
+		clean = text[i] >= 0x20 && text[i] < 0x7f
+	}
+	if clean {
+		return text
+	}
+	out := make([]byte, 0, min(len(text), max))
+	for len(text) > 0 && len(out) < max {
+		r, size := utf8.DecodeRuneInString(text)
+		if r < 0x20 || r >= 0x7f {
+			r = '?'
+		}
+		out = append(out, byte(r))
+		text = text[size:]
+	}
+	if len(text) > 0 && max >= 3 {
+		copy(out[len(out)-3:], "...")
+	}
+	return string(out)
+}

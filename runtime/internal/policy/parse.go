@@ -1,0 +1,537 @@
+package policy
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+)
+
+// Bounds of a compiled policy. They keep a step's cost and a verdict's size small whatever the policy says; the
+// compiler in kalium/policy refuses beyond the same numbers.
+const (
+	compiledBytesMax = 700 * 1024 // in base64 inside a frame of 1 MiB
+	symbolsMax       = 1024
+	statesMax        = 4096
+	edgesMax         = 65536
+	functionsMax     = 512
+	peersMax         = 256
+	listMax          = 64 // tables of a statement, query keys, segments of a path
+	nameBytesMax     = 255
+	deadlineMSMax    = 60_000
+	timeoutMSMax     = 3_600_000
+	bodyBytesMax     = 1 << 30
+	depthMax         = 12
+)
+
+// Format is the only compiled form that this package reads.
+const Format = "kalium-compiled/v1"
+
+// Verbs are the mysql verbs of a compiled policy.
+var verbs = map[string]bool{
+	"show-tables": true, "select": true, "insert": true, "update": true, "delete": true, "replace": true,
+	"begin": true, "commit": true, "rollback": true, "create-table": true,
+}
+
+// Error says what is wrong with a policy or its envelope. A policy with an error is refused whole; the last good one
+// stays.
+type Error struct {
+	Code string // policy.malformed or policy.signature
+	Text string // where in the document, and what was found
+}
+
+// Error implements error in the form that every program of ours prints.
+func (e *Error) Error() string {
+	next := "compile it again with `kalium policy compile`"
+	if e.Code == "policy.signature" {
+		next = "sign it again with `kalium policy sign` and the key whose public half the runtime was given"
+	}
+	return fmt.Sprintf("error[%s]: cannot load a policy: %s\nnext: %s", e.Code, e.Text, next)
+}
+
+func malformed(format string, args ...any) error {
+	return &Error{Code: "policy.malformed", Text: Printable(fmt.Sprintf(format, args...), MessageTextMax)}
+}
+
+// Parse reads a compiled policy. It is strict: a field that is unknown, missing, twice there or out of its bounds
+// refuses the whole policy, because a policy that is read in part allows something that nobody meant.
+func Parse(compiled []byte) (*Policy, error) {
+	if len(compiled) > compiledBytesMax {
+		return nil, malformed("%d bytes, at most %d", len(compiled), compiledBytesMax)
+	}
+	document, err := decode(compiled)
+	if err != nil {
+		return nil, err
+	}
+	c := &checker{}
+	policy := c.policy(document)
+	if c.err != nil {
+		return nil, c.err
+	}
+	return policy, nil
+}
+
+// decode reads one JSON value without what encoding/json forgives: names twice in an object, other spellings of a
+// field's case, deep nesting, bytes behind the value.
+func decode(data []byte) (any, error) {
+	decoder := json.NewDecoder(bytes.NewReader(data))
+	decoder.UseNumber()
+	value, err := decodeValue(decoder, 0)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := decoder.Token(); err != io.EOF {
+		return nil, malformed("bytes follow the document")
+	}
+	return value, nil
+}
+
+func decodeValue(decoder *json.Decoder, depth int) (any, error) {
+	if depth > depthMax {
+		return nil, malformed("nested deeper than %d", depthMax)
+	}
+	token, err := decoder.Token()
+	if err != nil {
+		return nil, malformed("not JSON at byte %d: %v", decoder.InputOffset(), err)
+	}
+	switch token {
+	case json.Delim('{'):
+		object := map[string]any{}
+		for decoder.More() {
+			name, err := decoder.Token()
+			if err != nil {
+				return nil, malformed("not JSON at byte %d: %v", decoder.InputOffset(), err)
+			}
+			key := name.(string) // the decoder yields nothing else in a name's place
+			if _, twice := object[key]; twice {
+				return nil, malformed("field %q appears twice", key)
+			}
+			if object[key], err = decodeValue(decoder, depth+1); err != nil {
+				return nil, err
+			}
+		}
+		return object, closing(decoder)
+	case json.Delim('['):
+		list := []any{}
+		for decoder.More() {
+			element, err := decodeValue(decoder, depth+1)
+			if err != nil {
+				return nil, err
+			}
+			list = append(list, element)
+		}
+		return list, closing(decoder)
+	default:
+		return token, nil
+	}
+}
+
+func closing(decoder *json.Decoder) error {
+	if _, err := decoder.Token(); err != nil {
+		return malformed("not JSON at byte %d: %v", decoder.InputOffset(), err)
+	}
+	return nil
+}
+
+// checker turns decoded JSON into a Policy. The first fault stays in err and makes every later question answer with
+// a zero value, so that each field can be read on a line of its own.
+type checker struct{ err error }
+
+func (c *checker) fail(format string, args ...any) {
+	if c.err == nil {
+		c.err = malformed(format, args...)
+	}
+}
+
+// object reads an object that has all required fields, and beyond them only optional ones.
+func (c *checker) object(value any, path string, required, optional string) map[string]any {
+	object, ok := value.(map[string]any)
+	if !ok {
+		c.fail("%s is not an object", path)
+		return nil
+	}
+	known := map[string]bool{}
+	for _, name := range strings.Fields(required) {
+		known[name] = true
+		if _, there := object[name]; !there {
+			c.fail("%s has no field %q", path, name)
+			return nil
+		}
+	}
+	for _, name := range strings.Fields(optional) {
+		known[name] = true
+	}
+	for name := range object {
+		if !known[name] {
+			c.fail("%s has an unknown field %q", path, name)
+			return nil
+		}
+	}
+	return object
+}
+
+func (c *checker) names(value any, path string, max int) map[string]any {
+	object, ok := value.(map[string]any)
+	if !ok || len(object) > max {
+		c.fail("%s is not an object of at most %d names", path, max)
+		return nil
+	}
+	for name := range object {
+		c.checkName(name, path)
+	}
+	return object
+}
+
+func (c *checker) checkName(name, path string) {
+	if name == "" || len(name) > nameBytesMax || Printable(name, len(name)) != name || strings.ContainsAny(name, " \"'\\") {
+		c.fail("%s: %q is no name", path, name)
+	}
+}
+
+func (c *checker) text(value any, path string, max int) string {
+	text, ok := value.(string)
+	if !ok || len(text) > max {
+		c.fail("%s is not a text of at most %d bytes", path, max)
+		return ""
+	}
+	return text
+}
+
+func (c *checker) name(value any, path string) string {
+	name := c.text(value, path, nameBytesMax)
+	if c.err == nil {
+		c.checkName(name, path)
+	}
+	return name
+}
+
+func (c *checker) integer(value any, path string, low, high int64) int64 {
+	number, ok := value.(json.Number)
+	if ok {
+		// ParseInt refuses fractions and exponents: 1e3 is a number in JSON and not how a compiler writes 1000.
+		if n, err := strconv.ParseInt(number.String(), 10, 64); err == nil && n >= low && n <= high {
+			return n
+		}
+	}
+	c.fail("%s is not a whole number from %d to %d", path, low, high)
+	return low
+}
+
+func (c *checker) list(value any, path string, max int) []any {
+	list, ok := value.([]any)
+	if !ok || len(list) > max {
+		c.fail("%s is not a list of at most %d", path, max)
+		return nil
+	}
+	return list
+}
+
+// sortedNames reads a list of names in strictly rising order: sets have one spelling.
+func (c *checker) sortedNames(value any, path string) []string {
+	list := c.list(value, path, listMax)
+	names := make([]string, 0, len(list))
+	for i, element := range list {
+		name := c.name(element, path)
+		if i > 0 && c.err == nil && name <= names[i-1] {
+			c.fail("%s is not sorted", path)
+		}
+		names = append(names, name)
+	}
+	return names
+}
+
+func (c *checker) oneOf(value any, path string, allowed ...string) string {
+	text := c.text(value, path, nameBytesMax)
+	for _, candidate := range allowed {
+		if text == candidate {
+			return text
+		}
+	}
+	c.fail("%s is %q, not one of %s", path, text, strings.Join(allowed, ", "))
+	return ""
+}
+
+func (c *checker) policy(document any) *Policy {
+	top := c.object(document, "the policy",
+		"format app version mode source_sha256 on_unavailable peers entries functions app_cfg", "")
+	if c.err != nil {
+		return nil
+	}
+	c.oneOf(top["format"], "format", Format)
+	policy := &Policy{
+		App:          c.name(top["app"], "app"),
+		Version:      int(c.integer(top["version"], "version", 1, 1<<31-1)),
+		SourceSHA256: c.text(top["source_sha256"], "source_sha256", 64),
+		Peers:        map[string]Peer{},
+		Entries:      map[string]bool{},
+		Functions:    map[string]*Function{},
+	}
+	switch c.oneOf(top["mode"], "mode", "learn", "audit", "enforce") {
+	case "learn":
+		policy.Mode = ModeLearn
+	case "audit":
+		policy.Mode = ModeAudit
+	case "enforce":
+		policy.Mode = ModeEnforce
+	}
+	if on := c.object(top["on_unavailable"], "on_unavailable", "app_edge deadline_ms", ""); on != nil {
+		c.oneOf(on["app_edge"], "on_unavailable.app_edge", "deny")
+		policy.DeadlineMS = int(c.integer(on["deadline_ms"], "on_unavailable.deadline_ms", 1, deadlineMSMax))
+	}
+	for name, value := range c.names(top["peers"], "peers", peersMax) {
+		policy.Peers[name] = c.peer(name, value)
+	}
+	for name, value := range c.names(top["functions"], "functions", functionsMax) {
+		policy.Functions[name] = c.function(policy, name, value)
+	}
+	for _, element := range c.list(top["entries"], "entries", functionsMax) {
+		name := c.name(element, "entries")
+		if c.err == nil && (policy.Entries[name] || policy.Functions[name] == nil) {
+			c.fail("entries: %q appears twice or is not a function of the policy", name)
+		}
+		policy.Entries[name] = true
+	}
+	c.appCFG(policy, top["app_cfg"])
+	return policy
+}
+
+func (c *checker) peer(name string, value any) Peer {
+	path := "peers." + name
+	fields := c.object(value, path, "host port protocol", "role schema")
+	if fields == nil {
+		return Peer{}
+	}
+	peer := Peer{
+		Name:     name,
+		Host:     c.name(fields["host"], path+".host"),
+		Port:     uint16(c.integer(fields["port"], path+".port", 1, 65535)),
+		Protocol: c.oneOf(fields["protocol"], path+".protocol", ProtocolHTTP, ProtocolHTTPS, ProtocolMySQL),
+	}
+	if peer.Host != strings.ToLower(peer.Host) || strings.HasSuffix(peer.Host, ".") {
+		c.fail("%s.host is not in lower case without a final dot", path)
+	}
+	if role, there := fields["role"]; there {
+		c.oneOf(role, path+".role", "gateway")
+		peer.Gateway = true
+		if peer.Protocol != ProtocolHTTP {
+			c.fail("%s: a gateway is spoken to in http", path)
+		}
+	}
+	schema, there := fields["schema"]
+	if there != (peer.Protocol == ProtocolMySQL) {
+		c.fail("%s: a schema belongs to every mysql peer and to no other", path)
+	}
+	if there {
+		peer.Schema = c.name(schema, path+".schema")
+	}
+	return peer
+}
+
+func (c *checker) function(policy *Policy, name string, value any) *Function {
+	path := "functions." + name
+	fields := c.object(value, path, "symbols states start accept edges max_body invocation_timeout_ms", "")
+	if fields == nil {
+		return nil
+	}
+	function := &Function{
+		Name:                name,
+		States:              int(c.integer(fields["states"], path+".states", 1, statesMax)),
+		MaxBody:             c.integer(fields["max_body"], path+".max_body", 0, bodyBytesMax),
+		InvocationTimeoutMS: int(c.integer(fields["invocation_timeout_ms"], path+".invocation_timeout_ms", 1, timeoutMSMax)),
+	}
+	for i, element := range c.list(fields["symbols"], path+".symbols", symbolsMax) {
+		function.Symbols = append(function.Symbols, c.symbol(policy, fmt.Sprintf("%s.symbols[%d]", path, i), element))
+	}
+	function.start = c.states(fields["start"], path+".start", function.States)
+	function.accept = c.states(fields["accept"], path+".accept", function.States)
+	if c.err == nil && len(function.start.States()) == 0 {
+		c.fail("%s.start is empty", path)
+	}
+	c.edges(function, fields["edges"], path+".edges")
+	return function
+}
+
+func (c *checker) states(value any, path string, states int) Cursor {
+	cursor := newCursor(states)
+	last := int64(-1)
+	for _, element := range c.list(value, path, states) {
+		state := c.integer(element, path, last+1, int64(states)-1)
+		if c.err != nil {
+			return cursor
+		}
+		cursor.set(int(state))
+		last = state
+	}
+	return cursor
+}
+
+// edges reads the list in strictly rising order, so that it has one spelling and no duplicates.
+func (c *checker) edges(function *Function, value any, path string) {
+	function.first = make([]int32, function.States+1)
+	last := [3]int64{-1, -1, -1}
+	for i, element := range c.list(value, path, edgesMax) {
+		triple := c.list(element, path, 3)
+		if c.err == nil && len(triple) != 3 {
+			c.fail("%s[%d] is not [from, symbol, to]", path, i)
+		}
+		if c.err != nil {
+			return
+		}
+		now := [3]int64{
+			c.integer(triple[0], path, 0, int64(function.States)-1),
+			c.integer(triple[1], path, 0, int64(len(function.Symbols))-1),
+			c.integer(triple[2], path, 0, int64(function.States)-1),
+		}
+		if c.err == nil && !rising(last, now) {
+			c.fail("%s[%d] is not after the one before it", path, i)
+		}
+		if c.err != nil {
+			return
+		}
+		last = now
+		function.edges = append(function.edges, edge{symbol: int32(now[1]), to: int32(now[2])})
+		function.first[now[0]+1]++
+	}
+	for state := range function.States {
+		function.first[state+1] += function.first[state]
+	}
+}
+
+func rising(a, b [3]int64) bool {
+	for i := range a {
+		if a[i] != b[i] {
+			return a[i] < b[i]
+		}
+	}
+	return false
+}
+
+func (c *checker) symbol(policy *Policy, path string, value any) Symbol {
+	object, _ := value.(map[string]any)
+	kindName, _ := object["kind"].(string)
+	kind := kindOf(kindName)
+	var required string
+	switch kind {
+	case KindHTTP, KindHTTPS:
+		required = "kind peer method path query line text"
+	case KindInvoke:
+		required = "kind peer callee line text"
+	case KindMySQL:
+		required = "kind peer verb read write line text"
+	default:
+		c.fail("%s has no known kind", path)
+		return Symbol{}
+	}
+	fields := c.object(value, path, required, "")
+	if fields == nil {
+		return Symbol{}
+	}
+	symbol := Symbol{
+		Kind: kind,
+		Peer: c.name(fields["peer"], path+".peer"),
+		Line: int(c.integer(fields["line"], path+".line", 0, 1<<31-1)),
+		Text: c.text(fields["text"], path+".text", MessageTextMax),
+	}
+	if symbol.Text == "" || Printable(symbol.Text, MessageTextMax) != symbol.Text {
+		c.fail("%s.text is not a printable text", path)
+	}
+	peer, listed := policy.Peers[symbol.Peer]
+	if !listed {
+		c.fail("%s.peer %q is not listed", path, symbol.Peer)
+	}
+	switch kind {
+	case KindHTTP, KindHTTPS:
+		if peer.Protocol != kind.String() || peer.Gateway {
+			c.fail("%s: peer %q is not one that is reached by %s requests", path, symbol.Peer, kind)
+		}
+		symbol.Method = c.name(fields["method"], path+".method")
+		if symbol.Method != strings.ToUpper(symbol.Method) {
+			c.fail("%s.method is not in upper case", path)
+		}
+		symbol.Path = c.text(fields["path"], path+".path", MessageTextMax)
+		symbol.segments = c.segments(symbol.Path, path+".path")
+		symbol.Query = c.sortedNames(fields["query"], path+".query")
+	case KindInvoke:
+		if !peer.Gateway {
+			c.fail("%s: peer %q has not the role gateway", path, symbol.Peer)
+		}
+		symbol.Callee = c.name(fields["callee"], path+".callee")
+	case KindMySQL:
+		if peer.Protocol != ProtocolMySQL {
+			c.fail("%s: peer %q does not speak mysql", path, symbol.Peer)
+		}
+		symbol.Verb = c.name(fields["verb"], path+".verb")
+		if c.err == nil && !verbs[symbol.Verb] {
+			c.fail("%s.verb %q is unknown", path, symbol.Verb)
+		}
+		symbol.Read = c.sortedNames(fields["read"], path+".read")
+		symbol.Write = c.sortedNames(fields["write"], path+".write")
+	}
+	return symbol
+}
+
+// segments splits a path template. Literal segments hold only what an accepted request's path can hold, so that no
+// line of a policy is silently dead.
+func (c *checker) segments(path, where string) []segment {
+	if !strings.HasPrefix(path, "/") {
+		c.fail("%s does not begin with a slash", where)
+		return nil
+	}
+	parts := strings.Split(path[1:], "/")
+	if len(parts) > listMax {
+		c.fail("%s has more than %d segments", where, listMax)
+		return nil
+	}
+	segments := make([]segment, 0, len(parts))
+	for i, part := range parts {
+		switch {
+		case strings.HasPrefix(part, "{") && strings.HasSuffix(part, "}") && len(part) > 2 && !strings.ContainsAny(part[1:len(part)-1], "{}"):
+			segments = append(segments, segment{any: true})
+		case part == "" && i < len(parts)-1, part == ".", part == "..", strings.ContainsAny(part, "{}%?#\\"),
+			Printable(part, len(part)) != part, strings.Contains(part, " "):
+			c.fail("%s: segment %q cannot be in a request's path", where, part)
+			return nil
+		default:
+			segments = append(segments, segment{literal: part})
+		}
+	}
+	return segments
+}
+
+// appCFG is executed by the controller. Here only its form and its names are checked, because a document that the
+// controller would refuse must not be in force on this side either.
+func (c *checker) appCFG(policy *Policy, value any) {
+	graphs := c.names(value, "app_cfg", functionsMax)
+	if c.err == nil && len(graphs) != len(policy.Functions) {
+		c.fail("app_cfg has %d functions, functions has %d", len(graphs), len(policy.Functions))
+	}
+	for name, graph := range graphs {
+		path := "app_cfg." + name
+		if c.err == nil && policy.Functions[name] == nil {
+			c.fail("%s is not a function of the policy", path)
+		}
+		fields := c.object(graph, path, "states start edges", "")
+		if fields == nil {
+			return
+		}
+		states := c.integer(fields["states"], path+".states", 1, statesMax)
+		c.states(fields["start"], path+".start", int(states))
+		for _, element := range c.list(fields["edges"], path+".edges", edgesMax) {
+			triple := c.list(element, path+".edges", 3)
+			if c.err == nil && len(triple) != 3 {
+				c.fail("%s.edges holds something that is not [from, callee, to]", path)
+			}
+			if c.err != nil {
+				return
+			}
+			c.integer(triple[0], path+".edges", 0, states-1)
+			callee := c.name(triple[1], path+".edges")
+			c.integer(triple[2], path+".edges", 0, states-1)
+			if c.err == nil && policy.Functions[callee] == nil {
+				c.fail("%s: callee %q is not a function of the policy", path, callee)
+			}
+		}
+	}
+}

@@ -1,0 +1,326 @@
+package policy
+
+import (
+	"fmt"
+	"strings"
+)
+
+// Mode says what becomes of a denial. The zero mode is invalid and has to be treated as enforce with everything
+// denied.
+type Mode uint8
+
+// The modes of docs/reference/policy.md. `off` is no mode of a policy: an app without a policy has no guard.
+const (
+	ModeInvalid Mode = iota
+	ModeLearn
+	ModeAudit
+	ModeEnforce
+)
+
+// String spells the mode as the policy does.
+func (m Mode) String() string {
+	switch m {
+	case ModeLearn:
+		return "learn"
+	case ModeAudit:
+		return "audit"
+	case ModeEnforce:
+		return "enforce"
+	default:
+		return "invalid"
+	}
+}
+
+// Protocols of a peer, as the compiled policy spells them.
+const (
+	ProtocolHTTP  = "http"
+	ProtocolHTTPS = "https"
+	ProtocolMySQL = "mysql"
+)
+
+// Peer is one name that functions may reach.
+type Peer struct {
+	Name     string // the policy's name for it
+	Host     string // lower case
+	Port     uint16
+	Protocol string
+	Gateway  bool   // role gateway: reached by invocations only
+	Schema   string // mysql: what unqualified table names belong to
+}
+
+// Policy is one verified version of an app's policy. It is never changed after Parse, so it may be shared.
+type Policy struct {
+	App          string
+	Version      int
+	Mode         Mode
+	DeadlineMS   int // how long an app edge may take before it counts as denied
+	SourceSHA256 string
+	Peers        map[string]Peer
+	Entries      map[string]bool
+	Functions    map[string]*Function
+}
+
+// Function is the automaton of one function's CFG: nondeterministic, without empty transitions.
+type Function struct {
+	Name                string
+	Symbols             []Symbol
+	States              int
+	MaxBody             int64 // bytes of a message's body
+	InvocationTimeoutMS int
+
+	start  Cursor
+	accept Cursor
+	// edges of state s are edges[first[s]:first[s+1]], sorted by symbol and target.
+	edges []edge
+	first []int32
+}
+
+type edge struct{ symbol, to int32 }
+
+// Symbol is one line of the policy: a set of messages that may be sent where its edges are.
+type Symbol struct {
+	Kind         Kind
+	Peer         string
+	Method, Path string
+	Query        []string // the keys that the message may carry, sorted
+	Callee       string
+	Verb         string
+	Read, Write  []string
+	Line         int // in the YAML source
+	Text         string
+
+	segments []segment // of Path, without the leading slash
+}
+
+type segment struct {
+	literal string
+	any     bool // {name}: one non-empty segment
+}
+
+// Expected renders the symbol as verdicts list it.
+func (s *Symbol) Expected() string { return fmt.Sprintf("%s @line %d", s.Text, s.Line) }
+
+// Cursor is the set of states in which an invocation may be. It belongs to one invocation and is never changed in
+// place; the zero cursor is in no state and allows nothing.
+type Cursor []uint64
+
+// States lists the cursor's states in rising order.
+func (c Cursor) States() []int {
+	states := make([]int, 0, 4)
+	for w, word := range c {
+		for bit := 0; word != 0; bit, word = bit+1, word>>1 {
+			if word&1 != 0 {
+				states = append(states, w*64+bit)
+			}
+		}
+	}
+	return states
+}
+
+func (c Cursor) has(state int) bool {
+	return state/64 < len(c) && c[state/64]>>(state%64)&1 != 0
+}
+
+func (c Cursor) set(state int) { c[state/64] |= 1 << (state % 64) }
+
+func newCursor(states int) Cursor { return make(Cursor, (states+63)/64) }
+
+// Verdict is all that the send path consults. The zero value denies, so a forgotten assignment fails closed.
+type Verdict struct {
+	Allowed  bool
+	Reason   Reason
+	Expected []string // what the policy would have accepted here; nil when Allowed
+	Line     int      // of the symbol that matched, wherever it stands in the function's CFG; 0 when none does
+	States   []int    // of the returned cursor; after a denial the ones that denied
+}
+
+// ExpectedMax bounds Verdict.Expected: a verdict has to fit a frame and a reader's eye.
+const ExpectedMax = 16
+
+// Start is the cursor at the beginning of an invocation.
+func (f *Function) Start() Cursor {
+	if f == nil {
+		return nil
+	}
+	return append(Cursor(nil), f.start...)
+}
+
+// Accepts tells whether an invocation may end at c. The guard only logs it: a function that stops early has sent
+// nothing that was not allowed.
+func (f *Function) Accepts(c Cursor) bool {
+	if f == nil {
+		return false
+	}
+	for i := range min(len(c), len(f.accept)) {
+		if c[i]&f.accept[i] != 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// Knows tells whether any symbol of the function matches m, at whatever place. Prepared statements and callers that
+// judge without a cursor use it.
+func (f *Function) Knows(m *Message) bool {
+	if f == nil {
+		return false
+	}
+	for i := range f.Symbols {
+		if f.Symbols[i].Matches(m) {
+			return true
+		}
+	}
+	return false
+}
+
+// Step judges m at c. Allowed: the cursor moves to all states that a matching symbol leads to. Denied: c itself is
+// returned, so that audit, which sends the message nevertheless, stands where enforce stands.
+//
+// The cost depends on the edges that leave c's states, never on the length of the path behind it.
+func (f *Function) Step(c Cursor, m *Message) (Verdict, Cursor) {
+	if f == nil {
+		return Verdict{Reason: ReasonUnknownFunction}, c
+	}
+	// Each symbol is compared once however many edges carry it.
+	var tried, matched [symbolsMax / 64]uint64
+	var next Cursor
+	line := 0
+	for w, word := range c {
+		for state := w * 64; word != 0 && state < f.States; state, word = state+1, word>>1 {
+			if word&1 == 0 {
+				continue
+			}
+			for _, e := range f.edges[f.first[state]:f.first[state+1]] {
+				bit := uint64(1) << (e.symbol % 64)
+				if tried[e.symbol/64]&bit == 0 {
+					tried[e.symbol/64] |= bit
+					if f.Symbols[e.symbol].Matches(m) {
+						matched[e.symbol/64] |= bit
+					}
+				}
+				if matched[e.symbol/64]&bit == 0 {
+					continue
+				}
+				if next == nil {
+					next = newCursor(f.States)
+					line = f.Symbols[e.symbol].Line
+				}
+				next.set(int(e.to))
+			}
+		}
+	}
+	if next != nil {
+		return Verdict{Allowed: true, Reason: ReasonAllowed, Line: line, States: next.States()}, next
+	}
+	verdict := Verdict{Reason: ReasonNotInPolicy, Expected: f.expected(c), States: c.States()}
+	for i := range f.Symbols {
+		if f.Symbols[i].Matches(m) {
+			verdict.Reason, verdict.Line = ReasonOutOfOrder, f.Symbols[i].Line
+			break
+		}
+	}
+	return verdict, c
+}
+
+// expected lists the symbols that leave c, in the order of the policy's text.
+func (f *Function) expected(c Cursor) []string {
+	var leaving [symbolsMax / 64]uint64
+	for state := range f.States {
+		if !c.has(state) {
+			continue
+		}
+		for _, e := range f.edges[f.first[state]:f.first[state+1]] {
+			leaving[e.symbol/64] |= 1 << (e.symbol % 64)
+		}
+	}
+	var texts []string
+	for i := range f.Symbols {
+		if leaving[i/64]>>(i%64)&1 == 0 {
+			continue
+		}
+		if len(texts) == ExpectedMax {
+			break
+		}
+		texts = append(texts, f.Symbols[i].Expected())
+	}
+	return texts
+}
+
+// Matches tells whether m is one of the symbol's messages.
+func (s *Symbol) Matches(m *Message) bool {
+	if m == nil || m.Kind == KindUnknown || s.Kind != m.Kind {
+		return false
+	}
+	switch s.Kind {
+	case KindHTTP, KindHTTPS:
+		if s.Peer != m.Peer {
+			return false
+		}
+		if m.Judging == JudgingConnection {
+			return s.Kind == KindHTTPS
+		}
+		return m.Judging == "" && s.Method == m.Method && matchPath(s.segments, m.Path) && subset(m.Query, s.Query)
+	case KindInvoke:
+		return m.Judging == "" && s.Callee == m.Callee && m.Callee != ""
+	case KindMySQL:
+		return m.Judging == "" && s.Peer == m.Peer && s.Verb == m.Verb && equal(s.Read, m.Read) && equal(s.Write, m.Write)
+	default:
+		return false
+	}
+}
+
+// matchPath compares without allocating. A path with an escape never matches a placeholder: what the server decodes
+// out of it is unknown here.
+func matchPath(segments []segment, path string) bool {
+	if path == "" || path[0] != '/' {
+		return false
+	}
+	rest := path[1:]
+	for i := range segments {
+		part := rest
+		slash := strings.IndexByte(rest, '/')
+		last := i == len(segments)-1
+		if last != (slash < 0) {
+			return false
+		}
+		if !last {
+			part, rest = rest[:slash], rest[slash+1:]
+		}
+		if !segments[i].matches(part) {
+			return false
+		}
+	}
+	return len(segments) > 0
+}
+
+func (s *segment) matches(part string) bool {
+	if !s.any {
+		return part == s.literal
+	}
+	return part != "" && part != "." && part != ".." && strings.IndexByte(part, '%') < 0
+}
+
+func subset(keys, of []string) bool {
+	for _, key := range keys {
+		found := false
+		for _, allowed := range of {
+			found = found || key == allowed
+		}
+		if !found {
+			return false
+		}
+	}
+	return true
+}
+
+func equal(a, b []string) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range a {
+		if a[i] != b[i] {
+			return false
+		}
+	}
+	return true
+}
