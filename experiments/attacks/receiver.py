@@ -6,6 +6,7 @@ prints `listening` when it does, and appends one JSON object for each connection
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socketserver
 import sys
@@ -34,14 +35,13 @@ class Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         received = b""
         self.request.settimeout(CONNECTION_SECONDS_MAX)
-        ended = "closed"
+        ended = "complete"
         try:
             while len(received) < CONNECTION_BYTES_MAX and not request_is_complete(received):
                 piece = self.request.recv(65536)
                 if not piece:
                     break
                 received += piece
-            self.request.sendall(ANSWER)
         except OSError as error:
             ended = type(error).__name__
         assert isinstance(self.server, Receiver), "only a Receiver makes these"
@@ -52,8 +52,11 @@ class Connection(socketserver.BaseRequestHandler):
             "ended": ended,
             "data": received.decode("latin-1"),
         }
+        # Logged before it is answered: whoever has the answer may read the log.
         with self.server.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        with contextlib.suppress(OSError):  # the peer may be gone, and what it sent counts all the same
+            self.request.sendall(ANSWER)
 
 
 def request_is_complete(data: bytes) -> bool:
