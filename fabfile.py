@@ -1,9 +1,11 @@
 """The tasks of the experiments: `fab --list`, `fab --help TASK`. Each states its parameters and makes one call."""
 
-from fabric import task
+from __future__ import annotations
+
+from fabric import Connection, task
 
 from experiments import figures, housekeeping
-from experiments.attacks.runner import Attacks, AttackParameters
+from experiments.attacks.runner import AttackParameters, Attacks
 from experiments.check import check as check_site
 from experiments.e1 import E1, E1Parameters
 from experiments.errors import errors_for_humans
@@ -13,42 +15,42 @@ INVENTORY = {"inventory": "folder under inventory/ of the site to use (default: 
 
 
 @task(help=INVENTORY)
-def check(context, inventory=None):
+def check(context: Connection, inventory: str | None = None) -> None:
     """Basic test: deploy one function under stock gVisor and under Kalium, invoke it, expect the answer."""
     with errors_for_humans():
         print(check_site(announced(inventory)))
 
 
 @task(help={**INVENTORY, "profile": "quick (minutes) or full (for numbers worth citing)"})
-def run_e1(context, inventory=None, profile="quick"):
+def run_e1(context: Connection, inventory: str | None = None, profile: str = "quick") -> None:
     """E1: end-to-end latency of each benchmark entry, for every system under comparison."""
     with errors_for_humans():
         print(E1(E1Parameters.of_profile(profile), announced(inventory)).execute().summary_text())
 
 
 @task(help=INVENTORY)
-def run_attacks(context, inventory=None):
+def run_attacks(context: Connection, inventory: str | None = None) -> None:
     """The attack suite: an exploited function under stock gVisor and under Kalium; what counts is what receivers saw."""
     with errors_for_humans():
         print(Attacks(AttackParameters(), announced(inventory)).execute().text())
 
 
 @task(help={**INVENTORY, "run": "stamp or folder of the run to draw (default: the newest of the highest profile)"})
-def plot(context, inventory=None, run=None):
+def plot(context: Connection, inventory: str | None = None, run: str | None = None) -> None:
     """Draw the figure of E1 from a complete run: PNG, SVG and PDF, the same bytes each time."""
     with errors_for_humans():
         print(figures.plot(announced(inventory), run))
 
 
 @task(help=INVENTORY)
-def status(context, inventory=None):
+def status(context: Connection, inventory: str | None = None) -> None:
     """Show the site, the deployed functions and the runs in results/."""
     with errors_for_humans():
         print(housekeeping.status(announced(inventory)))
 
 
 @task(help=INVENTORY)
-def clean(context, inventory=None):
+def clean(context: Connection, inventory: str | None = None) -> None:
     """Remove the benchmark's functions from the gateway, and runs that did not complete."""
     with errors_for_humans():
         print(housekeeping.clean(announced(inventory)))
