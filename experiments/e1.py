@@ -176,7 +176,7 @@ class E1:
         if denials:
             raise RunRefused(
                 "e1.denial", attempted, f"{len(denials)} messages of the benchmark were denied, the first: {denials[0].sentence()}",
-                "the policy and the functions disagree: `kalium policy check policies/hello-retail.yml`, then run `fab run-e1` again",
+                "the policy and the functions disagree: `kalium policy lint policies/hello-retail.yml`, then run `fab run-e1` again",
             )  # fmt: skip
         if system.is_guarded and sum(verdict.app == system.app and verdict.mode == system.mode for verdict in verdicts) < len(samples):
             raise RunRefused(
