@@ -1,0 +1,529 @@
+"""Reads compiled policies and executes them: the Python twin of runtime/internal/policy in Go.
+
+Both refuse the same documents and give the same verdicts; tests/vectors/policies is what they are compared by. A policy is
+never changed after `parse`, so it may be shared. States travel as frozensets: immutable, hashable, one an invocation.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kalium.errors import EXIT_NO, KaliumError
+from kalium.policy.limits import (
+    BODY_BYTES_MAX,
+    COMPILED_BYTES_MAX,
+    DEADLINE_MS_MAX,
+    DEPTH_MAX,
+    EDGES_MAX,
+    EXPECTED_MAX,
+    FUNCTIONS_MAX,
+    LIST_MAX,
+    MESSAGE_TEXT_MAX,
+    NAME_BYTES_MAX,
+    PEERS_MAX,
+    STATES_MAX,
+    SYMBOLS_MAX,
+    TIMEOUT_MS_MAX,
+    VERSION_MAX,
+)
+from kalium.policy.message import JUDGING_CONNECTION, Kind, Message, Reason, printable
+
+FORMAT = "kalium-compiled/v1"
+VERBS = ("show-tables", "select", "insert", "update", "delete", "replace", "begin", "commit", "rollback", "create-table")
+
+States = frozenset[int]
+NOWHERE: States = frozenset()
+
+
+class Mode(str, enum.Enum):
+    """What becomes of a denial. `off` is no mode of a policy: an app without a policy has no guard."""
+
+    LEARN = "learn"
+    AUDIT = "audit"
+    ENFORCE = "enforce"
+
+
+class Protocol(str, enum.Enum):
+    """How a peer is spoken to."""
+
+    HTTP = "http"
+    HTTPS = "https"
+    MYSQL = "mysql"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A name that functions may reach; `gateway` ones by invocations only. `schema` is what unqualified tables belong to."""
+
+    name: str
+    host: str
+    port: int
+    protocol: Protocol
+    gateway: bool = False
+    schema: str = ""
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """One line of the policy: the set of messages that may be sent where its edges are. Fields as in Message."""
+
+    kind: Kind
+    peer: str
+    method: str = ""
+    path: str = ""
+    query: tuple[str, ...] = ()
+    callee: str = ""
+    verb: str = ""
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+    line: int = 0
+    text: str = ""
+
+    def expected(self) -> str:
+        """The symbol as verdicts list it."""
+        return f"{self.text} @line {self.line}"
+
+    def matches(self, message: Message) -> bool:
+        """Whether `message` is one of the symbol's messages."""
+        if message.kind is Kind.OTHER or self.kind is not message.kind:
+            return False
+        if message.judging:
+            return message.judging == JUDGING_CONNECTION and self.kind is Kind.HTTPS and self.peer == message.peer
+        if self.kind is Kind.INVOKE:
+            return self.callee == message.callee != ""
+        if self.kind is Kind.MYSQL:
+            return (self.peer, self.verb, self.read, self.write) == (message.peer, message.verb, message.read, message.write)
+        if (self.peer, self.method) != (message.peer, message.method):
+            return False
+        return path_matches(self.path, message.path) and set(message.query) <= set(self.query)
+
+
+def is_placeholder(segment: str) -> bool:
+    """Whether `segment` of a path template is {name}: any one non-empty segment without an escape."""
+    return len(segment) > 2 and segment[0] == "{" and segment[-1] == "}" and not set(segment[1:-1]) & set("{}")
+
+
+def path_matches(template: str, path: str) -> bool:
+    """Whether `path`, as it went over the wire, is one of the template's.
+
+    A path with an escape never matches a placeholder: what the server decodes out of it is unknown here.
+    """
+    if not path.startswith("/"):
+        return False
+    segments, parts = template[1:].split("/"), path[1:].split("/")
+    return len(segments) == len(parts) and all(
+        (part not in ("", ".", "..") and "%" not in part) if is_placeholder(segment) else part == segment
+        for segment, part in zip(segments, parts, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the send path consults. The default denies, so a forgotten argument fails closed.
+
+    `expected` is what the policy would have accepted here, at most EXPECTED_MAX; `line` that of the symbol which matched, at
+    whatever place, 0 when none does; `states` the states after the step, which after a denial are those that denied.
+    """
+
+    allowed: bool = False
+    reason: Reason = Reason.NOT_IN_POLICY
+    expected: tuple[str, ...] = ()
+    line: int = 0
+    states: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class FunctionAutomaton:
+    """The automaton of one function's CFG: nondeterministic, without empty transitions."""
+
+    name: str
+    symbols: tuple[Symbol, ...]
+    states: int
+    start: States
+    accept: States
+    edges: tuple[tuple[int, int, int], ...]  # (from, symbol, to), rising
+    max_body: int  # bytes of a message's body
+    invocation_timeout_ms: int
+    _leaving: Mapping[int, Sequence[tuple[int, int]]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        leaving: dict[int, list[tuple[int, int]]] = {}
+        for source, symbol, target in self.edges:
+            leaving.setdefault(source, []).append((symbol, target))
+        object.__setattr__(self, "_leaving", leaving)
+
+    def leaving(self, state: int) -> Sequence[tuple[int, int]]:
+        """(symbol, to) of the edges that leave `state`, rising."""
+        return self._leaving.get(state, ())
+
+    def accepts(self, states: States) -> bool:
+        """Whether an invocation may end at `states`."""
+        return bool(states & self.accept)
+
+    def knows(self, message: Message) -> bool:
+        """Whether any symbol matches `message`, at whatever place."""
+        return any(symbol.matches(message) for symbol in self.symbols)
+
+    def step(self, states: States, message: Message) -> tuple[Verdict, States]:
+        """Judge `message` at `states`. Denied: the same states come back, so audit stands where enforce stands."""
+        matched: dict[int, bool] = {}
+        reached: set[int] = set()
+        line = 0
+        for state in sorted(states):
+            for symbol, target in self.leaving(state):
+                if symbol not in matched:
+                    matched[symbol] = self.symbols[symbol].matches(message)
+                if matched[symbol]:
+                    line = line if reached else self.symbols[symbol].line
+                    reached.add(target)
+        if reached:
+            return Verdict(True, Reason.ALLOWED, (), line, tuple(sorted(reached))), frozenset(reached)
+        elsewhere = next((symbol for symbol in self.symbols if symbol.matches(message)), None)
+        reason = Reason.NOT_IN_POLICY if elsewhere is None else Reason.OUT_OF_ORDER
+        return Verdict(False, reason, self.expected(states), elsewhere.line if elsewhere else 0, tuple(sorted(states))), states
+
+    def expected(self, states: States) -> tuple[str, ...]:
+        """The symbols that leave `states`, in the order of the policy's text, at most EXPECTED_MAX."""
+        leaving = sorted({symbol for state in states for symbol, _ in self.leaving(state)})
+        return tuple(self.symbols[symbol].expected() for symbol in leaving[:EXPECTED_MAX])
+
+
+@dataclass(frozen=True)
+class AppGraph:
+    """Which functions a function may invoke, in which order: the projection of its CFG on invocations."""
+
+    states: int
+    start: States
+    edges: tuple[tuple[int, str, int], ...]  # (from, callee, to)
+    _next: Mapping[int, Mapping[str, States]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        leaving: dict[int, dict[str, set[int]]] = {}
+        for source, callee, target in self.edges:
+            leaving.setdefault(source, {}).setdefault(callee, set()).add(target)
+        frozen = {source: {callee: frozenset(targets) for callee, targets in callees.items()} for source, callees in leaving.items()}
+        object.__setattr__(self, "_next", frozen)
+
+    def step(self, states: States, callee: str) -> States:
+        """The states after an invocation of `callee`; empty: not allowed here."""
+        if len(states) == 1:
+            (state,) = states
+            return self._next.get(state, {}).get(callee, NOWHERE)
+        return NOWHERE.union(*(self._next.get(state, {}).get(callee, NOWHERE) for state in states))
+
+    def callees(self, states: States) -> list[str]:
+        """The functions that may be invoked at `states`, sorted."""
+        return sorted({callee for state in states for callee in self._next.get(state, {})})
+
+
+@dataclass(frozen=True)
+class CompiledPolicy:
+    """One version of an app's policy, parsed and checked."""
+
+    app: str
+    version: int
+    mode: Mode
+    deadline_ms: int  # how long an app edge may take before it counts as denied
+    source_sha256: str
+    peers: Mapping[str, Peer]
+    entries: frozenset[str]
+    functions: Mapping[str, FunctionAutomaton]
+    app_cfg: Mapping[str, AppGraph]
+
+    @classmethod
+    def parse(cls, compiled: bytes) -> CompiledPolicy:
+        """Read a compiled policy. Raises KaliumError policy.malformed for anything but a whole and valid one."""
+        if len(compiled) > COMPILED_BYTES_MAX:
+            raise malformed(f"{len(compiled)} bytes, at most {COMPILED_BYTES_MAX}")
+        return _policy(decode(compiled))
+
+    def start(self, function: str) -> States:
+        """Where the app CFG of an invocation of `function` begins. KeyError: no such function."""
+        return self.app_cfg[function].start
+
+    def step(self, function: str, states: States, callee: str) -> States:
+        """Where an invocation of `function` stands after it invokes `callee` at `states`; empty: edge_not_allowed."""
+        return self.app_cfg[function].step(states, callee)
+
+    def expected(self, function: str, states: States) -> list[str]:
+        """What `function` may invoke at `states`, written as verdicts list it, at most EXPECTED_MAX.
+
+        The line is given where it is certain: the app CFG does not say from which of several lines an edge comes.
+        """
+        texts = []
+        for callee in self.app_cfg[function].callees(states)[:EXPECTED_MAX]:
+            symbols = [symbol for symbol in self.functions[function].symbols if symbol.kind is Kind.INVOKE and symbol.callee == callee]
+            texts.append(symbols[0].expected() if len(symbols) == 1 else f"invoke {callee}")
+        return texts
+
+
+def malformed(found: str) -> KaliumError:
+    """The error of a compiled policy or envelope that is refused whole."""
+    return KaliumError(
+        "policy.malformed", "cannot load a policy", printable(found, MESSAGE_TEXT_MAX), "compile it again with `kalium policy compile`", EXIT_NO
+    )
+
+
+def decode(data: bytes) -> Any:
+    """One JSON value without what json.loads forgives: repeated names, NaN, other encodings, deep nesting."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = dict(pairs)
+        if len(names) != len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise malformed(f'field "{twice}" appears twice')
+        return names
+
+    def refuse(constant: str) -> Any:
+        raise malformed(f"not JSON: {constant}")
+
+    def whole(digits: str) -> int | float:
+        # Python refuses to convert thousands of digits; as a float the number is refused by whoever wants a whole one.
+        return int(digits) if len(digits) <= 20 else float(digits)
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_int=whole)
+    except (ValueError, RecursionError) as error:
+        raise malformed(f"not JSON: {error}") from error
+    level = [value]
+    for _ in range(DEPTH_MAX + 1):
+        level = [inner for outer in level for inner in _inside(outer)]
+    if level:
+        raise malformed(f"nested deeper than {DEPTH_MAX}")
+    return value
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def object_of(value: Any, path: str, required: str, optional: str = "") -> dict[str, Any]:
+    """`value` as an object that has all required fields, and beyond them only optional ones (names, space-separated)."""
+    if not isinstance(value, dict):
+        raise malformed(f"{path} is not an object")
+    for name in required.split():
+        if name not in value:
+            raise malformed(f'{path} has no field "{name}"')
+    for name in value:
+        if name not in f"{required} {optional}".split():
+            raise malformed(f'{path} has an unknown field "{name}"')
+    return value
+
+
+def text_of(value: Any, path: str, bytes_max: int) -> str:
+    """`value` as a text of at most `bytes_max` bytes of UTF-8."""
+    if not isinstance(value, str) or len(value.encode("utf-8", "replace")) > bytes_max:
+        raise malformed(f"{path} is not a text of at most {bytes_max} bytes")
+    return value
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` can be a name in a compiled policy: printable ASCII without spaces, quotes and backslashes."""
+    return 0 < len(text) <= NAME_BYTES_MAX and all("!" <= character <= "~" and character not in "\"'\\" for character in text)
+
+
+def _name(value: Any, path: str) -> str:
+    text = text_of(value, path, NAME_BYTES_MAX)
+    if not is_name(text):
+        raise malformed(f'{path}: "{text}" is no name')
+    return text
+
+
+def _names(value: Any, path: str, count_max: int) -> dict[str, Any]:
+    if not isinstance(value, dict) or len(value) > count_max:
+        raise malformed(f"{path} is not an object of at most {count_max} names")
+    for name in value:
+        _name(name, path)
+    return value
+
+
+def _integer(value: Any, path: str, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:  # bool is an int to isinstance
+        raise malformed(f"{path} is not a whole number from {low} to {high}")
+    return value
+
+
+def _list(value: Any, path: str, count_max: int) -> list[Any]:
+    if not isinstance(value, list) or len(value) > count_max:
+        raise malformed(f"{path} is not a list of at most {count_max}")
+    return value
+
+
+def _sorted_names(value: Any, path: str) -> tuple[str, ...]:
+    names = tuple(_name(element, path) for element in _list(value, path, LIST_MAX))
+    if any(second <= first for first, second in itertools.pairwise(names)):
+        raise malformed(f"{path} is not sorted")
+    return names
+
+
+def one_of(value: Any, path: str, allowed: Collection[str]) -> str:
+    """`value` as one of the texts `allowed`."""
+    text = text_of(value, path, NAME_BYTES_MAX)
+    if text not in allowed:
+        raise malformed(f'{path} is "{text}", not one of {", ".join(allowed)}')
+    return text
+
+
+def _states(value: Any, path: str, states: int) -> States:
+    last = -1
+    for element in _list(value, path, states):
+        last = _integer(element, path, last + 1, states - 1)
+    return frozenset(value)
+
+
+def _triples(value: Any, path: str, sources: int, label: Callable[[Any, str], Any]) -> Iterator[tuple[int, Any, int]]:
+    for index, element in enumerate(_list(value, path, EDGES_MAX)):
+        triple = _list(element, path, 3)
+        if len(triple) != 3:
+            raise malformed(f"{path}[{index}] does not have three parts")
+        yield _integer(triple[0], path, 0, sources - 1), label(triple[1], path), _integer(triple[2], path, 0, sources - 1)
+
+
+def _policy(document: Any) -> CompiledPolicy:
+    top = object_of(document, "the policy", "format app version mode source_sha256 on_unavailable peers entries functions app_cfg")
+    one_of(top["format"], "format", [FORMAT])
+    app = _name(top["app"], "app")
+    version = _integer(top["version"], "version", 1, VERSION_MAX)
+    source_sha256 = text_of(top["source_sha256"], "source_sha256", 64)
+    mode = Mode(one_of(top["mode"], "mode", [mode.value for mode in Mode]))
+    on_unavailable = object_of(top["on_unavailable"], "on_unavailable", "app_edge deadline_ms")
+    one_of(on_unavailable["app_edge"], "on_unavailable.app_edge", ["deny"])
+    deadline_ms = _integer(on_unavailable["deadline_ms"], "on_unavailable.deadline_ms", 1, DEADLINE_MS_MAX)
+    peers = {name: _peer(name, value) for name, value in _names(top["peers"], "peers", PEERS_MAX).items()}
+    functions = {name: _function(peers, name, value) for name, value in _names(top["functions"], "functions", FUNCTIONS_MAX).items()}
+    entries = [_name(element, "entries") for element in _list(top["entries"], "entries", FUNCTIONS_MAX)]
+    for index, name in enumerate(entries):
+        if name in entries[:index] or name not in functions:
+            raise malformed(f'entries: "{name}" appears twice or is not a function of the policy')
+    app_cfg = _app_cfg(functions, top["app_cfg"])
+    return CompiledPolicy(app, version, mode, deadline_ms, source_sha256, peers, frozenset(entries), functions, app_cfg)
+
+
+def _peer(name: str, value: Any) -> Peer:
+    path = f"peers.{name}"
+    fields = object_of(value, path, "host port protocol", "role schema")
+    host = _name(fields["host"], f"{path}.host")
+    port = _integer(fields["port"], f"{path}.port", 1, 65535)
+    protocol = Protocol(one_of(fields["protocol"], f"{path}.protocol", [protocol.value for protocol in Protocol]))
+    if host != host.lower() or host.endswith("."):
+        raise malformed(f"{path}.host is not in lower case without a final dot")
+    if "role" in fields:
+        one_of(fields["role"], f"{path}.role", ["gateway"])
+        if protocol is not Protocol.HTTP:
+            raise malformed(f"{path}: a gateway is spoken to in http")
+    if ("schema" in fields) != (protocol is Protocol.MYSQL):
+        raise malformed(f"{path}: a schema belongs to every mysql peer and to no other")
+    schema = _name(fields["schema"], f"{path}.schema") if "schema" in fields else ""
+    return Peer(name, host, port, protocol, "role" in fields, schema)
+
+
+def _function(peers: Mapping[str, Peer], name: str, value: Any) -> FunctionAutomaton:
+    path = f"functions.{name}"
+    fields = object_of(value, path, "symbols states start accept edges max_body invocation_timeout_ms")
+    states = _integer(fields["states"], f"{path}.states", 1, STATES_MAX)
+    max_body = _integer(fields["max_body"], f"{path}.max_body", 0, BODY_BYTES_MAX)
+    timeout_ms = _integer(fields["invocation_timeout_ms"], f"{path}.invocation_timeout_ms", 1, TIMEOUT_MS_MAX)
+    listed = _list(fields["symbols"], f"{path}.symbols", SYMBOLS_MAX)
+    symbols = tuple(_symbol(peers, f"{path}.symbols[{index}]", element) for index, element in enumerate(listed))
+    start = _states(fields["start"], f"{path}.start", states)
+    accept = _states(fields["accept"], f"{path}.accept", states)
+    if not start:
+        raise malformed(f"{path}.start is empty")
+    edges = tuple(_triples(fields["edges"], f"{path}.edges", states, lambda label, where: _integer(label, where, 0, len(symbols) - 1)))
+    for index, (before, after) in enumerate(itertools.pairwise(edges)):
+        if after <= before:
+            raise malformed(f"{path}.edges[{index + 1}] is not after the one before it")
+    return FunctionAutomaton(name, symbols, states, start, accept, edges, max_body, timeout_ms)
+
+
+_SYMBOL_FIELDS = {
+    Kind.HTTP: "kind peer method path query line text",
+    Kind.HTTPS: "kind peer method path query line text",
+    Kind.INVOKE: "kind peer callee line text",
+    Kind.MYSQL: "kind peer verb read write line text",
+}
+
+
+def _symbol(peers: Mapping[str, Peer], path: str, value: Any) -> Symbol:
+    name = value.get("kind") if isinstance(value, dict) else None
+    kind = next((kind for kind in _SYMBOL_FIELDS if kind.value == name), None)
+    if kind is None:
+        raise malformed(f"{path} has no known kind")
+    fields = object_of(value, path, _SYMBOL_FIELDS[kind])
+    peer_name = _name(fields["peer"], f"{path}.peer")
+    line = _integer(fields["line"], f"{path}.line", 0, VERSION_MAX)
+    text = text_of(fields["text"], f"{path}.text", MESSAGE_TEXT_MAX)
+    if not text or printable(text, MESSAGE_TEXT_MAX) != text:
+        raise malformed(f"{path}.text is not a printable text")
+    peer = peers.get(peer_name)
+    if peer is None:
+        raise malformed(f'{path}.peer "{peer_name}" is not listed')
+    if kind is Kind.INVOKE:
+        if not peer.gateway:
+            raise malformed(f'{path}: peer "{peer_name}" has not the role gateway')
+        return Symbol(kind, peer_name, callee=_name(fields["callee"], f"{path}.callee"), line=line, text=text)
+    if kind is Kind.MYSQL:
+        if peer.protocol is not Protocol.MYSQL:
+            raise malformed(f'{path}: peer "{peer_name}" does not speak mysql')
+        verb = _name(fields["verb"], f"{path}.verb")
+        if verb not in VERBS:
+            raise malformed(f'{path}.verb "{verb}" is unknown')
+        read, write = _sorted_names(fields["read"], f"{path}.read"), _sorted_names(fields["write"], f"{path}.write")
+        return Symbol(kind, peer_name, verb=verb, read=read, write=write, line=line, text=text)
+    if peer.protocol.value != kind.value or peer.gateway:
+        raise malformed(f'{path}: peer "{peer_name}" is not one that is reached by {kind.value} requests')
+    method = _name(fields["method"], f"{path}.method")
+    if method != method.upper():
+        raise malformed(f"{path}.method is not in upper case")
+    template = text_of(fields["path"], f"{path}.path", MESSAGE_TEXT_MAX)
+    if fault := fault_of_template(template):
+        raise malformed(f"{path}.path: {fault}")
+    query = _sorted_names(fields["query"], f"{path}.query")
+    return Symbol(kind, peer_name, method=method, path=template, query=query, line=line, text=text)
+
+
+def fault_of_template(template: str) -> str:
+    """Why `template` can be the path of no accepted request; "" when it can, so that no line is silently dead."""
+    if not template.startswith("/"):
+        return "it does not begin with a slash"
+    segments = template[1:].split("/")
+    if len(segments) > LIST_MAX:
+        return f"it has more than {LIST_MAX} segments"
+    for index, segment in enumerate(segments):
+        if is_placeholder(segment):
+            continue
+        is_inner_gap = segment == "" and index < len(segments) - 1
+        if is_inner_gap or segment in (".", "..") or set(segment) & set("{}%?#\\") or not all("!" <= character <= "~" for character in segment):
+            return f'segment "{segment}" cannot be in a request\'s path'
+    return ""
+
+
+def _app_cfg(functions: Mapping[str, FunctionAutomaton], value: Any) -> dict[str, AppGraph]:
+    graphs = _names(value, "app_cfg", FUNCTIONS_MAX)
+    if len(graphs) != len(functions):
+        raise malformed(f"app_cfg has {len(graphs)} functions, functions has {len(functions)}")
+
+    def callee(label: Any, path: str) -> str:
+        name = _name(label, path)
+        if name not in functions:
+            raise malformed(f'{path}: callee "{name}" is not a function of the policy')
+        return name
+
+    found = {}
+    for name, graph in graphs.items():
+        path = f"app_cfg.{name}"
+        if name not in functions:
+            raise malformed(f"{path} is not a function of the policy")
+        fields = object_of(graph, path, "states start edges")
+        states = _integer(fields["states"], f"{path}.states", 1, STATES_MAX)
+        start = _states(fields["start"], f"{path}.start", states)
+        found[name] = AppGraph(states, start, tuple(_triples(fields["edges"], f"{path}.edges", states, callee)))
+    return found

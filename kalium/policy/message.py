@@ -1,0 +1,102 @@
+"""Messages as the guard's parsers normalise them, the reasons of verdicts, and how both are written in logs.
+
+The same as runtime/internal/policy/message.go; tests/vectors/policies hold the two together.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from kalium.policy.limits import MESSAGE_TEXT_MAX
+
+
+class Reason(str, enum.Enum):
+    """Why a verdict came out as it did. The set is closed: it is a metric label and a log field."""
+
+    ALLOWED = "allowed"
+    OUT_OF_ORDER = "out_of_order"
+    UNKNOWN_PEER = "unknown_peer"
+    NOT_IN_POLICY = "not_in_policy"
+    NO_INVOCATION = "no_invocation"
+    UNKNOWN_PROTOCOL = "unknown_protocol"
+    MALFORMED = "malformed"
+    UNSUPPORTED = "unsupported"
+    TOO_LARGE = "too_large"
+    HELD_TOO_LONG = "held_too_long"
+    CONNECTION_DEAD = "connection_dead"
+    NO_GUARD = "no_guard"
+    LEASE_EXPIRED = "lease_expired"
+    CONTROLLER_UNAVAILABLE = "controller_unavailable"
+    NOT_AN_ENTRY = "not_an_entry"
+    BAD_TOKEN = "bad_token"
+    UNKNOWN_CALL = "unknown_call"
+    EDGE_NOT_ALLOWED = "edge_not_allowed"
+    UNKNOWN_FUNCTION = "unknown_function"
+    NAME_NOT_LISTED = "name_not_listed"
+    SNI_MISMATCH = "sni_mismatch"
+    GATEWAY_RULE = "gateway_rule"
+    INCOMING_NOT_DECLARED = "incoming_not_declared"
+    REENTRANT = "reentrant"
+    UNREGISTERED = "unregistered"
+    POLICY_MISMATCH = "policy_mismatch"
+
+
+class Kind(str, enum.Enum):
+    """The protocol family of a message. OTHER matches no symbol of any policy."""
+
+    OTHER = "other"
+    HTTP = "http"
+    HTTPS = "https"
+    INVOKE = "invoke"
+    MYSQL = "mysql"
+
+
+# The value of Message.judging when only the TLS connection could be seen and not the request inside it. Such a message
+# matches every https symbol of its peer.
+JUDGING_CONNECTION = "tls=connection"
+
+
+@dataclass(frozen=True)
+class Message:
+    """An outgoing unit that the function CFG orders. Never payload: no header values, no bodies, no literals.
+
+    `method`, `path` (without query) and `query` (the keys) belong to http and https, `callee` to invoke, `verb`, `read` and
+    `write` (tables, sorted, unqualified in the peer's schema) to mysql. `judging` is "" or JUDGING_CONNECTION.
+    """
+
+    kind: Kind
+    peer: str = ""
+    method: str = ""
+    path: str = ""
+    query: tuple[str, ...] = ()
+    callee: str = ""
+    verb: str = ""
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+    judging: str = ""
+
+    def text(self) -> str:
+        """The message as a symbol of a policy is written, so that a log line can be compared with the policy by eye."""
+        if self.kind in (Kind.HTTP, Kind.HTTPS):
+            if self.judging == JUDGING_CONNECTION:
+                parts = [self.kind.value, "connection", self.peer]
+            else:
+                target = self.path + ("?" + "&".join(self.query) if self.query else "")
+                parts = [self.kind.value, self.method, self.peer, target]
+        elif self.kind is Kind.INVOKE:
+            parts = ["invoke", self.callee]
+        elif self.kind is Kind.MYSQL:
+            parts = ["mysql", self.verb]
+            parts += ["read", ",".join(self.read)] if self.read else []
+            parts += ["write", ",".join(self.write)] if self.write else []
+        else:
+            parts = ["other", self.peer]
+        return printable(" ".join(parts), MESSAGE_TEXT_MAX)
+
+
+def printable(text: str, bytes_max: int) -> str:
+    """`text` with everything but printable ASCII as '?', cut to `bytes_max` and then ending in "..."."""
+    cut = text[:bytes_max]
+    clean = "".join(character if " " <= character <= "~" else "?" for character in cut)
+    return clean[:-3] + "..." if len(text) > bytes_max >= 3 else clean
