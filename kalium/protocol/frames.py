@@ -1,0 +1,274 @@
+"""Everything that can be said on the wire: one frozen class a shape, whose fields carry the kind of their value.
+
+Numbers, names and meanings are those of docs/reference/protocol.md. START, INVOKE and END have two shapes each: as the guard
+sends them, and with what the agent knows about the instance added. Lists that arrive are tuples. A frame's class is compared by identity, never by
+`isinstance`, because the second shape inherits from the first only to list the fields once.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from kalium.protocol.limits import PROTOCOL
+
+
+class FrameType(enum.IntEnum):
+    """The byte behind the version in the prefix."""
+
+    HELLO = 1
+    WELCOME = 2
+    START = 3
+    INVOKE = 4
+    ANSWER = 5
+    END = 6
+    VERDICT = 7
+    POLICY = 8
+    LEASE = 9
+    NAMES = 10
+    AGENT_HELLO = 20
+    CONTROLLER_WELCOME = 21
+    REGISTER = 22
+    UNREGISTER = 23
+    STATUS = 24
+    STATUS_ANSWER = 25
+
+
+# Neither asks nor answers, so their id is 0; every other frame belongs to a question and its id is not.
+WITHOUT_ID = frozenset({FrameType.END, FrameType.VERDICT, FrameType.POLICY, FrameType.LEASE, FrameType.NAMES, FrameType.UNREGISTER})
+
+
+class Kind(enum.Enum):
+    """What a field's value may be; the bounds are in `limits`."""
+
+    TEXT = "str"  # at most TEXT_BYTES_MAX bytes of UTF-8
+    STEP = "step"  # str of STEP_HEX lower-case hexadecimal digits
+    OUTCOME = "outcome"  # str out of OUTCOMES
+    BOOL = "bool"
+    INT = "int"  # from 0 to INT_MAX
+    BIN = "bin"
+    TEXTS = "[str]"  # at most LIST_MAX texts
+    NAMES = "map of [str]"  # at most HOSTS_MAX texts, each to a list of at most LIST_MAX texts
+    POLICIES = "map of bin"  # at most APPS_MAX texts, each to a signed policy
+    FREE = "map"  # texts to anything, within DEPTH_MAX and CONTAINER_ELEMENTS_MAX
+
+
+OUTCOMES = frozenset({"answered", "closed", "timeout"})
+
+TEXT = {"kind": Kind.TEXT}
+STEP = {"kind": Kind.STEP}
+OUTCOME = {"kind": Kind.OUTCOME}
+BOOL = {"kind": Kind.BOOL}
+INT = {"kind": Kind.INT}
+BIN = {"kind": Kind.BIN}
+TEXTS = {"kind": Kind.TEXTS}
+NAMES = {"kind": Kind.NAMES}
+POLICIES = {"kind": Kind.POLICIES}
+FREE = {"kind": Kind.FREE}
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Guard -> agent: which container this is, and what its bundle says that it runs."""
+
+    container: str = field(metadata=TEXT)
+    app: str = field(metadata=TEXT)
+    function: str = field(metadata=TEXT)
+    proto: int = field(default=PROTOCOL, metadata=INT)
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """Agent -> guard, with the id of its HELLO. When `ok` is false, `reason` says why and the rest is empty."""
+
+    ok: bool = field(metadata=BOOL)
+    reason: str = field(default="", metadata=TEXT)
+    policy: bytes = field(default=b"", metadata=BIN)
+    lease_ms: int = field(default=0, metadata=INT)
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict, metadata=NAMES)
+    port: int = field(default=0, metadata=INT)
+    sources: Sequence[str] = field(default=(), metadata=TEXTS)
+    health_path: str = field(default="", metadata=TEXT)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Guard -> agent: may this invocation begin? `token` is "" when the request carried none; `label` is for logs only."""
+
+    step: str = field(metadata=STEP)
+    token: str = field(metadata=TEXT)
+    label: str = field(metadata=TEXT)
+    version: int = field(metadata=INT)
+
+
+@dataclass(frozen=True)
+class InstanceStart(Start):
+    """Agent -> controller: a START with the identity that the agent holds for the guard's connection."""
+
+    instance: str = field(metadata=TEXT)
+    app: str = field(metadata=TEXT)
+    function: str = field(metadata=TEXT)
+
+
+@dataclass(frozen=True)
+class Invoke:
+    """Guard -> agent: may this invocation call `callee` now?"""
+
+    step: str = field(metadata=STEP)
+    call: str = field(metadata=TEXT)
+    invocation: str = field(metadata=TEXT)
+    callee: str = field(metadata=TEXT)
+    version: int = field(metadata=INT)
+
+
+@dataclass(frozen=True)
+class InstanceInvoke(Invoke):
+    """Agent -> controller: an INVOKE with the identity that the agent holds for the guard's connection."""
+
+    instance: str = field(metadata=TEXT)
+    app: str = field(metadata=TEXT)
+    function: str = field(metadata=TEXT)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to START, INVOKE and REGISTER. Made without arguments it denies, and its empty reason is in no closed set."""
+
+    allowed: bool = field(default=False, metadata=BOOL)
+    reason: str = field(default="", metadata=TEXT)
+    call: str = field(default="", metadata=TEXT)
+    invocation: str = field(default="", metadata=TEXT)
+    token: str = field(default="", metadata=TEXT)
+    expected: Sequence[str] = field(default=(), metadata=TEXTS)
+    detail: str = field(default="", metadata=TEXT)
+
+
+@dataclass(frozen=True)
+class End:
+    """Guard -> agent: an invocation is over. Nobody waits for it."""
+
+    call: str = field(metadata=TEXT)
+    invocation: str = field(metadata=TEXT)
+    outcome: str = field(metadata=OUTCOME)
+
+
+@dataclass(frozen=True)
+class InstanceEnd(End):
+    """Agent -> controller: an END with the identity that the agent holds for the guard's connection."""
+
+    instance: str = field(metadata=TEXT)
+    app: str = field(metadata=TEXT)
+    function: str = field(metadata=TEXT)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Guard -> agent: one line for the verdict log, whose fields docs/reference/results.md lists."""
+
+    record: Mapping[str, Any] = field(metadata=FREE)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Agent -> guard and controller -> agent: a newer signed policy of `app`."""
+
+    app: str = field(metadata=TEXT)
+    policy: bytes = field(metadata=BIN)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Agent -> guard and controller -> agent: decisions may be made for this long from now on."""
+
+    lease_ms: int = field(metadata=INT)
+
+
+@dataclass(frozen=True)
+class Names:
+    """Agent -> guard: the addresses of every listed host, whole and not as a difference."""
+
+    names: Mapping[str, Sequence[str]] = field(metadata=NAMES)
+
+
+@dataclass(frozen=True)
+class AgentHello:
+    """Agent -> controller: the first frame of an agent's connection."""
+
+    node: str = field(metadata=TEXT)
+    proto: int = field(default=PROTOCOL, metadata=INT)
+
+
+@dataclass(frozen=True)
+class ControllerWelcome:
+    """Controller -> agent, with the id of its AGENT_HELLO. Policies that do not fit follow as POLICY frames."""
+
+    ok: bool = field(metadata=BOOL)
+    reason: str = field(default="", metadata=TEXT)
+    lease_ms: int = field(default=0, metadata=INT)
+    policies: Mapping[str, bytes] = field(default_factory=dict, metadata=POLICIES)
+
+
+@dataclass(frozen=True)
+class Register:
+    """Agent -> controller: an instance of this connection's node; answered before it may start."""
+
+    instance: str = field(metadata=TEXT)
+    app: str = field(metadata=TEXT)
+    function: str = field(metadata=TEXT)
+    image: str = field(metadata=TEXT)
+
+
+@dataclass(frozen=True)
+class Unregister:
+    """Agent -> controller: the instance is gone, and with it what it was doing."""
+
+    instance: str = field(metadata=TEXT)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Any client with a certificate of the site -> controller: what do you hold?"""
+
+
+@dataclass(frozen=True)
+class StatusAnswer:
+    """Controller -> client, with the id of its STATUS: `policies` app to version, and the counts `agents`, `calls`, `invocations`."""
+
+    status: Mapping[str, Any] = field(metadata=FREE)
+
+
+Frame = (
+    Hello | Welcome | Start | Invoke | Answer | End | Verdict | Policy | Lease | Names
+    | AgentHello | ControllerWelcome | Register | Unregister | Status | StatusAnswer
+)  # fmt: skip
+
+# Every shape that a type may have on the wire. No two shapes of one type have the same field names, so the names choose.
+SHAPES: Mapping[FrameType, tuple[type[Frame], ...]] = {
+    FrameType.HELLO: (Hello,),
+    FrameType.WELCOME: (Welcome,),
+    FrameType.START: (Start, InstanceStart),
+    FrameType.INVOKE: (Invoke, InstanceInvoke),
+    FrameType.ANSWER: (Answer,),
+    FrameType.END: (End, InstanceEnd),
+    FrameType.VERDICT: (Verdict,),
+    FrameType.POLICY: (Policy,),
+    FrameType.LEASE: (Lease,),
+    FrameType.NAMES: (Names,),
+    FrameType.AGENT_HELLO: (AgentHello,),
+    FrameType.CONTROLLER_WELCOME: (ControllerWelcome,),
+    FrameType.REGISTER: (Register,),
+    FrameType.UNREGISTER: (Unregister,),
+    FrameType.STATUS: (Status,),
+    FrameType.STATUS_ANSWER: (StatusAnswer,),
+}
+
+
+def kinds_of(shape: type[Frame]) -> dict[str, Kind]:
+    """The fields of a shape in the order of the wire, which is that of their names."""
+    return {each.name: each.metadata["kind"] for each in sorted(fields(shape), key=lambda each: each.name)}
+
+
+assert set(SHAPES) == set(FrameType)  # a type without a shape could be announced and never said
+assert all(len({tuple(kinds_of(shape)) for shape in shapes}) == len(shapes) for shapes in SHAPES.values())

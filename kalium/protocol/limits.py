@@ -1,0 +1,34 @@
+"""Every bound of the wire, in bytes, counts or milliseconds, and how they hold together."""
+
+from __future__ import annotations
+
+PROTOCOL = 1  # in the prefix of each frame and in HELLO and AGENT_HELLO
+
+PREFIX_BYTES = 12
+FRAME_BYTES_MAX = 1024 * 1024  # of a payload: a signed policy fits, and one peer cannot ask for more memory than this
+DEPTH_MAX = 4  # containers in containers, the payload's own map included
+TEXT_BYTES_MAX = 512  # of a text field, in UTF-8, unless the field says otherwise
+RECORD_TEXT_BYTES_MAX = 4096  # of a text inside a free map: a verdict's message with room for more
+LIST_MAX = 64  # elements of a list field
+HOSTS_MAX = 256  # names of a NAMES or WELCOME frame; as many as a policy has peers
+APPS_MAX = 256  # apps in one CONTROLLER_WELCOME
+CONTAINER_ELEMENTS_MAX = 4096  # of any list or map at all, so that a small frame does not become a large object
+
+ENVELOPE_BYTES_MAX = FRAME_BYTES_MAX - 4096  # a signed policy; the room left is for the other fields of its frame
+
+ID_MAX = 2**32 - 1
+INT_MIN = -(2**63)
+INT_MAX = 2**63 - 1
+
+STEP_HEX = 16
+TOKEN_HEX = 32
+CALL_HEX = 32
+
+HELLO_TIMEOUT_MS = 10_000  # a connection that has not said who it is by then is closed
+LEASE_MS = 60_000  # what one LEASE is worth
+LEASE_EVERY_MS = 20_000
+WRITE_BUFFER_BYTES_MAX = 4 * FRAME_BYTES_MAX  # what may wait for a peer that does not read; beyond it the peer is dropped
+
+assert ENVELOPE_BYTES_MAX + PREFIX_BYTES + TEXT_BYTES_MAX < FRAME_BYTES_MAX  # any policy fits one frame, so no reassembly
+assert 3 * LEASE_EVERY_MS <= LEASE_MS  # two lost renewals in a row are survived
+assert WRITE_BUFFER_BYTES_MAX >= 2 * (FRAME_BYTES_MAX + PREFIX_BYTES)  # the largest frame may follow another
