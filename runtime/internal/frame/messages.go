@@ -1,0 +1,388 @@
+package frame
+
+import (
+	"slices"
+
+	"kalium.dev/kalium/runtime/internal/policy"
+)
+
+// Type is the number of a frame's message.
+type Type uint8
+
+// The messages of docs/reference/protocol.md.
+const (
+	TypeHello             Type = 1
+	TypeWelcome           Type = 2
+	TypeStart             Type = 3
+	TypeInvoke            Type = 4
+	TypeAnswer            Type = 5
+	TypeEnd               Type = 6
+	TypeVerdict           Type = 7
+	TypePolicy            Type = 8
+	TypeLease             Type = 9
+	TypeNames             Type = 10
+	TypeAgentHello        Type = 20
+	TypeControllerWelcome Type = 21
+	TypeRegister          Type = 22
+	TypeUnregister        Type = 23
+	TypeStatus            Type = 24
+	TypeStatusAnswer      Type = 25
+)
+
+// Message is one of the structs below.
+type Message interface {
+	Type() Type
+	record
+}
+
+// Hello opens a guard's session. What it says is compared with the registration of the instance and then forgotten.
+// Its id comes back in the Welcome.
+type Hello struct {
+	Proto     int // Proto
+	Container string
+	App       string
+	Function  string
+}
+
+// Welcome answers Hello with the same id. When OK is false the other fields are empty.
+type Welcome struct {
+	OK         bool
+	Reason     string // "" when OK
+	Policy     []byte // signed envelope
+	LeaseMS    int
+	Names      map[string][]string // host -> IPv4 addresses
+	Port       int                 // on which invocations arrive
+	Sources    []string            // CIDRs from which they may come
+	HealthPath string
+}
+
+// Identity is what the agent adds to a guard's question from its registration. Empty between guard and agent.
+type Identity struct{ Instance, App, Function string }
+
+func (i *Identity) fields() []field {
+	return []field{{"app", &i.App}, {"function", &i.Function}, {"instance", &i.Instance}}
+}
+
+// Start asks for an invocation of the instance's own function.
+type Start struct {
+	Step     string // 16 hexadecimal digits; the same step asked again gets the stored answer
+	Token    string // "" when the request carried none
+	Label    string // X-Call-Id of the request, for logs only
+	Version  int    // of the guard's policy
+	Identity Identity
+}
+
+// Invoke asks whether an invocation may invoke Callee.
+type Invoke struct {
+	Step       string
+	Call       string
+	Invocation string
+	Callee     string
+	Version    int
+	Identity   Identity
+}
+
+// Answer answers Start, Invoke and Register with the same id.
+type Answer struct {
+	Allowed    bool
+	Reason     string // one of policy.Reasons
+	Call       string // Start granted: 32 hexadecimal digits
+	Invocation string // Start granted: 32 hexadecimal digits
+	Token      string // Invoke granted: 32 hexadecimal digits
+	Expected   []string
+	Detail     string // for people
+}
+
+// End says that an invocation is over. It is never answered.
+type End struct {
+	Call       string
+	Invocation string
+	Outcome    string // answered, closed or timeout
+	Identity   Identity
+}
+
+// Verdict carries one line of the verdict log.
+type Verdict struct{ Record VerdictRecord }
+
+// VerdictRecord is the guard's part of a line; the agent adds time_ms, seq, node, instance, app and function.
+type VerdictRecord struct {
+	Event         string // EventVerdict
+	Mode          string
+	PolicyVersion int
+	Call          string
+	Invocation    string
+	Kind          string // start, connect, name, http, https, mysql, invoke, incoming, other
+	Message       string
+	Peer          string
+	Allowed       bool
+	WouldDeny     bool
+	Reason        string // one of policy.Reasons
+	Expected      []string
+	Line          int
+	States        []int
+	Judging       string
+	LatencyUS     int
+}
+
+// EventVerdict is the only event of a VerdictRecord.
+const EventVerdict = "verdict"
+
+// Policy brings a new version of an app's policy.
+type Policy struct {
+	App    string
+	Policy []byte // signed envelope
+}
+
+// Lease renews the right to decide locally for LeaseMS from its arrival on.
+type Lease struct{ LeaseMS int }
+
+// Names replaces the addresses of the listed hosts.
+type Names struct{ Names map[string][]string }
+
+// AgentHello opens an agent's session.
+type AgentHello struct {
+	Proto int
+	Node  string
+}
+
+// ControllerWelcome answers AgentHello with the same id. Policies that do not fit follow as Policy.
+type ControllerWelcome struct {
+	OK       bool
+	Reason   string
+	LeaseMS  int
+	Policies map[string][]byte // app -> signed envelope
+}
+
+// Register announces an instance on the agent's node.
+type Register struct {
+	Instance string
+	App      string
+	Function string
+	Image    string
+}
+
+// Unregister says that an instance is gone. It is never answered.
+type Unregister struct{ Instance string }
+
+// Status asks the controller for StatusAnswer.
+type Status struct{}
+
+// StatusAnswer answers Status with the same id.
+type StatusAnswer struct{ Status StatusReport }
+
+// StatusReport counts what a controller holds.
+type StatusReport struct {
+	Policies    map[string]int // app -> version
+	Agents      int
+	Calls       int
+	Invocations int
+}
+
+// Type implements Message.Type.
+func (*Hello) Type() Type { return TypeHello }
+
+// Type implements Message.Type.
+func (*Welcome) Type() Type { return TypeWelcome }
+
+// Type implements Message.Type.
+func (*Start) Type() Type { return TypeStart }
+
+// Type implements Message.Type.
+func (*Invoke) Type() Type { return TypeInvoke }
+
+// Type implements Message.Type.
+func (*Answer) Type() Type { return TypeAnswer }
+
+// Type implements Message.Type.
+func (*End) Type() Type { return TypeEnd }
+
+// Type implements Message.Type.
+func (*Verdict) Type() Type { return TypeVerdict }
+
+// Type implements Message.Type.
+func (*Policy) Type() Type { return TypePolicy }
+
+// Type implements Message.Type.
+func (*Lease) Type() Type { return TypeLease }
+
+// Type implements Message.Type.
+func (*Names) Type() Type { return TypeNames }
+
+// Type implements Message.Type.
+func (*AgentHello) Type() Type { return TypeAgentHello }
+
+// Type implements Message.Type.
+func (*ControllerWelcome) Type() Type { return TypeControllerWelcome }
+
+// Type implements Message.Type.
+func (*Register) Type() Type { return TypeRegister }
+
+// Type implements Message.Type.
+func (*Unregister) Type() Type { return TypeUnregister }
+
+// Type implements Message.Type.
+func (*Status) Type() Type { return TypeStatus }
+
+// Type implements Message.Type.
+func (*StatusAnswer) Type() Type { return TypeStatusAnswer }
+
+// kinds has one line for every message: how to make an empty one, and whether its id correlates it with another.
+var kinds = map[Type]struct {
+	make       func() Message
+	correlated bool
+}{
+	TypeHello:             {func() Message { return new(Hello) }, true},
+	TypeWelcome:           {func() Message { return new(Welcome) }, true},
+	TypeStart:             {func() Message { return new(Start) }, true},
+	TypeInvoke:            {func() Message { return new(Invoke) }, true},
+	TypeAnswer:            {func() Message { return new(Answer) }, true},
+	TypeEnd:               {func() Message { return new(End) }, false},
+	TypeVerdict:           {func() Message { return new(Verdict) }, false},
+	TypePolicy:            {func() Message { return new(Policy) }, false},
+	TypeLease:             {func() Message { return new(Lease) }, false},
+	TypeNames:             {func() Message { return new(Names) }, false},
+	TypeAgentHello:        {func() Message { return new(AgentHello) }, true},
+	TypeControllerWelcome: {func() Message { return new(ControllerWelcome) }, true},
+	TypeRegister:          {func() Message { return new(Register) }, true},
+	TypeUnregister:        {func() Message { return new(Unregister) }, false},
+	TypeStatus:            {func() Message { return new(Status) }, true},
+	TypeStatusAnswer:      {func() Message { return new(StatusAnswer) }, true},
+}
+
+// The lists below are sorted by name; TestFieldsAreSorted holds it.
+
+func (m *Hello) fields() []field {
+	return []field{{"app", &m.App}, {"container", &m.Container}, {"function", &m.Function}, {"proto", &m.Proto}}
+}
+
+func (m *Welcome) fields() []field {
+	return []field{
+		{"health_path", &m.HealthPath}, {"lease_ms", &m.LeaseMS}, {"names", &m.Names}, {"ok", &m.OK},
+		{"policy", &m.Policy}, {"port", &m.Port}, {"reason", &m.Reason}, {"sources", &m.Sources},
+	}
+}
+
+func (m *Start) fields() []field {
+	return []field{{"label", &m.Label}, {"step", &m.Step}, {"token", &m.Token}, {"version", &m.Version}}
+}
+
+func (m *Invoke) fields() []field {
+	return []field{
+		{"call", &m.Call}, {"callee", &m.Callee}, {"invocation", &m.Invocation}, {"step", &m.Step}, {"version", &m.Version},
+	}
+}
+
+func (m *Answer) fields() []field {
+	return []field{
+		{"allowed", &m.Allowed}, {"call", &m.Call}, {"detail", &m.Detail}, {"expected", &m.Expected},
+		{"invocation", &m.Invocation}, {"reason", &m.Reason}, {"token", &m.Token},
+	}
+}
+
+func (m *End) fields() []field {
+	return []field{{"call", &m.Call}, {"invocation", &m.Invocation}, {"outcome", &m.Outcome}}
+}
+
+func (m *Verdict) fields() []field { return []field{{"record", &m.Record}} }
+
+func (r *VerdictRecord) fields() []field {
+	return []field{
+		{"allowed", &r.Allowed}, {"call", &r.Call}, {"event", &r.Event}, {"expected", &r.Expected},
+		{"invocation", &r.Invocation}, {"judging", &r.Judging}, {"kind", &r.Kind}, {"latency_us", &r.LatencyUS},
+		{"line", &r.Line}, {"message", &r.Message}, {"mode", &r.Mode}, {"peer", &r.Peer},
+		{"policy_version", &r.PolicyVersion}, {"reason", &r.Reason}, {"states", &r.States}, {"would_deny", &r.WouldDeny},
+	}
+}
+
+func (m *Policy) fields() []field { return []field{{"app", &m.App}, {"policy", &m.Policy}} }
+
+func (m *Lease) fields() []field { return []field{{"lease_ms", &m.LeaseMS}} }
+
+func (m *Names) fields() []field { return []field{{"names", &m.Names}} }
+
+func (m *AgentHello) fields() []field { return []field{{"node", &m.Node}, {"proto", &m.Proto}} }
+
+func (m *ControllerWelcome) fields() []field {
+	return []field{{"lease_ms", &m.LeaseMS}, {"ok", &m.OK}, {"policies", &m.Policies}, {"reason", &m.Reason}}
+}
+
+func (m *Register) fields() []field {
+	return []field{{"app", &m.App}, {"function", &m.Function}, {"image", &m.Image}, {"instance", &m.Instance}}
+}
+
+func (m *Unregister) fields() []field { return []field{{"instance", &m.Instance}} }
+
+func (*Status) fields() []field { return nil }
+
+func (m *StatusAnswer) fields() []field { return []field{{"status", &m.Status}} }
+
+func (r *StatusReport) fields() []field {
+	return []field{
+		{"agents", &r.Agents}, {"calls", &r.Calls}, {"invocations", &r.Invocations}, {"policies", &r.Policies},
+	}
+}
+
+// identified is a message that has a second shape between agent and controller.
+type identified interface{ identity() *Identity }
+
+func (m *Start) identity() *Identity  { return &m.Identity }
+func (m *Invoke) identity() *Identity { return &m.Identity }
+func (m *End) identity() *Identity    { return &m.Identity }
+
+// shapes lists the sets of fields that m may have; the second one, if any, is with the identity.
+func shapes(m Message) [][]field {
+	plain := m.fields()
+	i, ok := m.(identified)
+	if !ok {
+		return [][]field{plain}
+	}
+	whole := slices.Concat(plain, i.identity().fields())
+	slices.SortFunc(whole, func(a, b field) int {
+		if a.name < b.name {
+			return -1
+		}
+		return 1
+	})
+	return [][]field{plain, whole}
+}
+
+// check holds what the types of the fields do not say.
+func check(m Message) error {
+	switch m := m.(type) {
+	case *Start:
+		return stepAllowed(m.Step)
+	case *Invoke:
+		return stepAllowed(m.Step)
+	case *Answer:
+		return reasonAllowed(m.Reason)
+	case *Verdict:
+		if m.Record.Event != EventVerdict {
+			return broken("event %q of a verdict record", m.Record.Event)
+		}
+		return reasonAllowed(m.Record.Reason)
+	case *End:
+		if m.Outcome != "answered" && m.Outcome != "closed" && m.Outcome != "timeout" {
+			return broken("outcome %q", m.Outcome)
+		}
+	}
+	return nil
+}
+
+func stepAllowed(step string) error {
+	if len(step) != StepBytes {
+		return broken("a step of %d bytes, not %d", len(step), StepBytes)
+	}
+	for i := range len(step) {
+		if c := step[i]; (c < '0' || c > '9') && (c < 'a' || c > 'f') {
+			return broken("byte %#02x in a step", c)
+		}
+	}
+	return nil
+}
+
+func reasonAllowed(reason string) error {
+	if !policy.Reason(reason).Known() {
+		return broken("reason %q", reason)
+	}
+	return nil
+}
