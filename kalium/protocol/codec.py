@@ -10,24 +10,32 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import msgpack  # type: ignore[import-untyped]  # no package of stubs exists for it
 
-from kalium.protocol.frames import OUTCOMES, SHAPES, WITHOUT_ID, Frame, FrameType, Kind, kinds_of
+from kalium.policy.message import Reason
+from kalium.protocol.frames import (
+    EVENT_VERDICT,
+    ORIGIN,
+    OUTCOMES,
+    SHAPES,
+    WITHOUT_ID,
+    Frame,
+    FrameType,
+    Kind,
+    StatusReport,
+    VerdictRecord,
+    kinds_of,
+)
 from kalium.protocol.limits import (
-    APPS_MAX,
-    CONTAINER_ELEMENTS_MAX,
-    DEPTH_MAX,
     FRAME_BYTES_MAX,
-    HOSTS_MAX,
     ID_MAX,
     INT_MAX,
     INT_MIN,
-    LIST_MAX,
+    ITEMS_MAX,
     PREFIX_BYTES,
     PROTOCOL,
-    RECORD_TEXT_BYTES_MAX,
     STEP_HEX,
     TEXT_BYTES_MAX,
 )
@@ -46,7 +54,6 @@ ERROR_CODES = (
     "truncated",
     "malformed",
     "not_canonical",
-    "too_deep",
     "unknown_field",
     "missing_field",
     "wrong_type",
@@ -67,23 +74,17 @@ def encode(frame_id: int, frame: Frame) -> bytes:
     """The bytes of one frame.
 
     Raises:
-        ProtocolError: a value is not what its field may hold. That is a mistake of ours, and found before it is sent.
+        ProtocolError: a value is not what its field may hold. That is a mistake of ours, found before it is sent.
     """
-    shape = type(frame)
-    frame_type, kinds = _SHAPE_OF_CLASS[shape]
-    if not _is_id_of(frame_type, frame_id):
-        raise ProtocolError("bad_id", f"{frame_type.name} with id {frame_id}")
-    document: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        value = getattr(frame, name)
-        if isinstance(value, Mapping):
-            value = _sorted(value)
-        _CHECKS[kind](name, value)
-        document[name] = value
+    shape = _SHAPE_OF_CLASS[type(frame)]
+    if not _is_id_of(shape.frame_type, frame_id):
+        raise ProtocolError("bad_id", f"{shape.frame_type.name} with id {frame_id}")
+    document = shape.document(frame)
+    shape.check(document)
     payload: bytes = msgpack.packb(document)
     if len(payload) > FRAME_BYTES_MAX:
-        raise ProtocolError("oversize", f"{frame_type.name} of {len(payload)} bytes, at most {FRAME_BYTES_MAX}")
-    return _PREFIX.pack(MAGIC, PROTOCOL, frame_type, frame_id, len(payload)) + payload
+        raise ProtocolError("oversize", f"{shape.frame_type.name} of {len(payload)} bytes, at most {FRAME_BYTES_MAX}")
+    return _PREFIX.pack(MAGIC, PROTOCOL, shape.frame_type, frame_id, len(payload)) + payload
 
 
 def decode(data: bytes) -> tuple[int, Frame]:
@@ -153,14 +154,15 @@ class FrameReader:
 
     def _next_frame(self) -> tuple[int, Frame] | None:
         if self.buffered < PREFIX_BYTES:
-            _check_partial_prefix(bytes(self._buffer[self._taken :]))
+            _check_prefix(bytes(self._buffer[self._taken :]))
             return None
         magic, version, type_number, frame_id, length = _PREFIX.unpack_from(self._buffer, self._taken)
-        if magic != MAGIC or version != PROTOCOL or type_number not in _TYPES:
-            _check_partial_prefix(bytes(self._buffer[self._taken : self._taken + PREFIX_BYTES]))
+        frame_type = _TYPES.get(type_number)
+        if magic != MAGIC or version != PROTOCOL or frame_type is None:
+            _check_prefix(bytes(self._buffer[self._taken : self._taken + PREFIX_BYTES]))
+            raise AssertionError("unreachable: the check above refuses this prefix")
         if length > FRAME_BYTES_MAX:
             raise ProtocolError("oversize", f"a payload of {length} bytes is announced, at most {FRAME_BYTES_MAX}")
-        frame_type = _TYPES[type_number]
         if not _is_id_of(frame_type, frame_id):
             raise ProtocolError("bad_id", f"{frame_type.name} with id {frame_id}")
         if self.buffered < PREFIX_BYTES + length:
@@ -170,7 +172,7 @@ class FrameReader:
         return frame_id, _decode_payload(frame_type, bytes(self._buffer[begin : self._taken]))
 
 
-def _check_partial_prefix(prefix: bytes) -> None:
+def _check_prefix(prefix: bytes) -> None:
     """Raise ProtocolError when the bytes of a prefix that are here, up to all of them, cannot begin a frame."""
     if not MAGIC.startswith(prefix[:2]):
         raise ProtocolError("bad_magic", "the stream does not continue with a frame")
@@ -186,38 +188,29 @@ def _is_id_of(frame_type: FrameType, frame_id: int) -> bool:
 
 def _decode_payload(frame_type: FrameType, payload: bytes) -> Frame:
     try:
-        document = msgpack.unpackb(payload, use_list=False, max_array_len=CONTAINER_ELEMENTS_MAX, max_map_len=CONTAINER_ELEMENTS_MAX)
+        document = msgpack.unpackb(payload, use_list=False, max_array_len=ITEMS_MAX, max_map_len=ITEMS_MAX)
     except ValueError as error:  # the root of all that msgpack raises for bad bytes
         raise ProtocolError("malformed", f"{frame_type.name}: {error}") from error
     if type(document) is not dict:
         raise ProtocolError("wrong_type", f"{frame_type.name}: the payload is no map")
-    shape, kinds = _shape_for(frame_type, document)
-    for name, kind in kinds.items():
-        _CHECKS[kind](name, document[name])
+    shapes = _SHAPES_BY_NAMES[frame_type]
+    shape = shapes.get(tuple(document))
+    if shape is None:
+        raise _wrong_names(frame_type.name, document, list(shapes))
+    shape.check(document)
     if msgpack.packb(document) != payload:
         raise ProtocolError("not_canonical", f"{frame_type.name}: a number, a length or a key is not in its one spelling")
-    frame: Frame = shape(**document)
-    return frame
+    return cast(Frame, shape.build(document))
 
 
-def _shape_for(frame_type: FrameType, document: dict[str, Any]) -> tuple[Callable[..., Frame], dict[str, Kind]]:
-    """The shape of `frame_type` that has just the fields of `document`, in this order."""
-    shape = _SHAPE_OF_NAMES[frame_type].get(tuple(document))
-    if shape is not None:
-        return shape
+def _wrong_names(where: str, document: Mapping[str, Any], allowed: list[tuple[str, ...]]) -> ProtocolError:
+    """Why `document` has none of the `allowed` sequences of names."""
     names = set(document)
-    shapes = _SHAPE_OF_NAMES[frame_type]
-    if any(names == set(each) for each in shapes):
-        raise ProtocolError("not_canonical", f"{frame_type.name}: the fields are not in the order of their names")
-    if not any(names <= set(each) for each in shapes):
-        raise ProtocolError("unknown_field", f"{frame_type.name} has a field that is not its own")
-    raise ProtocolError("missing_field", f"{frame_type.name} lacks a field")
-
-
-def _sorted(value: Mapping[str, Any]) -> dict[str, Any]:
-    """`value` with the keys of every map in it rising. Keys that are no texts keep their place and fail their check."""
-    keys = sorted(value) if all(type(key) is str for key in value) else list(value)
-    return {key: _sorted(value[key]) if isinstance(value[key], Mapping) else value[key] for key in keys}
+    if any(names == set(each) for each in allowed):
+        return ProtocolError("not_canonical", f"{where}: the fields are not in the order of their names")
+    if any(names < set(each) for each in allowed):
+        return ProtocolError("missing_field", f"{where} lacks a field")
+    return ProtocolError("unknown_field", f"{where} has a field that is not its own")
 
 
 def _wrong_type(name: str) -> ProtocolError:
@@ -228,20 +221,16 @@ def _out_of_range(name: str) -> ProtocolError:
     return ProtocolError("out_of_range", f"field {name}")
 
 
-def _check_text(name: str, value: Any, bytes_max: int = TEXT_BYTES_MAX) -> None:
+def _check_text(name: str, value: Any) -> None:
     if type(value) is not str:
         raise _wrong_type(name)
-    if len(value) > bytes_max or not value.isascii():
-        _check_long_text(name, value, bytes_max)
-
-
-def _check_long_text(name: str, value: str, bytes_max: int) -> None:
-    try:
-        size = len(value.encode())
-    except UnicodeEncodeError as error:  # a lone surrogate, which only our own side can hold
-        raise _wrong_type(name) from error
-    if size > bytes_max:
-        raise _out_of_range(name)
+    if len(value) > TEXT_BYTES_MAX or not value.isascii():
+        try:
+            size = len(value.encode())
+        except UnicodeEncodeError as error:  # a lone surrogate, which only our own side can hold
+            raise _wrong_type(name) from error
+        if size > TEXT_BYTES_MAX:
+            raise _out_of_range(name)
 
 
 _STEP = re.compile(f"[0-9a-f]{{{STEP_HEX}}}")
@@ -254,11 +243,14 @@ def _check_step(name: str, value: Any) -> None:
         raise _out_of_range(name)
 
 
-def _check_outcome(name: str, value: Any) -> None:
-    if type(value) is not str:
-        raise _wrong_type(name)
-    if value not in OUTCOMES:
-        raise _out_of_range(name)
+def _check_one_of(allowed: frozenset[str]) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if type(value) is not str:
+            raise _wrong_type(name)
+        if value not in allowed:
+            raise _out_of_range(name)
+
+    return check
 
 
 def _check_bool(name: str, value: Any) -> None:
@@ -269,7 +261,7 @@ def _check_bool(name: str, value: Any) -> None:
 def _check_int(name: str, value: Any) -> None:
     if type(value) is not int:
         raise _wrong_type(name)
-    if not 0 <= value <= INT_MAX:
+    if not INT_MIN <= value <= INT_MAX:
         raise _out_of_range(name)
 
 
@@ -278,84 +270,101 @@ def _check_bin(name: str, value: Any) -> None:
         raise _wrong_type(name)
 
 
-def _check_texts(name: str, value: Any) -> None:
-    if type(value) is not tuple and type(value) is not list:
-        raise _wrong_type(name)
-    if len(value) > LIST_MAX:
-        raise _out_of_range(name)
-    for each in value:
-        _check_text(name, each)
-
-
-def _check_keys(name: str, value: Any, elements_max: int) -> None:
-    """A map whose keys are texts and rise. Equal ones cannot be seen here: packing again finds them."""
-    if type(value) is not dict:
-        raise _wrong_type(name)
-    if len(value) > elements_max:
-        raise _out_of_range(name)
-    last = ""
-    for key in value:
-        _check_text(name, key)
-        if key < last:
-            raise ProtocolError("not_canonical", f"field {name}: the keys of a map do not rise")
-        last = key
-
-
-def _check_names(name: str, value: Any) -> None:
-    _check_keys(name, value, HOSTS_MAX)
-    for addresses in value.values():
-        _check_texts(name, addresses)
-
-
-def _check_policies(name: str, value: Any) -> None:
-    _check_keys(name, value, APPS_MAX)
-    for policy in value.values():
-        _check_bin(name, policy)
-
-
-def _check_free(name: str, value: Any) -> None:
-    if type(value) is not dict:
-        raise _wrong_type(name)
-    _check_anything(name, value, 2)  # the payload's own map is at depth 1
-
-
-def _check_anything(name: str, value: Any, depth: int) -> None:
-    """Any value of the wire's types; recursion ends at DEPTH_MAX."""
-    kind = type(value)
-    if kind is str:
-        _check_text(name, value, RECORD_TEXT_BYTES_MAX)
-    elif kind is int:
-        if not INT_MIN <= value <= INT_MAX:
+def _check_list_of(check_each: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if type(value) is not tuple and type(value) is not list:
+            raise _wrong_type(name)
+        if len(value) > ITEMS_MAX:
             raise _out_of_range(name)
-    elif kind is dict or kind is tuple or kind is list:
-        if depth > DEPTH_MAX:
-            raise ProtocolError("too_deep", f"field {name}: nested deeper than {DEPTH_MAX}")
-        if len(value) > CONTAINER_ELEMENTS_MAX:
+        for each in value:
+            check_each(name, each)
+
+    return check
+
+
+def _check_map_of(check_each: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+    """A map whose keys are texts and rise. A key that is there twice cannot be seen here: packing again finds it."""
+
+    def check(name: str, value: Any) -> None:
+        if type(value) is not dict:
+            raise _wrong_type(name)
+        if len(value) > ITEMS_MAX:
             raise _out_of_range(name)
-        if kind is dict:
-            _check_keys(name, value, CONTAINER_ELEMENTS_MAX)
-        for each in value.values() if kind is dict else value:
-            _check_anything(name, each, depth + 1)
-    elif kind is not bool and kind is not bytes and value is not None:
-        raise _wrong_type(name)
+        last = ""
+        for key, each in value.items():
+            _check_text(name, key)
+            if key < last:
+                raise ProtocolError("not_canonical", f"field {name}: the keys of a map do not rise")
+            last = key
+            check_each(name, each)
+
+    return check
+
+
+class _Shape:
+    """One class of `frames` as the wire has it: names in order, and what each value may be."""
+
+    def __init__(self, cls: type[Any], frame_type: FrameType | None = None) -> None:
+        kinds = kinds_of(cls)
+        self.cls = cls
+        self.frame_type = cast(FrameType, frame_type)  # None for a map inside a frame, where nobody asks
+        self.names = tuple(kinds)
+        self._checks = tuple((name, _CHECKS[kind]) for name, kind in kinds.items() if kind not in _INNER)
+        self._maps = frozenset(name for name, kind in kinds.items() if kind in (Kind.NAMES, Kind.POLICIES, Kind.VERSIONS))
+        self._inner = tuple((name, _INNER[kind]) for name, kind in kinds.items() if kind in _INNER)
+        self._has_origin = set(ORIGIN) < set(self.names) and frame_type in (FrameType.START, FrameType.INVOKE, FrameType.END)
+
+    def document(self, value: Any) -> dict[str, Any]:
+        """The fields of `value` in the order of the wire, the keys of maps too."""
+        document = {name: getattr(value, name) for name in self.names}
+        for name in self._maps:
+            document[name] = dict(sorted(document[name].items()))
+        for name, shape in self._inner:
+            document[name] = shape.document(document[name])
+        return document
+
+    def check(self, document: dict[str, Any]) -> None:
+        """Raise ProtocolError unless every value of `document`, which has this shape's names, may be in its field."""
+        for name, check in self._checks:
+            check(name, document[name])
+        for name, shape in self._inner:
+            inner = document[name]
+            if type(inner) is not dict:
+                raise _wrong_type(name)
+            if tuple(inner) != shape.names:
+                raise _wrong_names(f"field {name}", inner, [shape.names])
+            shape.check(inner)
+        if self._has_origin and not any(document[name] for name in ORIGIN):
+            raise _out_of_range("instance")
+
+    def build(self, document: dict[str, Any]) -> object:
+        """The value that a checked document says."""
+        if self._inner:
+            document = {**document, **{name: shape.build(document[name]) for name, shape in self._inner}}
+        return self.cls(**document)
 
 
 _CHECKS: Mapping[Kind, Callable[[str, Any], None]] = {
     Kind.TEXT: _check_text,
     Kind.STEP: _check_step,
-    Kind.OUTCOME: _check_outcome,
+    Kind.OUTCOME: _check_one_of(OUTCOMES),
+    Kind.REASON: _check_one_of(frozenset(reason.value for reason in Reason)),
+    Kind.EVENT: _check_one_of(frozenset({EVENT_VERDICT})),
     Kind.BOOL: _check_bool,
     Kind.INT: _check_int,
     Kind.BIN: _check_bin,
-    Kind.TEXTS: _check_texts,
-    Kind.NAMES: _check_names,
-    Kind.POLICIES: _check_policies,
-    Kind.FREE: _check_free,
+    Kind.TEXTS: _check_list_of(_check_text),
+    Kind.INTS: _check_list_of(_check_int),
+    Kind.NAMES: _check_map_of(_check_list_of(_check_text)),
+    Kind.POLICIES: _check_map_of(_check_bin),
+    Kind.VERSIONS: _check_map_of(_check_int),
 }
+_INNER: dict[Kind, _Shape] = {}  # filled right below, because these maps are shapes themselves and have no inner ones
+_INNER.update({Kind.RECORD: _Shape(VerdictRecord), Kind.REPORT: _Shape(StatusReport)})
+assert set(_CHECKS) | set(_INNER) == set(Kind)  # a kind without a check would let anything in
+
 _TYPES = {int(frame_type): frame_type for frame_type in FrameType}
-_SHAPE_OF_CLASS: Mapping[type[Frame], tuple[FrameType, dict[str, Kind]]] = {
-    shape: (frame_type, kinds_of(shape)) for frame_type, shapes in SHAPES.items() for shape in shapes
-}
-_SHAPE_OF_NAMES: Mapping[FrameType, Mapping[tuple[str, ...], tuple[Callable[..., Frame], dict[str, Kind]]]] = {
-    frame_type: {tuple(kinds_of(shape)): (shape, kinds_of(shape)) for shape in shapes} for frame_type, shapes in SHAPES.items()
+_SHAPE_OF_CLASS: Mapping[type[Frame], _Shape] = {cls: _Shape(cls, frame_type) for frame_type, classes in SHAPES.items() for cls in classes}
+_SHAPES_BY_NAMES: Mapping[FrameType, Mapping[tuple[str, ...], _Shape]] = {
+    frame_type: {_SHAPE_OF_CLASS[cls].names: _SHAPE_OF_CLASS[cls] for cls in classes} for frame_type, classes in SHAPES.items()
 }

@@ -1,8 +1,8 @@
 """Everything that can be said on the wire: one frozen class a shape, whose fields carry the kind of their value.
 
 Numbers, names and meanings are those of docs/reference/protocol.md. START, INVOKE and END have two shapes each: as the guard
-sends them, and with what the agent knows about the instance added. Lists that arrive are tuples. A frame's class is compared by identity, never by
-`isinstance`, because the second shape inherits from the first only to list the fields once.
+sends them, and with what the agent knows about the instance added. A frame's class is compared by identity, never by
+`isinstance`, because the second shape inherits from the first only to list the fields once. Lists that arrive are tuples.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from kalium.protocol.limits import PROTOCOL
 
@@ -44,29 +43,40 @@ class Kind(enum.Enum):
     """What a field's value may be; the bounds are in `limits`."""
 
     TEXT = "str"  # at most TEXT_BYTES_MAX bytes of UTF-8
-    STEP = "step"  # str of STEP_HEX lower-case hexadecimal digits
-    OUTCOME = "outcome"  # str out of OUTCOMES
+    STEP = "step"  # a text of STEP_HEX lower-case hexadecimal digits
+    OUTCOME = "outcome"  # a text out of OUTCOMES
+    REASON = "reason"  # a text out of kalium.policy.message.Reason
+    EVENT = "event"  # the text EVENT_VERDICT
     BOOL = "bool"
-    INT = "int"  # from 0 to INT_MAX
+    INT = "int"  # of 64 bits with a sign
     BIN = "bin"
-    TEXTS = "[str]"  # at most LIST_MAX texts
-    NAMES = "map of [str]"  # at most HOSTS_MAX texts, each to a list of at most LIST_MAX texts
-    POLICIES = "map of bin"  # at most APPS_MAX texts, each to a signed policy
-    FREE = "map"  # texts to anything, within DEPTH_MAX and CONTAINER_ELEMENTS_MAX
+    TEXTS = "[str]"
+    INTS = "[int]"
+    NAMES = "{str: [str]}"
+    POLICIES = "{str: bin}"
+    VERSIONS = "{str: int}"
+    RECORD = "record"  # a map with the fields of VerdictRecord
+    REPORT = "report"  # a map with the fields of StatusReport
 
 
 OUTCOMES = frozenset({"answered", "closed", "timeout"})
+EVENT_VERDICT = "verdict"
 
 TEXT = {"kind": Kind.TEXT}
 STEP = {"kind": Kind.STEP}
 OUTCOME = {"kind": Kind.OUTCOME}
+REASON = {"kind": Kind.REASON}
+EVENT = {"kind": Kind.EVENT}
 BOOL = {"kind": Kind.BOOL}
 INT = {"kind": Kind.INT}
 BIN = {"kind": Kind.BIN}
 TEXTS = {"kind": Kind.TEXTS}
+INTS = {"kind": Kind.INTS}
 NAMES = {"kind": Kind.NAMES}
 POLICIES = {"kind": Kind.POLICIES}
-FREE = {"kind": Kind.FREE}
+VERSIONS = {"kind": Kind.VERSIONS}
+RECORD = {"kind": Kind.RECORD}
+REPORT = {"kind": Kind.REPORT}
 
 
 @dataclass(frozen=True)
@@ -134,10 +144,10 @@ class InstanceInvoke(Invoke):
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to START, INVOKE and REGISTER. Made without arguments it denies, and its empty reason is in no closed set."""
+    """The answer to START, INVOKE and REGISTER. `detail` is for people."""
 
-    allowed: bool = field(default=False, metadata=BOOL)
-    reason: str = field(default="", metadata=TEXT)
+    allowed: bool = field(metadata=BOOL)
+    reason: str = field(metadata=REASON)
     call: str = field(default="", metadata=TEXT)
     invocation: str = field(default="", metadata=TEXT)
     token: str = field(default="", metadata=TEXT)
@@ -164,10 +174,32 @@ class InstanceEnd(End):
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Guard -> agent: one line for the verdict log, whose fields docs/reference/results.md lists."""
+class VerdictRecord:
+    """The guard's part of a line of the verdict log; the agent adds time_ms, seq, node, instance, app and function."""
 
-    record: Mapping[str, Any] = field(metadata=FREE)
+    mode: str = field(metadata=TEXT)
+    policy_version: int = field(metadata=INT)
+    call: str = field(metadata=TEXT)
+    invocation: str = field(metadata=TEXT)
+    kind: str = field(metadata=TEXT)
+    message: str = field(metadata=TEXT)
+    peer: str = field(metadata=TEXT)
+    allowed: bool = field(metadata=BOOL)
+    would_deny: bool = field(metadata=BOOL)
+    reason: str = field(metadata=REASON)
+    expected: Sequence[str] = field(metadata=TEXTS)
+    line: int = field(metadata=INT)
+    states: Sequence[int] = field(metadata=INTS)
+    judging: str = field(metadata=TEXT)
+    latency_us: int = field(metadata=INT)
+    event: str = field(default=EVENT_VERDICT, metadata=EVENT)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Guard -> agent: one line for the verdict log."""
+
+    record: VerdictRecord = field(metadata=RECORD)
 
 
 @dataclass(frozen=True)
@@ -233,16 +265,29 @@ class Status:
 
 
 @dataclass(frozen=True)
-class StatusAnswer:
-    """Controller -> client, with the id of its STATUS: `policies` app to version, and the counts `agents`, `calls`, `invocations`."""
+class StatusReport:
+    """What a controller holds: the version of each app's newest policy, and how many agents, calls and invocations."""
 
-    status: Mapping[str, Any] = field(metadata=FREE)
+    policies: Mapping[str, int] = field(metadata=VERSIONS)
+    agents: int = field(metadata=INT)
+    calls: int = field(metadata=INT)
+    invocations: int = field(metadata=INT)
+
+
+@dataclass(frozen=True)
+class StatusAnswer:
+    """Controller -> client, with the id of its STATUS."""
+
+    status: StatusReport = field(metadata=REPORT)
 
 
 Frame = (
     Hello | Welcome | Start | Invoke | Answer | End | Verdict | Policy | Lease | Names
     | AgentHello | ControllerWelcome | Register | Unregister | Status | StatusAnswer
 )  # fmt: skip
+
+# A shape with these fields is refused when all of them are empty: it would be a second spelling of the first shape.
+ORIGIN = ("instance", "app", "function")
 
 # Every shape that a type may have on the wire. No two shapes of one type have the same field names, so the names choose.
 SHAPES: Mapping[FrameType, tuple[type[Frame], ...]] = {
@@ -265,7 +310,7 @@ SHAPES: Mapping[FrameType, tuple[type[Frame], ...]] = {
 }
 
 
-def kinds_of(shape: type[Frame]) -> dict[str, Kind]:
+def kinds_of(shape: type[Frame | VerdictRecord | StatusReport]) -> dict[str, Kind]:
     """The fields of a shape in the order of the wire, which is that of their names."""
     return {each.name: each.metadata["kind"] for each in sorted(fields(shape), key=lambda each: each.name)}
 

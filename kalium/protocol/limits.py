@@ -6,13 +6,8 @@ PROTOCOL = 1  # in the prefix of each frame and in HELLO and AGENT_HELLO
 
 PREFIX_BYTES = 12
 FRAME_BYTES_MAX = 1024 * 1024  # of a payload: a signed policy fits, and one peer cannot ask for more memory than this
-DEPTH_MAX = 4  # containers in containers, the payload's own map included
-TEXT_BYTES_MAX = 512  # of a text field, in UTF-8, unless the field says otherwise
-RECORD_TEXT_BYTES_MAX = 4096  # of a text inside a free map: a verdict's message with room for more
-LIST_MAX = 64  # elements of a list field
-HOSTS_MAX = 256  # names of a NAMES or WELCOME frame; as many as a policy has peers
-APPS_MAX = 256  # apps in one CONTROLLER_WELCOME
-CONTAINER_ELEMENTS_MAX = 4096  # of any list or map at all, so that a small frame does not become a large object
+TEXT_BYTES_MAX = 512  # of any text, in UTF-8: they are names, ids and sentences
+ITEMS_MAX = 4096  # elements of any list or map: a function has at most so many states
 
 ENVELOPE_BYTES_MAX = FRAME_BYTES_MAX - 4096  # a signed policy; the room left is for the other fields of its frame
 

@@ -13,17 +13,19 @@ import json
 import struct
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import msgpack  # type: ignore[import-untyped]  # noqa: E402
+
 from kalium.protocol import frames  # noqa: E402  # the path has to be set first
 from kalium.protocol.codec import ERROR_CODES, encode  # noqa: E402
 from kalium.protocol.frames import SHAPES, FrameType  # noqa: E402
-from kalium.protocol.limits import FRAME_BYTES_MAX, INT_MAX, INT_MIN, LIST_MAX, TEXT_BYTES_MAX  # noqa: E402
+from kalium.protocol.limits import FRAME_BYTES_MAX, INT_MAX, INT_MIN, ITEMS_MAX, TEXT_BYTES_MAX  # noqa: E402
 
 FRAMES_JSON = Path(__file__).with_name("frames.json")
 
@@ -34,23 +36,23 @@ TOKEN = "a0a1a2a3a4a5a6a7a8a9aaabacadaeaf"
 CONTAINER = "5d1f" * 16
 ENVELOPE = b'{"format":"kalium-signed/v1"}'
 ORIGIN = {"instance": CONTAINER, "app": "hello-retail", "function": "product-photos-master"}
-RECORD = {
-    "mode": "enforce",
-    "policy_version": 7,
-    "call": CALL,
-    "invocation": INVOCATION,
-    "kind": "mysql",
-    "message": "mysql select read helloRetail.photoAssignmentTable",
-    "peer": "database",
-    "allowed": False,
-    "would_deny": False,
-    "reason": "out_of_order",
-    "expected": ["https GET images /image.jpg @line 14"],
-    "line": 16,
-    "states": [0, 2],
-    "judging": "",
-    "latency_us": 12,
-}
+RECORD = frames.VerdictRecord(
+    mode="enforce",
+    policy_version=7,
+    call=CALL,
+    invocation=INVOCATION,
+    kind="mysql",
+    message="mysql select read photoAssignmentTable",
+    peer="database",
+    allowed=False,
+    would_deny=False,
+    reason="out_of_order",
+    expected=["https GET images /image.jpg @line 14"],
+    line=16,
+    states=[0, 2],
+    judging="",
+    latency_us=12,
+)
 
 
 def good() -> Iterator[tuple[str, int, frames.Frame]]:
@@ -77,17 +79,13 @@ def good() -> Iterator[tuple[str, int, frames.Frame]]:
     yield "invoke_of_the_agent", 4, frames.InstanceInvoke(STEP, CALL, INVOCATION, "product-photos-4-success", 7, **ORIGIN)
     yield "answer_that_grants_a_start", 2, frames.Answer(True, "allowed", CALL, INVOCATION)
     yield "answer_that_grants_an_invoke", 4, frames.Answer(True, "allowed", CALL, INVOCATION, TOKEN)
-    yield (
-        "answer_that_denies",
-        4,
-        frames.Answer(False, "edge_not_allowed", expected=["product-photos-4-success"], detail="not the next function of this call"),
-    )
+    denial = frames.Answer(False, "edge_not_allowed", expected=["invoke product-photos-4-success @line 30"], detail="not the next one")
+    yield "answer_that_denies", 4, denial
     yield "end_of_the_guard", 0, frames.End(CALL, INVOCATION, "answered")
     yield "end_by_close", 0, frames.End(CALL, INVOCATION, "closed")
     yield "end_of_the_agent", 0, frames.InstanceEnd(CALL, INVOCATION, "timeout", **ORIGIN)
     yield "verdict", 0, frames.Verdict(RECORD)
-    yield "verdict_with_every_type", 0, frames.Verdict({"a": None, "b": True, "c": -1, "d": b"\x00\xff", "e": [], "f": {"g": ["h"]}})
-    yield "verdict_at_the_depth_limit", 0, frames.Verdict({"a": {"b": [1, 2]}})
+    yield "verdict_of_many_states", 0, frames.Verdict(replace(RECORD, states=list(range(300)), expected=[]))
     yield "policy", 0, frames.Policy("hello-retail", ENVELOPE)
     yield "lease", 0, frames.Lease(60_000)
     yield "names", 0, frames.Names({"database": ["10.137.0.1"], "gateway": []})
@@ -98,17 +96,17 @@ def good() -> Iterator[tuple[str, int, frames.Frame]]:
     yield "register", 5, frames.Register(CONTAINER, "hello-retail", "product-photos-master", "localhost/kalium/master:1")
     yield "unregister", 0, frames.Unregister(CONTAINER)
     yield "status", 6, frames.Status()
-    yield "status_answer", 6, frames.StatusAnswer({"policies": {"hello-retail": 7}, "agents": 1, "calls": 2, "invocations": 3})
+    yield "status_answer", 6, frames.StatusAnswer(frames.StatusReport({"hello-retail-strict": 1, "hello-retail": 7}, 1, 2, 3))
     for number in (0, 127, 128, 255, 256, 65_535, 65_536, 2**32 - 1, 2**32, INT_MAX):
         yield f"int_{number}", 0, frames.Lease(number)
     for number in (-1, -32, -33, -128, -129, -32_768, -32_769, -(2**31), -(2**31) - 1, INT_MIN):
-        yield f"int_minus_{-number}", 0, frames.Verdict({"n": number})
+        yield f"int_minus_{-number}", 0, frames.Lease(number)
     for size in (31, 32, 255, 256, TEXT_BYTES_MAX):
         yield f"text_of_{size}_bytes", 0, frames.Unregister("x" * size)
     for size in (0, 255, 256, 65_536):
         yield f"bin_of_{size}_bytes", 0, frames.Policy("a", b"\x5a" * size)
-    for size in (15, 16, LIST_MAX):
-        yield f"list_of_{size}", 9, frames.Answer(expected=["x"] * size)
+    for size in (15, 16, ITEMS_MAX):
+        yield f"list_of_{size}", 9, frames.Answer(False, "edge_not_allowed", expected=["x"] * size)
     yield "text_beyond_ascii", 0, frames.Unregister("Grüße, 世界 🔒")
     yield "text_of_512_bytes_beyond_ascii", 0, frames.Unregister("é" * (TEXT_BYTES_MAX // 2))
     yield "keys_rise_by_their_bytes", 0, frames.Names({"a": [], "Z": [], "é": [], "aa": [], "": []})
@@ -137,9 +135,23 @@ def lease(value: bytes, key: bytes = b"\xa8lease_ms") -> bytes:
     return framed(FrameType.LEASE, 0, raw_map((key, value)))
 
 
-def verdict(value: bytes) -> bytes:
-    """A VERDICT whose record is packed as it stands."""
-    return framed(FrameType.VERDICT, 0, raw_map((text("record"), value)))
+def names(value: bytes) -> bytes:
+    """A NAMES whose map is packed as it stands."""
+    return framed(FrameType.NAMES, 0, raw_map((text("names"), value)))
+
+
+def status_answer(**changed: bytes) -> bytes:
+    """A STATUS_ANSWER whose report has the fields `changed` or added."""
+    report = {"agents": b"\x01", "calls": b"\x02", "invocations": b"\x03", "policies": b"\x80", **changed}
+    return framed(FrameType.STATUS_ANSWER, 6, raw_map((text("status"), raw_map(*((text(name), report[name]) for name in sorted(report))))))
+
+
+def verdict(**changed: bytes) -> bytes:
+    """A VERDICT whose record has the fields `changed` or added."""
+    whole = encode(0, frames.Verdict(RECORD))[12:]
+    record = {**msgpack.unpackb(whole)["record"], **changed}
+    packed = b"".join(msgpack.packb(name) + (value if name in changed else msgpack.packb(value)) for name, value in sorted(record.items()))
+    return framed(FrameType.VERDICT, 0, b"\x81" + text("record") + b"\xde" + struct.pack(">H", len(record)) + packed)
 
 
 def refused() -> Iterator[tuple[str, str, bytes]]:
@@ -148,9 +160,8 @@ def refused() -> Iterator[tuple[str, str, bytes]]:
     app, policy = (text("app"), text("a")), (text("policy"), b"\xc4\x01x")
     bare_start = {"label": text(""), "step": text(STEP), "token": text(""), "version": b"\x07"}
 
-    def start(frame_id: int = 2, **changed: bytes | None) -> bytes:
-        values = {**bare_start, **changed}
-        return framed(FrameType.START, frame_id, raw_map(*((text(name), values[name]) for name in sorted(values) if values[name] is not None)))  # type: ignore[misc]
+    def start(frame_id: int = 2, **changed: bytes) -> bytes:
+        return framed(FrameType.START, frame_id, raw_map(*((text(name), value) for name, value in sorted({**bare_start, **changed}.items()))))
 
     yield "nothing_but_a_byte", "truncated", b"K"
     yield "prefix_of_11_bytes", "truncated", good_lease[:11]
@@ -181,22 +192,23 @@ def refused() -> Iterator[tuple[str, str, bytes]]:
     yield "payload_that_is_a_list", "wrong_type", framed(FrameType.STATUS, 1, b"\x90")
     yield "payload_that_is_nil", "wrong_type", framed(FrameType.STATUS, 1, b"\xc0")
     yield "keys_that_fall", "not_canonical", framed(FrameType.POLICY, 0, raw_map(policy, app))
-    yield "keys_that_fall_in_a_record", "not_canonical", verdict(raw_map((text("b"), b"\x01"), (text("a"), b"\x01")))
+    yield "keys_that_fall_in_an_inner_map", "not_canonical", names(raw_map((text("b"), b"\x90"), (text("a"), b"\x90")))
     yield "key_twice", "not_canonical", framed(FrameType.POLICY, 0, raw_map(app, app, policy))
-    yield "key_twice_in_a_record", "not_canonical", verdict(raw_map((text("a"), b"\x01"), (text("a"), b"\x01")))
+    yield "key_twice_in_an_inner_map", "not_canonical", names(raw_map((text("a"), b"\x90"), (text("a"), b"\x90")))
     yield "int_as_uint8_that_is_a_fixint", "not_canonical", lease(b"\xcc\x7f")
     yield "int_as_uint16_that_is_a_uint8", "not_canonical", lease(b"\xcd\x00\xff")
     yield "int_as_uint32_that_is_a_uint16", "not_canonical", lease(b"\xce\x00\x00\xff\xff")
     yield "int_as_uint64_that_is_a_uint32", "not_canonical", lease(b"\xcf\x00\x00\x00\x00\xff\xff\xff\xff")
     yield "int_as_int16_that_is_positive", "not_canonical", lease(b"\xd1\x01\x00")
-    yield "int_as_int8_that_is_a_negative_fixint", "not_canonical", verdict(raw_map((text("n"), b"\xd0\xff")))
+    yield "int_as_int8_that_is_a_negative_fixint", "not_canonical", lease(b"\xd0\xff")
     yield "text_as_str8_that_is_a_fixstr", "not_canonical", framed(FrameType.UNREGISTER, 0, b"\x81\xa8instance\xd9\x01x")
     yield "key_as_str8_that_is_a_fixstr", "not_canonical", lease(b"\x01", key=b"\xd9\x08lease_ms")
     yield "bin_as_bin16_that_is_a_bin8", "not_canonical", framed(FrameType.POLICY, 0, raw_map(app, (text("policy"), b"\xc5\x00\x01x")))
     yield "map_as_map16_that_is_a_fixmap", "not_canonical", framed(FrameType.LEASE, 0, b"\xde\x00\x01\xa8lease_ms\x01")
-    yield "list_as_array16_that_is_a_fixarray", "not_canonical", verdict(raw_map((text("l"), b"\xdc\x00\x01\x01")))
-    yield "nested_deeper_than_4", "too_deep", verdict(raw_map((text("a"), b"\x91\x91\x91\x01")))
-    yield "empty_list_at_depth_5", "too_deep", verdict(raw_map((text("a"), b"\x91\x91\x90")))
+    yield "list_as_array16_that_is_a_fixarray", "not_canonical", names(raw_map((text("a"), b"\xdc\x00\x00")))
+    yield "nested_deeper_than_4", "wrong_type", names(raw_map((text("a"), b"\x91\x91\x91\xa0")))
+    yield "nested_in_a_record", "wrong_type", verdict(states=b"\x91\x91\x01")
+    yield "nested_deeper_than_any_stack", "malformed", names(b"\x91" * 5_000 + b"\xc0")
     yield "unknown_field", "unknown_field", framed(FrameType.LEASE, 0, raw_map((b"\xa8lease_ms", b"\x01"), (text("more"), b"\x01")))
     yield "unknown_field_alone", "unknown_field", framed(FrameType.STATUS, 1, raw_map((text("all"), b"\xc3")))
     yield "field_in_another_case", "unknown_field", lease(b"\x01", key=b"\xa8Lease_ms")
@@ -207,21 +219,30 @@ def refused() -> Iterator[tuple[str, str, bytes]]:
     yield "text_that_is_nil", "wrong_type", start(token=b"\xc0")
     yield "int_that_is_a_bool", "wrong_type", lease(b"\xc3")
     yield "int_that_is_a_float", "wrong_type", lease(b"\xcb\x3f\xf0\x00\x00\x00\x00\x00\x00")
-    yield "float_in_a_record", "wrong_type", verdict(raw_map((text("f"), b"\xca\x3f\x80\x00\x00")))
-    yield "extension_in_a_record", "wrong_type", verdict(raw_map((text("x"), b"\xd4\x01\x00")))
-    yield "timestamp_in_a_record", "wrong_type", verdict(raw_map((text("t"), b"\xd6\xff\x00\x00\x00\x00")))
-    yield "record_that_is_a_list", "wrong_type", verdict(b"\x90")
-    yield "names_to_a_text", "wrong_type", framed(FrameType.NAMES, 0, raw_map((text("names"), raw_map((text("a"), text("10.0.0.1"))))))
-    yield "int_below_0", "out_of_range", lease(b"\xff")
+    yield "int_that_is_a_short_float", "wrong_type", lease(b"\xca\x3f\x80\x00\x00")
+    yield "int_that_is_an_extension", "wrong_type", lease(b"\xd4\x01\x00")
+    yield "int_that_is_a_timestamp", "wrong_type", lease(b"\xd6\xff\x00\x00\x00\x00")
+    yield "record_that_is_a_list", "wrong_type", framed(FrameType.VERDICT, 0, raw_map((text("record"), b"\x90")))
+    yield "names_to_a_text", "wrong_type", names(raw_map((text("a"), text("10.0.0.1"))))
+    yield "unknown_field_in_a_record", "unknown_field", verdict(sql=text("SELECT 1"))
+    yield "unknown_field_in_a_report", "unknown_field", status_answer(tokens=b"\x01")
+    yield "reason_of_its_own", "out_of_range", verdict(reason=text("because"))
+    yield "event_of_its_own", "out_of_range", verdict(event=text("answer"))
+    yield (
+        "no_reason",
+        "out_of_range",
+        framed(FrameType.ANSWER, 2, encode(2, frames.Answer(True, "allowed"))[12:].replace(b"\xa7allowed\xa5", b"\xa0\xa5")),
+    )
+    yield "start_with_an_empty_origin", "out_of_range", start(app=text(""), function=text(""), instance=text(""))
     yield "int_beyond_63_bits", "out_of_range", lease(b"\xcf\x80\x00\x00\x00\x00\x00\x00\x00")
-    yield "int_beyond_63_bits_in_a_record", "out_of_range", verdict(raw_map((text("n"), b"\xcf\x80\x00\x00\x00\x00\x00\x00\x00")))
+    yield "int_beyond_63_bits_in_a_report", "out_of_range", status_answer(calls=b"\xcf\xff\xff\xff\xff\xff\xff\xff\xff")
     yield "text_of_513_bytes", "out_of_range", framed(FrameType.UNREGISTER, 0, b"\x81\xa8instance\xda\x02\x01" + b"x" * 513)
     yield (
         "text_of_257_characters_in_514_bytes",
         "out_of_range",
         framed(FrameType.UNREGISTER, 0, b"\x81\xa8instance\xda\x02\x02" + "é".encode() * 257),
     )
-    yield "list_of_65", "out_of_range", framed(FrameType.NAMES, 0, raw_map((text("names"), raw_map((text("a"), b"\xdc\x00\x41" + b"\xa0" * 65)))))
+    yield "list_of_4097", "malformed", names(raw_map((text("a"), b"\xdc\x10\x01" + b"\xa0" * (ITEMS_MAX + 1))))
     yield "step_in_upper_case", "out_of_range", start(step=text(STEP.upper()))
     yield "step_of_15_digits", "out_of_range", start(step=text(STEP[:15]))
     yield "outcome_of_its_own", "out_of_range", framed(
@@ -233,6 +254,8 @@ def as_json(value: Any) -> Any:
     """JSON for a value of the wire; bytes, which JSON lacks, are {"$bin": base64}."""
     if isinstance(value, bytes):
         return {"$bin": base64.b64encode(value).decode()}
+    if is_dataclass(value):
+        return {each.name: as_json(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Mapping):
         return {key: as_json(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -253,7 +276,7 @@ def vectors() -> list[dict[str, Any]]:
             "hex": encode(frame_id, frame).hex(),
             "type": int(type_of(frame)),
             "id": frame_id,
-            "fields": {each.name: as_json(getattr(frame, each.name)) for each in fields(frame)},
+            "fields": as_json(frame),
         }
         for name, frame_id, frame in good()
     ]
