@@ -1,0 +1,355 @@
+"""Compiles a policy's source to the form that guards and controllers execute: same source, same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kalium.errors import KaliumError
+from kalium.policy import schema, source
+from kalium.policy.automaton import FORMAT, CompiledPolicy, Mode, Peer, Protocol, Symbol, fault_of_template
+from kalium.policy.cfg import Automaton, Behaviours, Cfg, Choice, Parallel, Repeat, Send, Sequence, TooManyStates
+from kalium.policy.envelope import canonical
+from kalium.policy.limits import (
+    COMPILED_BYTES_MAX,
+    DEADLINE_MS_DEFAULT,
+    EDGES_MAX,
+    INVOCATION_TIMEOUT_MS_DEFAULT,
+    MAX_BODY_DEFAULT,
+    STATES_MAX,
+    SYMBOLS_MAX,
+)
+from kalium.policy.message import Kind, Message
+from kalium.policy.source import Finding, Path, Source, SourceRefused, did_you_mean, error_at
+
+# What a verb's statements read and write, as the guard's classifier reports them (runtime/internal/wire/sql): the number of
+# tables written, and whether any may be read.
+_WRITES_NONE, _WRITES_ONE, _WRITES_SOME = "none", "exactly one", "at least one"
+TABLES_OF_VERB = {
+    "show-tables": (_WRITES_NONE, False),
+    "select": (_WRITES_NONE, True),
+    "insert": (_WRITES_ONE, True),
+    "replace": (_WRITES_ONE, True),
+    "update": (_WRITES_SOME, True),
+    "delete": (_WRITES_SOME, True),
+    "create-table": (_WRITES_ONE, False),
+    "begin": (_WRITES_NONE, False),
+    "commit": (_WRITES_NONE, False),
+    "rollback": (_WRITES_NONE, False),
+}
+_TRANSACTION_VERBS = ("begin", "commit", "rollback")
+
+
+@dataclass(frozen=True)
+class DraftFunction:
+    """A function's CFG as it was read, and the messages that it is over."""
+
+    name: str
+    line: int
+    cfg: Cfg
+    symbols: tuple[Symbol, ...]
+    max_body: int
+    invocation_timeout_ms: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A policy as it was read: every name resolved, nothing compiled."""
+
+    source: Source
+    app: str
+    version: int
+    mode: Mode
+    deadline_ms: int
+    peers: Mapping[str, Peer]
+    entries: tuple[str, ...]
+    functions: Mapping[str, DraftFunction]
+
+
+def compile_policy(data: bytes, where: str) -> bytes:
+    """The compiled form of the YAML `data`; `where` names it in errors. Raises KaliumError for the first thing that is wrong."""
+    draft, findings = read(data)
+    compiled = b""
+    if draft is not None and not findings:
+        compiled, findings = assemble(draft)
+    if findings:
+        raise first_error(findings, where)
+    return compiled
+
+
+def first_error(findings: list[Finding], where: str) -> KaliumError:
+    """The first of `findings` as the error of compiling `where`; it says how many follow."""
+    first = findings[0]
+    if len(findings) > 1:
+        more = f"; `kalium policy lint {where}` shows all {len(findings)} errors"
+        first = replace(first, next_step=first.next_step + more)
+    return first.error(f"cannot compile {where}")
+
+
+def read(data: bytes) -> tuple[Draft | None, list[Finding]]:
+    """The policy in `data`, or None and the errors, in the order of lines."""
+    try:
+        text = source.read(data)
+    except SourceRefused as refused:
+        return None, [refused.finding]
+    findings = schema.findings(text)
+    if findings:
+        return None, findings  # of another shape, nothing in it can be relied on
+    reader = _PolicyReader(text)
+    draft = reader.draft()
+    if reader.findings:
+        return None, sorted(reader.findings, key=lambda finding: finding.line)
+    return draft, []
+
+
+class _PolicyReader:
+    """Resolves the names of a policy that has the right shape. Errors gather in `findings`; reading goes on after each."""
+
+    def __init__(self, text: Source) -> None:
+        self.source = text
+        self.document: Mapping[str, Any] = text.document
+        self.findings: list[Finding] = []
+        self.peers: dict[str, Peer] = {}
+
+    def refuse(self, code: str, path: Path, found: str, next_step: str) -> None:
+        self.findings.append(error_at(code, self.source.line(path), found, next_step))
+
+    def draft(self) -> Draft:
+        document = self.document
+        self.read_peers()
+        functions = {}
+        for name, description in document["functions"].items():
+            path: Path = ("functions", name)
+            reader = _FunctionReader(self)
+            cfg = reader.steps(description["messages"], (*path, "messages"))
+            if len(reader.symbols) > SYMBOLS_MAX:
+                self.refuse(
+                    "policy.too_large", path, f"function {name} has {len(reader.symbols)} messages, at most {SYMBOLS_MAX}", "split the function"
+                )
+            functions[name] = DraftFunction(
+                name, self.source.line(path), cfg, tuple(reader.symbols), description.get("max_body", MAX_BODY_DEFAULT),
+                description.get("invocation_timeout_ms", INVOCATION_TIMEOUT_MS_DEFAULT),
+            )  # fmt: skip
+        for index, name in enumerate(document["entries"]):
+            self.check_function(name, ("entries", index))
+        deadline_ms = document.get("on_unavailable", {}).get("deadline_ms", DEADLINE_MS_DEFAULT)
+        entries = tuple(sorted(document["entries"]))
+        return Draft(self.source, document["app"], document["version"], Mode(document["mode"]), deadline_ms, self.peers, entries, functions)
+
+    def read_peers(self) -> None:
+        addresses: dict[tuple[str, int], str] = {}
+        for name, description in self.document["peers"].items():
+            path: Path = ("peers", name)
+            protocol = Protocol(description["protocol"])
+            is_gateway = "role" in description
+            if is_gateway and protocol is not Protocol.HTTP:
+                self.refuse("policy.peer", (*path, "role"), f"gateway {name} has protocol {protocol.value}", "write `protocol: http`")
+            if protocol is Protocol.MYSQL and "schema" not in description:
+                self.refuse("policy.peer", path, f"mysql peer {name} has no schema", "add `schema:`, the database that functions connect to")
+            if protocol is not Protocol.MYSQL and "schema" in description:
+                self.refuse("policy.peer", (*path, "schema"), f"{protocol.value} peer {name} has a schema", "delete it: only mysql peers have one")
+            address = description["host"], description["port"]
+            if address in addresses:
+                other = addresses[address]
+                self.refuse("policy.peer", path, f"peer {name} is at the same host and port as {other}", "keep one: a connection belongs to one peer")
+            addresses[address] = name
+            self.peers[name] = Peer(name, description["host"], description["port"], protocol, is_gateway, description.get("schema", ""))
+
+    def check_function(self, name: str, path: Path) -> None:
+        known = self.document["functions"]
+        if name not in known:
+            step = f"{did_you_mean(name, list(known))}, or add {name} under functions"
+            self.refuse("policy.unknown_function", path, f"{name} is not a function of this policy", step)
+
+
+class _FunctionReader:
+    """Reads one function's steps; each message on a line of its own becomes a symbol, in the order of the text."""
+
+    def __init__(self, policy: _PolicyReader) -> None:
+        self._policy = policy
+        self._in_transaction = False
+        self.symbols: dict[Symbol, int] = {}
+
+    def steps(self, items: list[Any], path: Path) -> Cfg:
+        return Sequence(tuple(self._step(item, (*path, index)) for index, item in enumerate(items)))
+
+    def _branch(self, value: Any, path: Path) -> Cfg:
+        return self.steps(value, path) if isinstance(value, list) else self._step(value, path)
+
+    def _branches(self, values: list[Any], path: Path) -> tuple[Cfg, ...]:
+        return tuple(self._branch(value, (*path, index)) for index, value in enumerate(values))
+
+    def _step(self, step: Mapping[str, Any], path: Path) -> Cfg:
+        readers: Mapping[str, Callable[[Mapping[str, Any], Path], Cfg]] = {
+            "http": self._request,
+            "https": self._request,
+            "invoke": self._invoke,
+            "mysql": self._mysql,
+            "sequence": lambda step, path: self.steps(step["sequence"], (*path, "sequence")),
+            "parallel": lambda step, path: Parallel(self._branches(step["parallel"], (*path, "parallel")), self._line(path, "parallel")),
+            "choice": lambda step, path: Choice(self._branches(step["choice"], (*path, "choice"))),
+            "optional": lambda step, path: Repeat(self._branch(step["optional"], (*path, "optional")), 0, 1),
+            "repeat": self._repeat,
+            "transaction": self._transaction,
+        }
+        (kind,) = readers.keys() & step.keys()
+        return readers[kind](step, path)
+
+    def _line(self, path: Path, kind: str) -> int:
+        """The line of the key that says what the step is; in a branch of its own that is not the branch's line."""
+        return self._policy.source.line((*path, kind))
+
+    def _send(self, path: Path, kind: str, message: Message) -> Cfg:
+        symbol = Symbol(
+            message.kind, message.peer, message.method, message.path, message.query, message.callee, message.verb, message.read, message.write,
+            line=self._line(path, kind), text=message.text(),
+        )  # fmt: skip
+        return Send(self.symbols.setdefault(symbol, len(self.symbols)))
+
+    def _peer(self, step: Mapping[str, Any], path: Path, wanted: str, fits: Callable[[Peer], bool]) -> str:
+        """The peer that the step names, or the only one that fits. `wanted` describes those that do."""
+        peers = self._policy.peers
+        fitting = [name for name, peer in peers.items() if fits(peer)]
+        name: str | None = step.get("peer")
+        if name is None:
+            if len(fitting) == 1:
+                return fitting[0]
+            found = f"{len(fitting)} peers are {wanted}: {', '.join(fitting)}" if fitting else f"no peer is {wanted}"
+            self._policy.refuse("policy.unknown_peer", path, found, "say which with `peer:`" if fitting else "add it under peers")
+        elif name not in peers:
+            step_next = f"{did_you_mean(name, list(peers))}, or add {name} under peers"
+            self._policy.refuse("policy.unknown_peer", (*path, "peer"), f"peer {name} is not listed", step_next)
+        elif name not in fitting:
+            self._policy.refuse("policy.wrong_peer", (*path, "peer"), f"peer {name} is not {wanted}", did_you_mean(name, fitting))
+        return name or ""
+
+    def _request(self, step: Mapping[str, Any], path: Path) -> Cfg:
+        kind = Kind.HTTP if "http" in step else Kind.HTTPS
+        wanted = f"one with protocol {kind.value}" + (" and without a role" if kind is Kind.HTTP else "")
+        peer = self._peer(step, path, wanted, lambda peer: peer.protocol.value == kind.value and not peer.gateway)
+        if fault := fault_of_template(step["path"]):
+            self._policy.refuse("policy.path", (*path, "path"), f'path "{step["path"]}": {fault}', "write the path as it goes over the wire")
+        return self._send(path, kind.value, Message(kind, peer, step[kind.value], step["path"], tuple(sorted(step.get("query", ())))))
+
+    def _invoke(self, step: Mapping[str, Any], path: Path) -> Cfg:
+        self._policy.check_function(step["invoke"], (*path, "invoke"))
+        peer = self._peer(step, path, "a gateway", lambda peer: peer.gateway)
+        return self._send(path, "invoke", Message(Kind.INVOKE, peer, callee=step["invoke"]))
+
+    def _mysql_peer(self, step: Mapping[str, Any], path: Path) -> str:
+        return self._peer(step, path, "one with protocol mysql", lambda peer: peer.protocol is Protocol.MYSQL)
+
+    def _mysql(self, step: Mapping[str, Any], path: Path) -> Cfg:
+        verb, read, write = step["mysql"], tuple(sorted(step.get("read", ()))), tuple(sorted(step.get("write", ())))
+        peer = self._mysql_peer(step, path)
+        written, may_read = TABLES_OF_VERB[verb]
+        counts = {_WRITES_NONE: len(write) == 0, _WRITES_ONE: len(write) == 1, _WRITES_SOME: len(write) > 0}
+        if not counts[written]:
+            found = f"{verb} writes {', '.join(write) or 'no table'}; it writes {written}"
+            self._policy.refuse("policy.statement", path, found, "list under `write` what the statement changes: no statement matches this line")
+        if read and not may_read:
+            self._policy.refuse(
+                "policy.statement", path, f"{verb} reads {', '.join(read)}; it reads none", "delete `read`: no statement matches this line"
+            )
+        own_schema = f"{self._policy.peers[peer].schema}." if peer in self._policy.peers else None
+        for table in (*read, *write):
+            if own_schema and table.startswith(own_schema):
+                step_next = f'write "{table.removeprefix(own_schema)}": the guard reports it without its schema'
+                self._policy.refuse("policy.statement", path, f"table {table} names the peer's own schema", step_next)
+        if self._in_transaction and verb in _TRANSACTION_VERBS:
+            self._policy.refuse("policy.transaction", path, f"{verb} inside a transaction", "delete it: the transaction begins and commits by itself")
+        return self._send(path, "mysql", Message(Kind.MYSQL, peer, verb=verb, read=read, write=write))
+
+    def _repeat(self, step: Mapping[str, Any], path: Path) -> Cfg:
+        low, high = step.get("at_least", 0), step["at_most"]
+        if low > high:
+            self._policy.refuse("policy.value", (*path, "at_least"), f"at_least {low} is more than at_most {high}", "exchange them")
+        return Repeat(self._branch(step["repeat"], (*path, "repeat")), low, high, self._line(path, "repeat"))
+
+    def _transaction(self, step: Mapping[str, Any], path: Path) -> Cfg:
+        if self._in_transaction:
+            self._policy.refuse("policy.transaction", path, "a transaction inside a transaction", "end the outer one before it: MySQL does the same")
+        peer = self._mysql_peer(step, path)
+        begin = self._send(path, "transaction", Message(Kind.MYSQL, peer, verb="begin"))
+        self._in_transaction, outside = True, self._in_transaction
+        body = self._branch(step["transaction"], (*path, "transaction"))
+        self._in_transaction = outside
+        return Sequence((begin, body, self._send(path, "transaction", Message(Kind.MYSQL, peer, verb="commit"))))
+
+
+def assemble(draft: Draft) -> tuple[bytes, list[Finding]]:
+    """The compiled form of `draft`, or the errors of functions that are too large for an executor."""
+    findings: list[Finding] = []
+    functions: dict[str, Any] = {}
+    app_cfg: dict[str, Any] = {}
+    for name, function in draft.functions.items():
+        try:
+            automaton, invocations, callees = automata(function)
+        except TooManyStates as error:
+            findings.append(_too_large(error.line or function.line, f"function {name} has {error}"))
+            continue
+        if max(len(automaton.edges), len(invocations.edges)) > EDGES_MAX:
+            findings.append(_too_large(function.line, f"function {name} has {len(automaton.edges)} transitions, at most {EDGES_MAX}"))
+            continue
+        functions[name] = {
+            "symbols": [_symbol(symbol) for symbol in function.symbols],
+            "states": automaton.states,
+            "start": [0],
+            "accept": list(automaton.accept),
+            "edges": [list(edge) for edge in automaton.edges],
+            "max_body": function.max_body,
+            "invocation_timeout_ms": function.invocation_timeout_ms,
+        }
+        edges = [[state, callees[callee], target] for state, callee, target in invocations.edges]
+        app_cfg[name] = {"states": invocations.states, "start": [0], "edges": edges}
+    if findings:
+        return b"", sorted(findings, key=lambda finding: finding.line)
+    compiled = canonical(
+        {
+            "format": FORMAT,
+            "app": draft.app,
+            "version": draft.version,
+            "mode": draft.mode.value,
+            "source_sha256": draft.source.sha256,
+            "on_unavailable": {"app_edge": "deny", "deadline_ms": draft.deadline_ms},
+            "peers": {name: _peer(peer) for name, peer in draft.peers.items()},
+            "entries": list(draft.entries),
+            "functions": functions,
+            "app_cfg": app_cfg,
+        }
+    )
+    if len(compiled) > COMPILED_BYTES_MAX:
+        return b"", [_too_large(0, f"the compiled policy has {len(compiled)} bytes, at most {COMPILED_BYTES_MAX}")]
+    CompiledPolicy.parse(compiled)  # what an executor would refuse is our mistake, and must not be written
+    return compiled, []
+
+
+def automata(function: DraftFunction) -> tuple[Automaton, Automaton, list[str]]:
+    """The function's automaton, its projection on invocations, and the callees that number the projection's symbols."""
+    behaviours, invocations = Behaviours(), Behaviours()
+    start = behaviours.build(function.cfg, Behaviours.END)
+    callees = sorted({symbol.callee for symbol in function.symbols if symbol.kind is Kind.INVOKE})
+    label = {number: callees.index(symbol.callee) for number, symbol in enumerate(function.symbols) if symbol.kind is Kind.INVOKE}
+    projected = behaviours.project(start, label, invocations)
+    return behaviours.numbered(start), invocations.numbered(projected), callees
+
+
+def _too_large(line: int, found: str) -> Finding:
+    step = f"lower a bound, or let fewer parts run in parallel: an executor holds {STATES_MAX} states and {EDGES_MAX} transitions a function"
+    return error_at("policy.too_large", line, found, step)
+
+
+def _peer(peer: Peer) -> dict[str, Any]:
+    role = {"role": "gateway"} if peer.gateway else {}
+    tables = {"schema": peer.schema} if peer.protocol is Protocol.MYSQL else {}
+    return {"host": peer.host, "port": peer.port, "protocol": peer.protocol.value, **role, **tables}
+
+
+def _symbol(symbol: Symbol) -> dict[str, Any]:
+    common = {"kind": symbol.kind.value, "peer": symbol.peer, "line": symbol.line, "text": symbol.text}
+    if symbol.kind is Kind.INVOKE:
+        return common | {"callee": symbol.callee}
+    if symbol.kind is Kind.MYSQL:
+        return common | {"verb": symbol.verb, "read": list(symbol.read), "write": list(symbol.write)}
+    return common | {"method": symbol.method, "path": symbol.path, "query": list(symbol.query)}
