@@ -19,6 +19,7 @@ STEP_HEX = 16
 TOKEN_HEX = 32
 CALL_HEX = 32
 
+QUESTIONS_MAX = 4096  # open ones of one connection; beyond it the connection is closed, it does not queue
 HELLO_TIMEOUT_MS = 10_000  # a connection that has not said who it is by then is closed
 LEASE_MS = 60_000  # what one LEASE is worth
 LEASE_EVERY_MS = 20_000
