@@ -50,7 +50,7 @@ def parser_for(noun: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kalium {__version__}")
     if noun is not None:
-        subparsers = parser.add_subparsers(metavar="NOUN", required=True, help=argparse.SUPPRESS)
+        subparsers = parser.add_subparsers(prog="kalium", metavar="NOUN", required=True, help=argparse.SUPPRESS)
         module_of(noun).register(subparsers)
     return parser
 

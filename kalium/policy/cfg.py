@@ -23,7 +23,7 @@ class Send:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Steps:
     """One after the other; of nothing: the empty sequence."""
 
     parts: tuple[Cfg, ...]
@@ -54,7 +54,16 @@ class Repeat:
     line: int = 0
 
 
-Cfg = Send | Sequence | Choice | Parallel | Repeat
+Cfg = Send | Steps | Choice | Parallel | Repeat
+
+
+def parts_of(cfg: Cfg) -> tuple[Cfg, ...]:
+    """The CFGs directly inside `cfg`."""
+    if isinstance(cfg, Send):
+        return ()
+    if isinstance(cfg, Repeat):
+        return (cfg.body,)
+    return cfg.parts if isinstance(cfg, Steps) else cfg.branches
 
 
 class TooManyStates(Exception):
@@ -103,7 +112,7 @@ class Behaviours:
         """The state from which `cfg` may happen and then what may happen from `after`."""
         if isinstance(cfg, Send):
             return self.state(False, [(cfg.symbol, after)])
-        if isinstance(cfg, Sequence):
+        if isinstance(cfg, Steps):
             for part in reversed(cfg.parts):
                 after = self.build(part, after)
             return after

@@ -9,7 +9,7 @@ from typing import Any
 from kalium.errors import KaliumError
 from kalium.policy import schema, source
 from kalium.policy.automaton import FORMAT, CompiledPolicy, Mode, Peer, Protocol, Symbol, fault_of_template
-from kalium.policy.cfg import Automaton, Behaviours, Cfg, Choice, Parallel, Repeat, Send, Sequence, TooManyStates
+from kalium.policy.cfg import Automaton, Behaviours, Cfg, Choice, Parallel, Repeat, Send, Steps, TooManyStates
 from kalium.policy.envelope import canonical
 from kalium.policy.limits import (
     COMPILED_BYTES_MAX,
@@ -172,7 +172,7 @@ class _FunctionReader:
         self.symbols: dict[Symbol, int] = {}
 
     def steps(self, items: list[Any], path: Path) -> Cfg:
-        return Sequence(tuple(self._step(item, (*path, index)) for index, item in enumerate(items)))
+        return Steps(tuple(self._step(item, (*path, index)) for index, item in enumerate(items)))
 
     def _branch(self, value: Any, path: Path) -> Cfg:
         return self.steps(value, path) if isinstance(value, list) else self._step(value, path)
@@ -275,7 +275,7 @@ class _FunctionReader:
         self._in_transaction, outside = True, self._in_transaction
         body = self._branch(step["transaction"], (*path, "transaction"))
         self._in_transaction = outside
-        return Sequence((begin, body, self._send(path, "transaction", Message(Kind.MYSQL, peer, verb="commit"))))
+        return Steps((begin, body, self._send(path, "transaction", Message(Kind.MYSQL, peer, verb="commit"))))
 
 
 def assemble(draft: Draft) -> tuple[bytes, list[Finding]]:

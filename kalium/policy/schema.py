@@ -187,10 +187,10 @@ def published() -> str:
     return json.dumps(SCHEMA, indent=2) + "\n"
 
 
-def findings(source: Source) -> list[Finding]:
-    """What violates the schema, in the order of lines."""
+def findings(source: Source, validator: jsonschema.Draft202012Validator = _VALIDATOR) -> list[Finding]:
+    """What violates the schema of policies, or another one that is written with the same keywords, in the order of lines."""
     # A step that is no mapping violates its type; that it is no known kind of mapping says nothing more.
-    errors = [error for error in _VALIDATOR.iter_errors(source.document) if error.validator != "oneOf" or isinstance(error.instance, dict)]
+    errors = [error for error in validator.iter_errors(source.document) if error.validator != "oneOf" or isinstance(error.instance, dict)]
     # A step of no known kind, or of two, says so once; what its parts violate beside that would only confuse.
     unknown = [_path(error) for error in errors if error.validator == "oneOf"]
     kept = [error for error in errors if error.validator == "oneOf" or not any(_path(error)[: len(path)] == path for path in unknown)]
@@ -283,7 +283,7 @@ def _described(key: str, schema: Mapping[str, Any]) -> str:
     entry = schema["properties"][key]
     if "$ref" in entry:
         entry = SCHEMA["$defs"][entry["$ref"].rsplit("/", 1)[1]]
-    return str(entry.get("description", "see `kalium policy schema`"))
+    return str(entry.get("description", _HINT))
 
 
 def _quoted(value: Any) -> str:

@@ -1,0 +1,159 @@
+"""Looks for what compiles and may not be meant: peers nobody uses, functions nothing starts, lines wider than they look."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from kalium.policy import compile as compiler
+from kalium.policy.automaton import CompiledPolicy, Mode, Symbol, is_placeholder
+from kalium.policy.cfg import Cfg, Choice, Repeat, Send, parts_of
+from kalium.policy.compile import Draft
+from kalium.policy.limits import MAX_BODY_DEFAULT
+from kalium.policy.message import Kind
+from kalium.policy.source import Finding, Severity
+
+Node = TypeVar("Node", bound=Hashable)
+
+
+def lint(data: bytes) -> list[Finding]:
+    """Everything that is to say about the YAML `data`, errors of the compiler included, in the order of lines."""
+    draft, findings = compiler.read(data)
+    if draft is None:
+        return findings
+    compiled, too_large = compiler.assemble(draft)
+    findings = [*too_large, *_of_draft(draft)]
+    if compiled:
+        findings += lint_compiled(CompiledPolicy.parse(compiled))
+    return sorted(findings, key=lambda finding: (finding.line, -finding.severity, finding.code, finding.found))
+
+
+def lint_compiled(policy: CompiledPolicy) -> list[Finding]:
+    """What can be said of the compiled form alone: parts that no sequence of messages reaches.
+
+    The compiler makes none of them; a policy from another hand may have some.
+    """
+    return [finding for name in sorted(policy.functions) for finding in _unreachable(policy, name)]
+
+
+def _finding(severity: Severity, code: str, line: int, found: str, next_step: str) -> Finding:
+    return Finding(severity, f"policy.{code}", line, found, next_step)
+
+
+def _of_draft(draft: Draft) -> Iterator[Finding]:
+    lines = draft.source
+    if not draft.entries:
+        yield _finding(
+            Severity.ERROR, "no_entries", lines.line(("entries",)), "no function is an entry, so nothing can be started", "list one in entries"
+        )
+    if draft.mode is not Mode.ENFORCE:
+        yield _finding(
+            Severity.NOTE, "mode", lines.line(("mode",)), f"mode {draft.mode.value} refuses no message", "sign `mode: enforce` when the log is clean"
+        )
+    used = {symbol.peer for function in draft.functions.values() for symbol in function.symbols}
+    for name in draft.peers:
+        if name not in used:
+            found = f"peer {name} is in no message, and functions may still connect to it"
+            yield _finding(Severity.WARNING, "unused_peer", lines.line(("peers", name)), found, "delete it")
+    yield from _starts(draft)
+    for name, function in draft.functions.items():
+        path = ("functions", name)
+        if function.max_body > MAX_BODY_DEFAULT:
+            found = f"{name} may send bodies of {function.max_body} bytes, by default {MAX_BODY_DEFAULT}"
+            yield _finding(Severity.WARNING, "raised_max_body", lines.line((*path, "max_body")), found, "lower it to what the function needs")
+        for symbol in function.symbols:
+            yield from _of_symbol(symbol)
+        yield from _redundant(function.cfg, function.symbols)
+
+
+def _starts(draft: Draft) -> Iterator[Finding]:
+    """Functions that nothing starts, and functions that start each other without end."""
+    invokes = {
+        name: sorted({symbol.callee for symbol in function.symbols if symbol.kind is Kind.INVOKE}) for name, function in draft.functions.items()
+    }
+    started = _reachable(draft.entries, invokes)
+    for name, function in draft.functions.items():
+        if name not in started and draft.entries:
+            found = f"{name} is no entry and no function that can be started invokes it"
+            yield _finding(Severity.WARNING, "never_started", function.line, found, "list it in entries, add the invocation, or delete it")
+        if name in _reachable(invokes[name], invokes):
+            found = f"{name} can be invoked by what it invokes, so one call has no bound"
+            yield _finding(Severity.WARNING, "recursion", function.line, found, "break the circle, if it is not meant")
+
+
+def _reachable(starts: Iterable[Node], edges: Mapping[Node, Iterable[Node]]) -> set[Node]:
+    found = set(starts)
+    waiting = list(found)
+    while waiting:
+        fresh = set(edges[waiting.pop()]) - found
+        found |= fresh
+        waiting.extend(fresh)
+    return found
+
+
+def _of_symbol(symbol: Symbol) -> Iterator[Finding]:
+    """Lines that stand for more messages than they name."""
+    if symbol.kind is Kind.HTTPS:
+        found = f"{symbol.text}: while TLS is judged by its connection, method and path are not seen"
+        yield _finding(Severity.NOTE, "https_by_connection", symbol.line, found, "count it as any one request to that host")
+    if any(is_placeholder(segment) for segment in symbol.path.split("/")):
+        found = f"{symbol.text}: the placeholder stands for any one segment"
+        yield _finding(Severity.NOTE, "wildcard", symbol.line, found, "write the segment out, if there are few")
+    if "*" in symbol.path:
+        found = f"{symbol.text}: * is an ordinary character of a path"
+        yield _finding(Severity.WARNING, "literal_star", symbol.line, found, "write {name} for any one segment")
+    if symbol.query:
+        found = f"{symbol.text}: each key may be there or not, with any value"
+        yield _finding(Severity.NOTE, "query", symbol.line, found, "list only the keys that the function needs")
+
+
+def _redundant(cfg: Cfg, symbols: Sequence[Symbol]) -> Iterator[Finding]:
+    """Branches of a choice that an earlier branch already is, lines aside."""
+    if isinstance(cfg, Choice):
+        lines: dict[Hashable, int] = {}
+        for branch in cfg.branches:
+            shape, line = _shape(branch, symbols), min(_lines(branch, symbols))
+            if shape in lines:
+                found = f"this branch of a choice is the one of line {lines[shape]} again"
+                yield _finding(Severity.WARNING, "redundant_branch", line, found, "delete one of them")
+            lines.setdefault(shape, line)
+    for part in parts_of(cfg):
+        yield from _redundant(part, symbols)
+
+
+def _shape(cfg: Cfg, symbols: Sequence[Symbol]) -> Hashable:
+    """The CFG with its messages in the place of their numbers, equal for equal ones on different lines."""
+    if isinstance(cfg, Send):
+        return replace(symbols[cfg.symbol], line=0)
+    bounds = (cfg.low, cfg.high) if isinstance(cfg, Repeat) else ()
+    return type(cfg).__name__, bounds, *(_shape(part, symbols) for part in parts_of(cfg))
+
+
+def _lines(cfg: Cfg, symbols: Sequence[Symbol]) -> Iterator[int]:
+    if isinstance(cfg, Send):
+        yield symbols[cfg.symbol].line
+    for part in parts_of(cfg):
+        yield from _lines(part, symbols)
+
+
+def _unreachable(policy: CompiledPolicy, name: str) -> Iterator[Finding]:
+    function = policy.functions[name]
+    forward: dict[int, set[int]] = {state: set() for state in range(function.states)}
+    backward: dict[int, set[int]] = {state: set() for state in range(function.states)}
+    for source, _, target in function.edges:
+        forward[source].add(target)
+        backward[target].add(source)
+    reached, ending = _reachable(function.start, forward), _reachable(function.accept, backward)
+    for state in range(function.states):
+        if state not in reached:
+            found = f"function {name}: state {state} is never reached"
+            yield _finding(Severity.ERROR, "unreachable_state", 0, found, "compile the policy again from its source")
+        elif state not in ending:
+            found = f"function {name}: from state {state} no invocation can end as the policy wants"
+            yield _finding(Severity.WARNING, "dead_state", 0, found, "compile the policy again from its source")
+    sent = {symbol for source, symbol, _ in function.edges if source in reached}
+    for number, symbol in enumerate(function.symbols):
+        if number not in sent:
+            found = f"function {name}: {symbol.text} is never reached"
+            yield _finding(Severity.ERROR, "unreachable_message", symbol.line, found, "delete it, or compile the policy again from its source")
