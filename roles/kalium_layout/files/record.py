@@ -31,7 +31,9 @@ def load(path):
     except FileNotFoundError:
         return {"schema": SCHEMA, **{kind: [] for kind in KINDS}}
     except ValueError as error:
-        fail("installed.unreadable", "cannot read " + path, str(error), "restore the file from a backup: without it a reset does not know what is ours")
+        fail(
+            "installed.unreadable", "cannot read " + path, str(error), "restore the file from a backup: without it a reset does not know what is ours"
+        )
     if record.get("schema") != SCHEMA:
         fail("installed.schema", "cannot read " + path, "schema is %r" % record.get("schema"), "reset with the version of Kalium that wrote it")
     return record
@@ -56,7 +58,12 @@ def packages_brought_by(names):
     simulate = ["apt-get", "--simulate", "--quiet", "--no-install-recommends", "install", *names]
     done = subprocess.run(simulate, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, env=dict(os.environ, LC_ALL="C"))
     if done.returncode != 0:
-        fail("packages.unavailable", "cannot install " + " ".join(names), done.stderr.strip() or "apt-get says no", "check the machine's package sources")
+        fail(
+            "packages.unavailable",
+            "cannot install " + " ".join(names),
+            done.stderr.strip() or "apt-get says no",
+            "check the machine's package sources",
+        )
     lines = [line.split() for line in done.stdout.splitlines()]
     removed = [words[1] for words in lines if words[:1] == ["Remv"]]
     if removed:

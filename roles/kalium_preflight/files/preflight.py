@@ -22,6 +22,8 @@ COMMAND_SECONDS_MAX = 60
 
 
 class Report:
+    """What was found so far."""
+
     def __init__(self):
         self.problems = []
         self.notes = []
@@ -37,7 +39,10 @@ def numbers(version):
 def check_machine(spec, report, release=platform.release, machine=platform.machine):
     if numbers(release()) < numbers(spec["kernel_minimum"]):
         report.problem(
-            "kernel", "run gVisor on kernel " + release(), "it needs Linux %s or newer" % spec["kernel_minimum"], "boot a newer kernel of the distribution"
+            "kernel",
+            "run gVisor on kernel " + release(),
+            "it needs Linux %s or newer" % spec["kernel_minimum"],
+            "boot a newer kernel of the distribution",
         )
     if machine() != "x86_64":
         report.problem("architecture", "build for " + machine(), "only x86_64 is supported", "use an x86-64 machine")
@@ -58,25 +63,36 @@ def check_distribution(spec, report, read=os_release, python=sys.version_info):
         report.problem("distribution", "set up %s %s" % (name, version), "the packages of %s are known" % offered, "use one of these")
     if spec["needs_python"] and list(python[:2]) < numbers(spec["python_minimum"]):
         report.problem(
-            "python", "run the services on Python %d.%d" % tuple(python[:2]), "they need Python %s" % spec["python_minimum"], "use a newer release of the distribution"
+            "python",
+            "run the services on Python %d.%d" % tuple(python[:2]),
+            "they need Python %s" % spec["python_minimum"],
+            "use a newer release of the distribution",
         )
 
 
 def check_space(spec, report, statvfs=os.statvfs, meminfo="/proc/meminfo"):
     # A site that stands already has most of it on disk.
     needed = float(spec["disk_gib_again" if os.path.exists(spec["installed"]) else "disk_gib"])
-    for path in spec["disk_paths"]:
+    for wanted in spec["disk_paths"]:
+        path = wanted
         while not os.path.isdir(path):
             path = os.path.dirname(path)
         stat = statvfs(path)
         free = stat.f_bavail * stat.f_frsize / GIB
         if free < needed:
-            report.problem("disk", "install below " + path, "%.1f GiB are free, %g GiB are needed" % (free, needed), "free some space there, or mount a larger disk")
+            report.problem(
+                "disk",
+                "install below " + path,
+                "%.1f GiB are free, %g GiB are needed" % (free, needed),
+                "free some space there, or mount a larger disk",
+            )
             break
     with open(meminfo) as file:
         total = next(int(line.split()[1]) * 1024 / GIB for line in file if line.startswith("MemTotal:"))
     if total < float(spec["memory_gib"]):
-        report.problem("memory", "run on %.1f GiB of memory" % total, "%g GiB are needed" % float(spec["memory_gib"]), "use a machine with more memory")
+        report.problem(
+            "memory", "run on %.1f GiB of memory" % total, "%g GiB are needed" % float(spec["memory_gib"]), "use a machine with more memory"
+        )
 
 
 def sockets(protocol, proc="/proc"):
@@ -177,7 +193,12 @@ def check_network(spec, report, routes="/proc/net/route"):
 
 def run(command):
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=COMMAND_SECONDS_MAX, env=dict(os.environ, LC_ALL="C")
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+        timeout=COMMAND_SECONDS_MAX,
+        env=dict(os.environ, LC_ALL="C"),
     )
     return done.returncode, done.stdout
 
@@ -191,7 +212,7 @@ def packages_here(spec, release):
 def check_packages(spec, report, ask=run, read=os_release):
     """Installing ours must not remove what is there. Without package lists this is asked again when they are there."""
     packages = packages_here(spec, read())
-    code, text = ask(["apt-get", "--simulate", "--quiet", "--no-install-recommends", "install"] + packages)
+    code, text = ask(["apt-get", "--simulate", "--quiet", "--no-install-recommends", "install", *packages])
     if code != 0:
         report.notes.append("the package lists do not know all of our packages yet: they are read anew, and a conflict is found then")
         return

@@ -41,7 +41,8 @@ def run(command):
     if done.returncode != 0:
         tail = "\n".join(done.stdout.strip().splitlines()[-5:])
         sys.exit(
-            "error[python.install]: cannot run %s: %s\nnext: if a package server did not answer, run the same command again" % (" ".join(command), tail)
+            "error[python.install]: cannot run %s: %s\nnext: if a package server did not answer, run the same command again"
+            % (" ".join(command), tail)
         )
 
 

@@ -44,7 +44,12 @@ def fail(code, attempted, found, next_step):
 def must(command, what):
     status, text = run(command)
     if status != 0:
-        fail("service.manager", "cannot " + what, "`%s` says: %s" % (" ".join(command), text), "see the log of the service manager, then run the same command again")
+        fail(
+            "service.manager",
+            "cannot " + what,
+            "`%s` says: %s" % (" ".join(command), text),
+            "see the log of the service manager, then run the same command again",
+        )
     return text
 
 
@@ -56,7 +61,12 @@ def revision_of(service):
             with open(path, "rb") as file:
                 content = hashlib.sha256(file.read()).hexdigest()
         except OSError as error:
-            fail("service.input", "cannot start " + service["name"], "%s: %s" % (path, error.strerror), "the role that makes this file has to run first: run site.yml")
+            fail(
+                "service.input",
+                "cannot start " + service["name"],
+                "%s: %s" % (path, error.strerror),
+                "the role that makes this file has to run first: run site.yml",
+            )
         whole.update(("\0%s\0%s" % (path, content)).encode())
     return whole.hexdigest()[:16]
 
@@ -119,17 +129,17 @@ class Supervisor:
         name = self.service["name"]
         changed = replaced(os.path.join(self.service["supervisor_programs"], name + ".conf"), self.text(revision))
         # Also without a new file: the supervisor may not have read the last one, if the run before ended here.
-        updated = must(self.control + ["update", name], "give %s to the supervisor" % name)
-        state = run(self.control + ["status", name])[1].split()
+        updated = must([*self.control, "update", name], "give %s to the supervisor" % name)
+        state = run([*self.control, "status", name])[1].split()
         if len(state) < 2 or state[1] not in ("RUNNING", "STARTING"):
-            status, text = run(self.control + ["start", name])
+            status, text = run([*self.control, "start", name])
             if status != 0 and "already started" not in text:
                 self.blame(text)
             changed = True
         return changed or bool(updated)
 
     def is_up(self):
-        state = run(self.control + ["status", self.service["name"]])[1].split()
+        state = run([*self.control, "status", self.service["name"]])[1].split()
         return state[1:2] == ["RUNNING"], " ".join(state[1:])
 
     def blame(self, found):
@@ -202,7 +212,12 @@ def blame(service, found):
             tail = "\n".join("    " + line.rstrip() for line in file.readlines()[-LOG_LINES:])
     except OSError as error:
         tail = "    (%s)" % error
-    fail("service.not_ready", "cannot start " + service["name"], "%s\nthe end of %s:\n%s" % (found, service["log"], tail), "mend what the log says, then run the same command again")
+    fail(
+        "service.not_ready",
+        "cannot start " + service["name"],
+        "%s\nthe end of %s:\n%s" % (found, service["log"], tail),
+        "mend what the log says, then run the same command again",
+    )
 
 
 def wait_until_ready(service, manager):
@@ -223,6 +238,8 @@ def wait_until_ready(service, manager):
 
 def main(description):
     service = json.loads(description)
+    # Ansible before 2.19 renders numbers as text.
+    service.update({key: int(service[key]) for key in ("ready_seconds", "stop_seconds")})
     manager = {"supervisor": Supervisor, "systemd": Systemd}[service["manager"]](service)
     changed = manager.apply(revision_of(service))
     wait_until_ready(service, manager)

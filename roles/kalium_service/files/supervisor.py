@@ -14,6 +14,8 @@ import time
 START_SECONDS_MAX = 30.0
 STOP_SECONDS_MAX = 120.0
 POLL_SECONDS = 0.1
+# Services must not inherit what the shell of whoever runs Ansible happens to hold.
+ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
 
 
 def ask(binaries, conf, *words):
@@ -34,7 +36,9 @@ def until(claim, seconds, what):
     deadline = time.monotonic() + seconds
     while not claim():
         if time.monotonic() > deadline:
-            sys.exit("error[service.supervisor]: cannot %s: not done after %d s\nnext: see supervisord.log beside the services' logs" % (what, seconds))
+            sys.exit(
+                "error[service.supervisor]: cannot %s: not done after %d s\nnext: see supervisord.log beside the services' logs" % (what, seconds)
+            )
         time.sleep(POLL_SECONDS)
 
 
@@ -54,10 +58,13 @@ def main(binaries, conf, stamp):
         until(lambda: not os.path.exists("/proc/%d" % pid), STOP_SECONDS_MAX, "stop the supervisor")
     done = subprocess.run(
         [os.path.join(binaries, "supervisord"), "-c", conf, "--identifier", identifier], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, universal_newlines=True, cwd="/", timeout=START_SECONDS_MAX,
+        stderr=subprocess.STDOUT, universal_newlines=True, cwd="/", timeout=START_SECONDS_MAX, env=ENVIRONMENT,
     )  # fmt: skip
     if done.returncode != 0:
-        sys.exit("error[service.supervisor]: cannot start the supervisor: %s\nnext: mend what it says, then run the same command again" % done.stdout.strip())
+        sys.exit(
+            "error[service.supervisor]: cannot start the supervisor: %s\nnext: mend what it says, then run the same command again"
+            % done.stdout.strip()
+        )
     until(lambda: running(binaries, conf) is not None, START_SECONDS_MAX, "start the supervisor")
     print("changed")
 

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Print the first Go that is at least MINIMUM: `find_go.py MINIMUM [CANDIDATE ...]`, after PATH's own; exit status 1 if there is none."""
+"""Print the first Go that is at least MINIMUM: `find_go.py MINIMUM`; exit status 1 and no output if there is none.
+
+PATH's own comes first, then the places where distributions and people put one, then the one of roles/kalium_toolchain.
+"""
 
 import os
 import re
@@ -8,6 +11,8 @@ import subprocess
 import sys
 
 ASK_SECONDS_MAX = 20
+ELSEWHERE = ["/usr/local/go/bin/go", "/usr/lib/go-1.27/bin/go", "/usr/lib/go-1.26/bin/go", "/usr/lib/go/bin/go"]
+OURS = "/opt/kalium/toolchain/go/bin/go"
 
 
 def version_of(program):
@@ -23,9 +28,9 @@ def version_of(program):
     return tuple(int(part or 0) for part in found.groups()) if found and done.returncode == 0 else None
 
 
-def main(minimum, candidates):
-    least = tuple(int(part) for part in (minimum.split(".") + ["0"])[:3])
-    for program in filter(None, [shutil.which("go"), *candidates]):
+def main(minimum):
+    least = tuple(int(part) for part in ([*minimum.split("."), "0"])[:3])
+    for program in filter(None, [shutil.which("go"), *ELSEWHERE, OURS]):
         version = version_of(program)
         if version is not None and version >= least:
             print(program)
@@ -34,4 +39,4 @@ def main(minimum, candidates):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    sys.exit(main(*sys.argv[1:]))

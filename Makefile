@@ -1,0 +1,112 @@
+# The README's two commands and what they are made of. Each step is printed before it runs; what a step does is in the program it calls.
+# Versions are in roles/kalium_versions, requirements/ and runtime/go.mod.
+
+SITE ?= local
+INVENTORY = inventory/$(SITE)
+
+# The distribution's Python: what a fresh machine has.
+PYTHON ?= /usr/bin/python3
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export DEBIAN_FRONTEND := noninteractive
+# Root runs the end-to-end tests: it must leave nothing in the checkout.
+export PYTHONDONTWRITEBYTECODE := 1
+export GOTOOLCHAIN := local
+
+CACHE := $(or $(KALIUM_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kalium)
+REPORTS := $(CACHE)/reports
+AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --non-interactive env PATH="$(PATH)" PYTHONDONTWRITEBYTECODE=1 KALIUM_CACHE="$(CACHE)")
+PYTEST = python -m pytest -p no:cacheprovider
+
+GO = $(shell $(PYTHON) roles/kalium_toolchain/files/find_go.py $$(sed -n 's/^go //p' runtime/go.mod))
+STATICCHECK = $(shell sed -n '/^kalium_versions_staticcheck:/,/^$$/{s/^ *module: //p;s/^ *version: /@/p}' roles/kalium_versions/defaults/main.yml | tr -d '\n')
+
+.PHONY: help reproduce test setup site reset check check-python check-go check-ansible integration site-tests developer lock clean
+.PHONY: reproduce-steps test-steps site-steps reset-steps check-steps
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
+	@echo "  SITE=local names the folder under inventory/ ($$(ls -d inventory/*/ | xargs -n1 basename | tr '\n' ' '))"
+
+reproduce: ## set this machine up, run the experiment and the attacks, draw the figure
+	@.ci/privileged "make reproduce" $(MAKE) reproduce-steps
+
+test: ## linters, types and unit tests of both languages, then the site and the end-to-end tests
+	@.ci/privileged "make test" $(MAKE) test-steps
+
+setup: ## make .venv from the locked requirements
+	.ci/setup $(PYTHON) operator
+
+site: ## set the site up (ansible-playbook site.yml)
+	@.ci/privileged "make site" $(MAKE) site-steps
+
+reset: ## remove exactly what was installed
+	@.ci/privileged "make reset" $(MAKE) reset-steps
+
+check: ## format, lint, types and unit tests of both languages
+	@.ci/privileged "make check" $(MAKE) check-steps
+
+lock: ## resolve requirements/*.in into locked *.txt anew
+	.ci/setup $(PYTHON) dev
+	.ci/lock
+
+clean: ## remove .venv and this project's caches; what is installed stays (make reset)
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis $(CACHE)
+
+# What the targets above do once the question about root is settled.
+
+reproduce-steps: site-steps
+	fab check
+	fab run-e1
+	fab run-attacks
+	fab plot
+	@.ci/activation
+
+site-steps: setup
+	ansible-playbook site.yml -i $(INVENTORY)
+	@.ci/activation
+
+reset-steps: setup
+	ansible-playbook reset.yml -i $(INVENTORY)
+
+check-steps: check-python check-ansible check-go
+
+test-steps:
+	rm -rf $(REPORTS)
+	$(MAKE) check-steps
+	ansible-playbook site.yml -i $(INVENTORY)
+	$(MAKE) site-tests
+	$(MAKE) integration
+
+developer:
+	.ci/setup $(PYTHON) dev
+	@if ! $(PYTHON) roles/kalium_toolchain/files/find_go.py "$$(sed -n 's/^go //p' runtime/go.mod)" >/dev/null || ! command -v gcc sshd systemd-nspawn >/dev/null; then \
+		echo "ansible-playbook playbooks/developer.yml -i $(INVENTORY)"; \
+		ansible-playbook playbooks/developer.yml -i $(INVENTORY); fi
+
+check-python: developer
+	ruff format --check .
+	ruff check .
+	mypy
+	$(PYTEST) --quiet --junitxml=$(REPORTS)/python.xml tests/unit tests/protocol
+
+check-ansible: developer
+	yamllint --strict .
+	ansible-lint
+
+check-go: developer
+	@test -z "$$($(dir $(GO))gofmt -l runtime)" || { echo "not formatted:"; $(dir $(GO))gofmt -l runtime; exit 1; }
+	cd runtime && $(GO) vet ./...
+	cd runtime && $(GO) run $(STATICCHECK) ./...
+	cd runtime && $(GO) test -race -json ./... | $(PYTHON) ../.ci/report.py go $(REPORTS)/go.json
+
+site-tests: developer
+	$(AS_ROOT) $(PYTEST) --quiet --junitxml=$(REPORTS)/site.xml tests/site
+
+integration: developer
+	$(AS_ROOT) $(PYTEST) --quiet --junitxml=$(REPORTS)/integration.xml tests/integration
