@@ -294,4 +294,7 @@ def rendered() -> str:
 
 
 if __name__ == "__main__":
+    import generate_policies
+
     FRAMES_JSON.write_text(rendered(), encoding="utf-8")
+    generate_policies.write()

@@ -1,0 +1,575 @@
+"""Writes policies/*.json beside this file: what every executor of compiled policies has to accept, to judge and to refuse.
+
+    python tests/vectors/generate_policies.py
+
+Verdicts come from the Python executor, so unit tests hold it against a matcher of another kind; refused documents each break
+one rule of an accepted one. tests/vectors/README.md describes the files.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: E402  # the path has to be set first
+
+from kalium.errors import KaliumError  # noqa: E402
+from kalium.policy import envelope  # noqa: E402
+from kalium.policy.automaton import CompiledPolicy, FunctionAutomaton, States  # noqa: E402
+from kalium.policy.compile import compile_policy  # noqa: E402
+from kalium.policy.envelope import canonical  # noqa: E402
+from kalium.policy.limits import COMPILED_BYTES_MAX  # noqa: E402
+from kalium.policy.message import JUDGING_CONNECTION, Kind, Message  # noqa: E402
+
+EXPANDED_DEPTH = 4  # the file, its runs, a run, its steps
+FOLDER = Path(__file__).with_name("policies")
+
+HEAD = """\
+schema: kalium/v1
+app: vectors
+version: 3
+mode: enforce
+peers:
+  gateway: {host: gateway, port: 8080, protocol: http, role: gateway}
+  api: {host: api.example, port: 80, protocol: http}
+  images: {host: images.example, port: 4443, protocol: https}
+  database: {host: database, port: 3306, protocol: mysql, schema: shop}
+  archive: {host: archive, port: 3307, protocol: mysql, schema: old}
+entries: [f]
+functions:
+  g: {messages: []}
+  h: {messages: []}
+  f:
+    messages:
+"""
+
+
+def invoke(callee: str) -> Message:
+    """An invocation of `callee`."""
+    return Message(Kind.INVOKE, callee=callee)
+
+
+def sql(verb: str, read: Sequence[str] = (), write: Sequence[str] = (), peer: str = "database") -> Message:
+    """A statement."""
+    return Message(Kind.MYSQL, peer, verb=verb, read=tuple(read), write=tuple(write))
+
+
+def http(method: str, path: str, query: Sequence[str] = (), *, peer: str = "api", kind: Kind = Kind.HTTP, judging: str = "") -> Message:
+    """A request."""
+    return Message(kind, peer, method, path, tuple(query), judging=judging)
+
+
+TABLES, A, B, C = sql("show-tables"), sql("select", ["a"]), sql("select", ["b"]), sql("select", ["c"])
+UNKNOWN = Message(Kind.OTHER, "api")
+
+# Name, what it shows, the steps of function f, and runs: the messages of one invocation each, allowed and denied ones.
+CASES: Sequence[tuple[str, str, str, Sequence[Sequence[Message]]]] = (
+    (
+        "order",
+        "out_of_order is what stands elsewhere in the policy, not_in_policy what stands nowhere; a denial leaves the cursor",
+        """\
+      - {mysql: select, read: [a], peer: database}
+      - {mysql: select, read: [b], peer: database}
+      - {mysql: insert, write: [a], read: [b], peer: database}
+""",
+        [
+            [B, C, A, A, B, sql("insert", ["b"], ["a"]), A],
+            [sql("select", ["a"], peer="archive"), sql("select", ["a", "b"]), sql("select"), sql("insert", [], ["a"]), sql("replace", ["b"], ["a"])],
+            [UNKNOWN, Message(Kind.OTHER), http("GET", "/"), invoke("g")],
+        ],
+    ),
+    (
+        "parallel",
+        "branches interleave in any way, and what follows waits for all of them",
+        """\
+      - parallel:
+          - [{mysql: select, read: [a], peer: database}, {mysql: select, read: [b], peer: database}]
+          - {invoke: g}
+          - optional: {invoke: h}
+      - {mysql: select, read: [c], peer: database}
+""",
+        [
+            [A, invoke("g"), B, C],
+            [invoke("h"), invoke("h"), A, B, C, invoke("g"), C, C],
+            [invoke("g"), B, A, invoke("h"), B, C, invoke("h")],
+        ],
+    ),
+    (
+        "repeat",
+        "a bounded repeat allows its bound and no more, and at least its lower bound",
+        """\
+      - repeat:
+          - {mysql: select, read: [a], peer: database}
+          - optional: {mysql: select, read: [b], peer: database}
+        at_least: 1
+        at_most: 3
+      - {invoke: g}
+""",
+        [
+            [invoke("g"), A, invoke("g")],
+            [A, B, A, B, A, B, A, B, invoke("g"), invoke("g")],
+            [A, A, A, A, B, B, invoke("g")],
+        ],
+    ),
+    (
+        "many_states",
+        "a cursor of more states than one machine word holds",
+        """\
+      - repeat: {choice: [{invoke: g}, {invoke: h}]}
+        at_most: 70
+      - {mysql: select, read: [a], peer: database}
+""",
+        [[invoke("g"), invoke("h")] * 34 + [A, invoke("g")], [invoke("g")] * 72 + [A]],
+    ),
+    (
+        "ambiguous",
+        "the same message on several lines: all branches stay open until one is excluded; line is the first that matched",
+        """\
+      - choice:
+          - - {invoke: g}
+            - {mysql: select, read: [a], peer: database}
+          - - {invoke: g}
+            - {mysql: select, read: [b], peer: database}
+          - - optional: {invoke: g}
+            - {mysql: select, read: [c], peer: database}
+""",
+        [[invoke("g"), B, A], [invoke("g"), C], [C, invoke("g")], [invoke("g"), invoke("g"), A, C], [A, invoke("h")]],
+    ),
+    (
+        "requests",
+        "methods, path templates, query keys; a path with an escape matches no placeholder",
+        """\
+      - repeat:
+          choice:
+            - {http: GET, peer: api, path: "/items/{item}/parts", query: [page, size]}
+            - {http: POST, peer: api, path: /items/}
+            - {http: GET, peer: api, path: /}
+        at_most: 40
+""",
+        [
+            [
+                http("GET", "/items/7/parts"),
+                http("GET", "/items/7/parts", ["size"]),
+                http("GET", "/items/7/parts", ["size", "page"]),
+                http("GET", "/items/7/parts", ["page", "token"]),
+                http("GET", "/items//parts"),
+                http("GET", "/items/../parts"),
+                http("GET", "/items/./parts"),
+                http("GET", "/items/a%2fb/parts"),
+                http("GET", "/items/7/parts/"),
+                http("GET", "/items/7/8/parts"),
+                http("POST", "/items/"),
+                http("POST", "/items"),
+                http("post", "/items/"),
+                http("POST", "/items/", ["page"]),
+                http("GET", "/"),
+                http("GET", ""),
+                http("GET", "//"),
+                http("GET", "/", peer="images"),
+                http("GET", "/", kind=Kind.HTTPS),
+                http("GET", "/", judging=JUDGING_CONNECTION),
+            ]
+        ],
+    ),
+    (
+        "tls_connection",
+        "a TLS connection that was not opened matches every https line of its peer and nothing else",
+        """\
+      - {https: GET, peer: images, path: /a}
+      - {https: PUT, peer: images, path: /b}
+""",
+        [
+            [
+                http("", "", peer="images", kind=Kind.HTTPS, judging=JUDGING_CONNECTION),
+                http("", "", peer="api", kind=Kind.HTTPS, judging=JUDGING_CONNECTION),
+                http("PUT", "/b", peer="images", kind=Kind.HTTPS, judging="tls=guessed"),
+                http("PUT", "/b", peer="images", kind=Kind.HTTPS),
+                http("", "", peer="images", kind=Kind.HTTPS, judging=JUDGING_CONNECTION),
+            ]
+        ],
+    ),
+    (
+        "transaction",
+        "begin, the statements, commit, on the peer that is named",
+        """\
+      - transaction:
+          - {mysql: delete, write: [a], peer: archive}
+          - optional: {mysql: insert, write: [a], peer: archive}
+        peer: archive
+""",
+        [
+            [sql("delete", (), ["a"], "archive"), sql("begin"), sql("begin", peer="archive"), sql("commit", peer="archive")],
+            [
+                sql("begin", peer="archive"),
+                sql("delete", (), ["a"], "archive"),
+                sql("begin", peer="archive"),
+                sql("insert", (), ["a"], "archive"),
+                sql("rollback", peer="archive"),
+                sql("commit", peer="archive"),
+                sql("commit", peer="archive"),
+            ],
+        ],
+    ),
+    (
+        "expected_is_bounded",
+        "of twenty messages that are possible, sixteen are listed",
+        "      - choice:\n" + "".join(f"          - {{mysql: select, read: [t{number}], peer: database}}\n" for number in range(20)),
+        [[A, sql("select", ["t19"])]],
+    ),
+)
+
+
+def code_of(read: Callable[..., object], *arguments: object) -> str:
+    """The code of the error that `read` raises; "" when it accepts."""
+    try:
+        read(*arguments)
+    except KaliumError as error:
+        return error.code
+    return ""
+
+
+def message_fields(message: Message) -> dict[str, Any]:
+    """The message as the vectors write it: lists for tuples, empty fields left out."""
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(message).items() if value}
+    return fields | {"kind": message.kind.value}
+
+
+def judged(function: FunctionAutomaton, messages: Sequence[Message]) -> dict[str, Any]:
+    """One invocation: each message with its verdict."""
+    states, steps = function.start, []
+    for message in messages:
+        verdict, states = function.step(states, message)
+        steps.append(
+            {
+                "message": message_fields(message),
+                "text": message.text(),
+                "allowed": verdict.allowed,
+                "reason": verdict.reason.value,
+                "line": verdict.line,
+                "states": list(verdict.states),
+                "expected": list(verdict.expected),
+            }
+        )
+    return {"function": function.name, "steps": steps, "may_end": function.accepts(states)}
+
+
+def invoked(policy: CompiledPolicy, function: str, callees: Sequence[str]) -> dict[str, Any]:
+    """The same for the app CFG: each invocation with what the controller answers."""
+    states, steps = policy.start(function), []
+    for callee in callees:
+        after: States = policy.step(function, states, callee)
+        steps.append({"callee": callee, "allowed": bool(after), "states": sorted(after or states), "expected": policy.expected(function, states)})
+        states = after or states
+    return {"function": function, "steps": steps}
+
+
+def accepted(name: str, what: str, source: str, runs: Sequence[tuple[str, Sequence[Message]]]) -> dict[str, Any]:
+    """One vector: a policy and what it makes of messages."""
+    compiled = compile_policy(source.encode("ascii"), name)
+    policy = CompiledPolicy.parse(compiled)
+    return {
+        "name": name,
+        "what": what,
+        "source": source,
+        "compiled": compiled.decode("ascii"),
+        "runs": [judged(policy.functions[function], messages) for function, messages in runs],
+        "app_runs": [
+            invoked(policy, function, [message.callee for message in messages if message.kind is Kind.INVOKE]) for function, messages in runs
+        ],
+    }
+
+
+def hello_retail() -> dict[str, Any]:
+    """The benchmark's policy under an honest and a hostile invocation of each interesting function."""
+    image = http("GET", "/image.jpg", peer="images", kind=Kind.HTTPS)
+    delete, insert = sql("delete", (), ["storedPhotosTable"]), sql("insert", (), ["storedPhotosTable"])
+    read = sql("select", ["photoAssignmentTable"])
+    receive, master = "product-photos-3-receive", "product-photos-master"
+    steps = [invoke(receive), invoke("product-photos-4-success"), invoke("product-photos-6-report")]
+    runs: list[tuple[str, Sequence[Message]]] = [
+        (receive, [image, TABLES, read, TABLES, sql("begin"), delete, insert, sql("commit"), sql("begin"), insert]),
+        (receive, [TABLES, image, image, read, sql("begin"), TABLES, insert, sql("begin"), sql("commit"), delete]),
+        (master, steps + steps),
+        (master, [steps[2], steps[0], steps[2], steps[1], steps[1], steps[2]]),
+    ]
+    source = (ROOT / "policies" / "hello-retail.yml").read_text(encoding="ascii")
+    return accepted("hello_retail", "policies/hello-retail.yml", source, runs)
+
+
+def good() -> Iterator[dict[str, Any]]:
+    """All vectors of policies that are accepted."""
+    yield hello_retail()
+    for name, what, steps, runs in CASES:
+        yield accepted(name, what, HEAD + steps, [("f", messages) for messages in runs])
+
+
+BASE = """\
+schema: kalium/v1
+app: base
+version: 3
+mode: enforce
+peers:
+  gateway: {host: gateway, port: 8080, protocol: http, role: gateway}
+  api: {host: api.example, port: 80, protocol: http}
+  database: {host: database, port: 3306, protocol: mysql, schema: shop}
+entries: [f]
+functions:
+  f:
+    messages:
+      - {http: GET, peer: api, path: "/items/{item}", query: [page, size]}
+      - {mysql: select, read: [a, b]}
+      - {invoke: g}
+  g: {messages: []}
+"""
+
+Change = Callable[[Any], Any]
+
+
+def put(path: str, value: Any) -> Change:
+    """Set what stands at `path` (keys and positions with slashes between them)."""
+
+    def change(document: Any) -> None:
+        *outer, last = [int(part) if part.isdigit() else part for part in path.split("/")]
+        for part in outer:
+            document = document[part]
+        document[last] = value
+
+    return change
+
+
+def drop(path: str) -> Change:
+    """Delete what stands at `path`."""
+
+    def change(document: Any) -> None:
+        *outer, last = path.split("/")
+        for part in outer:
+            document = document[int(part) if part.isdigit() else part]
+        del document[last]
+
+    return change
+
+
+F, S0, S1, S2 = "functions/f", "functions/f/symbols/0", "functions/f/symbols/1", "functions/f/symbols/2"
+
+# Each breaks one rule of the document that BASE compiles to.
+BROKEN: Sequence[tuple[str, Change]] = (
+    ("another_format", put("format", "kalium-compiled/v2")),
+    ("no_app", drop("app")),
+    ("unknown_field", put("comment", "x")),
+    ("another_case", lambda document: document.update(App=document.pop("app"))),
+    ("app_is_no_name", put("app", "a b")),
+    ("app_is_empty", put("app", "")),
+    ("app_is_a_number", put("app", 7)),
+    ("version_zero", put("version", 0)),
+    ("version_too_high", put("version", 1 << 31)),
+    ("version_is_true", put("version", True)),
+    ("version_is_a_fraction", put("version", 3.5)),
+    ("version_is_a_text", put("version", "3")),
+    ("mode_off", put("mode", "off")),
+    ("mode_missing", drop("mode")),
+    ("source_sha256_too_long", put("source_sha256", "0" * 65)),
+    ("app_edge_allow", put("on_unavailable/app_edge", "allow")),
+    ("deadline_zero", put("on_unavailable/deadline_ms", 0)),
+    ("deadline_too_long", put("on_unavailable/deadline_ms", 60_001)),
+    ("peers_is_a_list", put("peers", [])),
+    ("peer_without_host", drop("peers/api/host")),
+    ("peer_host_in_capitals", put("peers/api/host", "Api.example")),
+    ("peer_host_with_a_final_dot", put("peers/api/host", "api.example.")),
+    ("peer_port_zero", put("peers/api/port", 0)),
+    ("peer_port_too_high", put("peers/api/port", 65_536)),
+    ("peer_protocol_smtp", put("peers/api/protocol", "smtp")),
+    ("peer_role_admin", put("peers/api/role", "admin")),
+    ("gateway_that_speaks_https", put("peers/gateway/protocol", "https")),
+    ("mysql_without_schema", drop("peers/database/schema")),
+    ("schema_of_an_http_peer", put("peers/api/schema", "shop")),
+    ("entry_that_is_no_function", put("entries", ["x"])),
+    ("entry_twice", put("entries", ["f", "f"])),
+    ("states_zero", put(f"{F}/states", 0)),
+    ("states_too_many", put(f"{F}/states", 4097)),
+    ("start_empty", put(f"{F}/start", [])),
+    ("start_beyond_the_states", put(f"{F}/start", [4])),
+    ("start_not_rising", put(f"{F}/start", [1, 0])),
+    ("start_twice", put(f"{F}/start", [0, 0])),
+    ("accept_negative", put(f"{F}/accept", [-1])),
+    ("max_body_negative", put(f"{F}/max_body", -1)),
+    ("max_body_too_large", put(f"{F}/max_body", (1 << 30) + 1)),
+    ("timeout_zero", put(f"{F}/invocation_timeout_ms", 0)),
+    ("timeout_too_long", put(f"{F}/invocation_timeout_ms", 3_600_001)),
+    ("function_with_an_unknown_field", put(f"{F}/tail", [])),
+    ("edge_of_two", put(f"{F}/edges/0", [0, 0])),
+    ("edge_from_nowhere", put(f"{F}/edges/2", [4, 0, 1])),
+    ("edge_to_nowhere", put(f"{F}/edges/0", [0, 0, 4])),
+    ("edge_of_no_symbol", put(f"{F}/edges/0", [0, 3, 1])),
+    ("edges_not_rising", put(f"{F}/edges", [[1, 1, 2], [0, 0, 1]])),
+    ("edge_twice", put(f"{F}/edges", [[0, 0, 1], [0, 0, 1]])),
+    ("kind_smtp", put(f"{S0}/kind", "smtp")),
+    ("kind_other", put(f"{S0}/kind", "other")),
+    ("symbol_without_line", drop(f"{S0}/line")),
+    ("symbol_with_a_field_of_another_kind", put(f"{S2}/verb", "select")),
+    ("symbol_line_negative", put(f"{S0}/line", -1)),
+    ("symbol_text_empty", put(f"{S0}/text", "")),
+    ("symbol_text_not_printable", put(f"{S0}/text", "a\u001bb")),
+    ("symbol_text_not_ascii", put(f"{S0}/text", "a\u00e9b")),
+    ("symbol_text_too_long", put(f"{S0}/text", "x" * 301)),
+    ("symbol_peer_not_listed", put(f"{S0}/peer", "images")),
+    ("http_to_a_mysql_peer", put(f"{S0}/peer", "database")),
+    ("http_to_the_gateway", put(f"{S0}/peer", "gateway")),
+    ("https_to_an_http_peer", put(f"{S0}/kind", "https")),
+    ("mysql_to_an_http_peer", put(f"{S1}/peer", "api")),
+    ("invoke_by_an_http_peer", put(f"{S2}/peer", "api")),
+    ("method_in_small_letters", put(f"{S0}/method", "get")),
+    ("method_empty", put(f"{S0}/method", "")),
+    ("path_empty", put(f"{S0}/path", "")),
+    ("path_without_slash", put(f"{S0}/path", "items")),
+    ("path_with_a_gap", put(f"{S0}/path", "/a//b")),
+    ("path_with_a_dot_segment", put(f"{S0}/path", "/a/../b")),
+    ("path_with_an_escape", put(f"{S0}/path", "/a%20b")),
+    ("path_with_a_query", put(f"{S0}/path", "/a?b")),
+    ("path_with_a_space", put(f"{S0}/path", "/a b")),
+    ("path_with_half_a_placeholder", put(f"{S0}/path", "/a{item}")),
+    ("path_with_an_empty_placeholder", put(f"{S0}/path", "/{}")),
+    ("path_with_nested_braces", put(f"{S0}/path", "/{{a}}")),
+    ("path_of_65_segments", put(f"{S0}/path", "/a" * 65)),
+    ("query_not_sorted", put(f"{S0}/query", ["size", "page"])),
+    ("query_twice", put(f"{S0}/query", ["page", "page"])),
+    ("verb_truncate", put(f"{S1}/verb", "truncate")),
+    ("tables_not_sorted", put(f"{S1}/read", ["b", "a"])),
+    ("tables_65", put(f"{S1}/read", [f"t{number:02}" for number in range(65)])),
+    ("app_cfg_of_one_function_missing", drop("app_cfg/g")),
+    ("app_cfg_of_another_function", lambda document: document["app_cfg"].update(x=document["app_cfg"].pop("g"))),
+    ("app_cfg_to_no_function", put("app_cfg/f/edges/0", [0, "x", 1])),
+    ("app_cfg_to_no_state", put("app_cfg/f/edges/0", [0, "g", 9])),
+    ("app_cfg_with_an_unknown_field", put("app_cfg/f/accept", [0])),
+    ("nested_too_deep", put("app", [[[[[[[[[[[[[]]]]]]]]]]]]])),
+)  # fmt: skip
+
+
+def refused() -> Iterator[dict[str, str]]:
+    """Documents that every reader refuses, as text."""
+    base = compile_policy(BASE.encode("ascii"), "base")
+    texts = {
+        "empty": "",
+        "not_json": "{",
+        "a_list": "[]",
+        "bytes_behind": base.decode() + "{}",
+        "a_field_twice": base.decode().replace('"mode":"enforce"', '"mode":"enforce","mode":"enforce"'),
+        "a_function_twice": base.decode().replace('"functions":{', '"functions":{"g":{},', 1),
+        "version_with_an_exponent": base.decode().replace('"version":3', '"version":3e0'),
+        "version_with_a_fraction_of_zero": base.decode().replace('"version":3', '"version":3.0'),
+        "version_with_a_leading_zero": base.decode().replace('"version":3', '"version":03'),
+        "version_of_40_digits": base.decode().replace('"version":3', f'"version":{"3" * 40}'),
+        "not_a_number": base.decode().replace('"version":3', '"version":NaN'),
+        "a_comma_too_many": base.decode().replace('"entries":["f"]', '"entries":["f",]'),
+        "single_quotes": base.decode().replace('"', "'"),
+        "too_long": base.decode() + " " * (COMPILED_BYTES_MAX - len(base) + 1),
+    }
+    for name, change in BROKEN:
+        document = json.loads(base)
+        change(document)
+        texts[name] = canonical(document).decode("ascii")
+    for name, text in texts.items():
+        assert text != base.decode(), name
+        if name == "too_long":  # 700 KiB of spaces say nothing in a file
+            yield {"name": name, "compiled": base.decode(), "pad_to_bytes": str(COMPILED_BYTES_MAX + 1), "code": "policy.malformed"}
+        else:
+            yield {"name": name, "compiled": text, "code": "policy.malformed"}
+        assert code_of(CompiledPolicy.parse, text.encode("utf-8")) == "policy.malformed", name
+
+
+def envelopes() -> dict[str, Any]:
+    """Envelopes that hold and that do not, under one public key. The private keys exist for these vectors alone."""
+    key, stranger = Ed25519PrivateKey.from_private_bytes(b"\x01" * 32), Ed25519PrivateKey.from_private_bytes(b"\x02" * 32)
+    public = key.public_key()
+    compiled = compile_policy(BASE.encode("ascii"), "base")
+    whole = envelope.sign(compiled, key)
+
+    def changed(**fields: Any) -> bytes:
+        return canonical(json.loads(whole) | fields)
+
+    def text(data: bytes) -> str:
+        return base64.b64encode(data).decode("ascii")
+
+    other = compiled.replace(b'"mode":"enforce"', b'"mode":"audit"')
+    malformed = compiled.replace(b'"version":3', b'"version":0')
+    plain_signature = text(key.sign(compiled))
+    broken = [
+        ("another_policy_inside", changed(policy=text(other)), "policy.signature"),
+        ("signature_without_the_format", changed(signature=plain_signature), "policy.signature"),
+        ("signature_cut", changed(signature=text(b"\x00" * 63)), "policy.signature"),
+        ("signature_empty", changed(signature=""), "policy.signature"),
+        ("signature_of_zeros", changed(signature=text(b"\x00" * 64)), "policy.signature"),
+        ("signed_by_a_stranger", envelope.sign(compiled, stranger), "policy.signature"),
+        (
+            "a_stranger_under_our_key_id",
+            canonical(json.loads(envelope.sign(compiled, stranger)) | {"key_id": envelope.key_id(public)}),
+            "policy.signature",
+        ),
+        ("key_id_in_capitals", changed(key_id=envelope.key_id(public).upper() + "x"), "policy.signature"),
+        ("signature_damaged", whole.replace(b'"signature":"', b'"signature":"AAAA', 1), "policy.signature"),
+        ("signature_not_base64", changed(signature="*"), "policy.malformed"),
+        ("signature_with_bits_behind_it", changed(signature=text(b"\x00" * 64)[:-3] + "B=="), "policy.malformed"),
+        ("another_format", changed(format="kalium-signed/v2"), "policy.malformed"),
+        ("unknown_field", changed(comment="x"), "policy.malformed"),
+        ("no_signature", canonical({name: value for name, value in json.loads(whole).items() if name != "signature"}), "policy.malformed"),
+        ("not_an_envelope", compiled, "policy.malformed"),
+        ("empty", b"", "policy.malformed"),
+        ("signed_and_malformed", _signed_unchecked(malformed, key), "policy.malformed"),
+    ]
+    for name, data, code in broken:
+        assert code_of(envelope.verify, data, public) == code, name
+    spaced = json.dumps(json.loads(whole), indent=1).encode("ascii") + b"\n"
+    return {
+        "public_key": text(public.public_bytes_raw()),
+        "key_id": envelope.key_id(public),
+        "good": [
+            {"name": name, "envelope": data.decode("ascii"), "app": "base", "version": envelope.verify(data, public).version}
+            for name, data in (("whole", whole), ("with_spaces", spaced))
+        ],
+        "refused": [{"name": name, "envelope": data.decode("ascii"), "code": code} for name, data, code in broken],
+    }
+
+
+def _signed_unchecked(compiled: bytes, key: Ed25519PrivateKey) -> bytes:
+    """An envelope that `envelope.sign` refuses to make."""
+    signature = key.sign(f"{envelope.SIGNED_FORMAT}\n".encode("ascii") + compiled)
+    parts = {"policy": base64.b64encode(compiled).decode("ascii"), "signature": base64.b64encode(signature).decode("ascii")}
+    return canonical({"format": envelope.SIGNED_FORMAT, "key_id": envelope.key_id(key.public_key()), **parts})
+
+
+def rendered() -> dict[str, str]:
+    """The text of every file by its name."""
+    files: dict[str, Any] = {f"{vector['name']}.json": vector for vector in good()}
+    files |= {"refused.json": list(refused()), "envelopes.json": envelopes()}
+    return {name: f"{spelled(content)}\n" for name, content in files.items()}
+
+
+def spelled(value: Any, depth: int = 0) -> str:
+    """JSON with one judged message, one document a line, so that a change of one is a change of one line."""
+    if depth == EXPANDED_DEPTH or not value or not isinstance(value, (dict, list)) or (depth == 1 and "code" in value):
+        return json.dumps(value)
+    inner, end = " " * (depth + 1), " " * depth
+    if isinstance(value, dict):
+        fields = (f"{inner}{json.dumps(name)}: {spelled(part, depth + 1)}" for name, part in value.items())
+        return "{\n" + ",\n".join(fields) + f"\n{end}}}"
+    return "[\n" + ",\n".join(f"{inner}{spelled(part, depth + 1)}" for part in value) + f"\n{end}]"
+
+
+def write() -> None:
+    """Write all files and remove those that no vector has any more."""
+    files = rendered()
+    FOLDER.mkdir(exist_ok=True)
+    for stale in {path.name for path in FOLDER.glob("*.json")} - files.keys():
+        (FOLDER / stale).unlink()
+    for name, text in files.items():
+        (FOLDER / name).write_text(text, encoding="ascii")
+
+
+if __name__ == "__main__":
+    write()
