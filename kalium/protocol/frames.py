@@ -79,7 +79,7 @@ RECORD = {"kind": Kind.RECORD}
 REPORT = {"kind": Kind.REPORT}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Hello:
     """Guard -> agent: which container this is, and what its bundle says that it runs."""
 
@@ -89,7 +89,7 @@ class Hello:
     proto: int = field(default=PROTOCOL, metadata=INT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Welcome:
     """Agent -> guard, with the id of its HELLO. When `ok` is false, `reason` says why and the rest is empty."""
 
@@ -103,7 +103,7 @@ class Welcome:
     health_path: str = field(default="", metadata=TEXT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Start:
     """Guard -> agent: may this invocation begin? `token` is "" when the request carried none; `label` is for logs only."""
 
@@ -113,7 +113,7 @@ class Start:
     version: int = field(metadata=INT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class InstanceStart(Start):
     """Agent -> controller: a START with the identity that the agent holds for the guard's connection."""
 
@@ -122,7 +122,7 @@ class InstanceStart(Start):
     function: str = field(metadata=TEXT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Invoke:
     """Guard -> agent: may this invocation call `callee` now?"""
 
@@ -133,7 +133,7 @@ class Invoke:
     version: int = field(metadata=INT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class InstanceInvoke(Invoke):
     """Agent -> controller: an INVOKE with the identity that the agent holds for the guard's connection."""
 
@@ -142,7 +142,7 @@ class InstanceInvoke(Invoke):
     function: str = field(metadata=TEXT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The answer to START, INVOKE and REGISTER. `detail` is for people."""
 
@@ -155,7 +155,7 @@ class Answer:
     detail: str = field(default="", metadata=TEXT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class End:
     """Guard -> agent: an invocation is over. Nobody waits for it."""
 
@@ -164,7 +164,7 @@ class End:
     outcome: str = field(metadata=OUTCOME)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class InstanceEnd(End):
     """Agent -> controller: an END with the identity that the agent holds for the guard's connection."""
 
@@ -173,7 +173,7 @@ class InstanceEnd(End):
     function: str = field(metadata=TEXT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class VerdictRecord:
     """The guard's part of a line of the verdict log; the agent adds time_ms, seq, node, instance, app and function."""
 
@@ -195,14 +195,14 @@ class VerdictRecord:
     event: str = field(default=EVENT_VERDICT, metadata=EVENT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """Guard -> agent: one line for the verdict log."""
 
     record: VerdictRecord = field(metadata=RECORD)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Policy:
     """Agent -> guard and controller -> agent: a newer signed policy of `app`."""
 
@@ -210,21 +210,21 @@ class Policy:
     policy: bytes = field(metadata=BIN)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Lease:
     """Agent -> guard and controller -> agent: decisions may be made for this long from now on."""
 
     lease_ms: int = field(metadata=INT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Names:
     """Agent -> guard: the addresses of every listed host, whole and not as a difference."""
 
     names: Mapping[str, Sequence[str]] = field(metadata=NAMES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AgentHello:
     """Agent -> controller: the first frame of an agent's connection."""
 
@@ -232,7 +232,7 @@ class AgentHello:
     proto: int = field(default=PROTOCOL, metadata=INT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ControllerWelcome:
     """Controller -> agent, with the id of its AGENT_HELLO. Policies that do not fit follow as POLICY frames."""
 
@@ -242,7 +242,7 @@ class ControllerWelcome:
     policies: Mapping[str, bytes] = field(default_factory=dict, metadata=POLICIES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Register:
     """Agent -> controller: an instance of this connection's node; answered before it may start."""
 
@@ -252,19 +252,19 @@ class Register:
     image: str = field(metadata=TEXT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unregister:
     """Agent -> controller: the instance is gone, and with it what it was doing."""
 
     instance: str = field(metadata=TEXT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Status:
     """Any client with a certificate of the site -> controller: what do you hold?"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StatusReport:
     """What a controller holds: the version of each app's newest policy, and how many agents, calls and invocations."""
 
@@ -274,7 +274,7 @@ class StatusReport:
     invocations: int = field(metadata=INT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StatusAnswer:
     """Controller -> client, with the id of its STATUS."""
 

@@ -1,0 +1,30 @@
+"""Every bound of the controller's tables and waits, and what happens there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kalium.protocol.limits import LEASE_MS
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A step beyond a bound of a table is denied with `controller_unavailable` and moves nothing; the other rules are beside each."""
+
+    calls: int = 100_000
+    invocations_per_call: int = 256
+    tokens_per_call: int = 64
+    invocations_per_instance: int = 256  # so that one instance cannot fill the table of calls alone
+    steps_per_invocation: int = 64  # remembered answers; the oldest is forgotten, and asked again it is a new step
+    starts_per_instance: int = 64  # the same for the starts of an instance
+    agents: int = 1024  # beyond it the welcome says no
+    instances_per_agent: int = 4096
+    versions_per_app: int = 8  # beyond it the oldest one is dropped before its drain ends
+    token_ms: int = 30_000
+    invocation_grace_ms: int = 30_000  # an invocation whose END got lost lives for its timeout and this
+    agent_gone_ms: int = LEASE_MS  # instances of an agent that is away are kept so long; their guards decide no longer either
+    drain_ms: int = 60_000  # a version that is not the newest any more lives so long; then its calls are denied
+
+
+LIMITS = Limits()
+assert LIMITS.agent_gone_ms >= LEASE_MS  # evicting earlier would end invocations whose guards still hold a lease

@@ -1,0 +1,113 @@
+"""A small application for the controller's tests: its policy in several versions, and a state whose tokens can be told apart."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import cache
+
+from kalium.controller.limits import Limits
+from kalium.controller.state import NS_PER_MS, State
+from kalium.policy.automaton import CompiledPolicy
+from kalium.policy.compile import compile_policy
+from kalium.protocol.frames import Answer, InstanceEnd, InstanceInvoke, InstanceStart, Register
+
+POLICY = """
+schema: kalium/v1
+app: {app}
+version: {version}
+mode: enforce
+on_unavailable: {{app_edge: deny, deadline_ms: 250}}
+peers:
+  gateway: {{host: gateway, port: 8080, protocol: http, role: gateway}}
+entries: [{entries}]
+functions:
+  front:
+    messages:
+      - {{invoke: stock}}
+      - {{invoke: pay}}
+  stock:
+    messages: []
+  pay:
+    messages:
+      - {{invoke: mail}}
+  mail:
+    messages: []
+"""
+LISTS = """
+  lists:
+    messages:
+      - repeat: [ {invoke: stock} ]
+        at_least: 0
+        at_most: 256
+"""
+
+
+@cache
+def compiled(version: int = 1, app: str = "shop", entries: str = "front, lists") -> bytes:
+    """A policy of `app`: front asks the stock and then pays; lists, there if it is an entry, asks the stock up to 256 times."""
+    text = POLICY.format(app=app, version=version, entries=entries) + (LISTS if "lists" in entries else "")
+    return compile_policy(text.encode(), "samples")
+
+
+def policy(version: int = 1, app: str = "shop", entries: str = "front, lists") -> CompiledPolicy:
+    return CompiledPolicy.parse(compiled(version, app, entries))
+
+
+def counting_mint() -> Callable[[], str]:
+    """Ids in the order of their making: 1, 2, 3, each in 32 digits."""
+    numbers = itertools.count(1)
+    return lambda: f"{next(numbers):032x}"
+
+
+class Node:
+    """An agent with its instances, played by a test against a State. `now_ms` is everybody's clock."""
+
+    def __init__(self, state: State, key: str = "connection-1", node: str = "node0", *, version: int = 1, app: str = "shop") -> None:
+        self.state = state
+        self.key = key
+        self.version = version
+        self.app = app
+        self.now_ms = 0
+        self._steps = itertools.count(1)
+        state.agent_hello(key, subject="agent", node=node, now_ns=0)
+
+    @property
+    def now_ns(self) -> int:
+        return self.now_ms * NS_PER_MS
+
+    def step(self) -> str:
+        """A step id that was not used yet."""
+        return f"{next(self._steps):016x}"
+
+    def register(self, function: str, instance: str = "") -> Answer:
+        return self.state.register(self.key, Register(instance or function, self.app, function, "image"))
+
+    def start(self, function: str, token: str = "", *, instance: str = "", step: str = "", version: int = 0) -> Answer:
+        said = InstanceStart(step or self.step(), token, "label", version or self.version, instance or function, self.app, function)
+        return self.state.start(self.key, said, now_ns=self.now_ns)
+
+    def invoke(self, granted: Answer, function: str, callee: str, *, instance: str = "", step: str = "", version: int = 0) -> Answer:
+        said = InstanceInvoke(
+            step or self.step(), granted.call, granted.invocation, callee, version or self.version, instance or function, self.app, function
+        )
+        return self.state.invoke(self.key, said, now_ns=self.now_ns)
+
+    def end(self, granted: Answer, function: str, *, instance: str = "") -> bool:
+        said = InstanceEnd(granted.call, granted.invocation, "answered", instance or function, self.app, function)
+        return self.state.end(self.key, said)
+
+    def counts(self) -> tuple[int, int]:
+        """Live calls and live invocations."""
+        report = self.state.status()
+        return report.calls, report.invocations
+
+
+def site(limits: Limits | None = None, functions: str = "front stock pay mail lists") -> Node:
+    """A state with the policy loaded and one agent whose instances are named after their functions."""
+    state = State(mint=counting_mint(), limits=limits or Limits())
+    state.install(policy(), b"signed 1", now_ns=0)
+    node = Node(state)
+    for function in functions.split():
+        assert node.register(function).allowed
+    return node

@@ -1,0 +1,640 @@
+"""The controller's rules, each with what breaks it. The clock is a number and the tokens are counted."""
+
+from dataclasses import replace
+
+import pytest
+from controller_samples import Node, counting_mint, policy, site
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kalium.controller.limits import LIMITS
+from kalium.controller.state import NS_PER_MS, Evicted, State
+from kalium.errors import KaliumError
+from kalium.protocol.frames import Answer, Register
+
+
+def granted(answer: Answer) -> Answer:
+    assert answer.allowed, answer
+    assert answer.reason == "allowed"
+    return answer
+
+
+def denied(answer: Answer, reason: str) -> Answer:
+    assert (answer.allowed, answer.reason, answer.token, answer.call, answer.invocation) == (False, reason, "", "", "")
+    return answer
+
+
+def test_a_call_goes_its_way_and_leaves_nothing() -> None:
+    node = site()
+
+    front = granted(node.start("front"))
+    stock = granted(node.start("stock", granted(node.invoke(front, "front", "stock")).token))
+    assert stock.call == front.call
+    assert stock.invocation != front.invocation
+    assert node.end(stock, "stock")
+    pay = granted(node.start("pay", granted(node.invoke(front, "front", "pay")).token))
+    mail = granted(node.start("mail", granted(node.invoke(pay, "pay", "mail")).token))
+    assert node.counts() == (1, 3)
+    assert node.end(mail, "mail")
+    assert node.end(pay, "pay")
+    assert node.end(front, "front")
+
+    assert node.counts() == (0, 0)
+
+
+# Starts
+
+
+def test_an_entry_starts_a_call_of_its_own_each_time() -> None:
+    node = site()
+
+    first, second = granted(node.start("front")), granted(node.start("front"))
+
+    assert first.call != second.call
+    assert node.counts() == (2, 2)
+
+
+def test_what_is_no_entry_needs_a_token() -> None:
+    node = site()
+
+    denied(node.start("stock"), "not_an_entry")
+
+    assert node.counts() == (0, 0)
+
+
+@pytest.mark.parametrize("function", ["front", "stock"])
+def test_a_token_that_nobody_issued_is_worse_than_none_at_entries_too(function: str) -> None:
+    denied(site().start(function, "f" * 32), "bad_token")
+
+
+def test_a_token_starts_its_callee_and_nothing_else_and_a_refusal_does_not_spend_it() -> None:
+    node = site()
+    token = granted(node.invoke(granted(node.start("front")), "front", "stock")).token
+
+    denied(node.start("mail", token), "bad_token")
+    denied(node.start("front", token), "bad_token")
+
+    granted(node.start("stock", token))
+
+
+def test_a_token_is_spent_by_the_start_that_it_granted() -> None:
+    node = site()
+    token = granted(node.invoke(granted(node.start("front")), "front", "stock")).token
+    granted(node.start("stock", token))
+
+    denied(node.start("stock", token), "bad_token")
+
+
+def test_a_token_of_another_app_is_no_token_here() -> None:
+    """Both apps have a function of the same name, and only one of them was invoked."""
+    node = site()
+    node.state.install(policy(app="other"), b"signed other", now_ns=0)
+    other = Node(node.state, "connection-2", "node1", app="other")
+    granted(other.register("stock", "stock-of-other"))
+    token = granted(node.invoke(granted(node.start("front")), "front", "stock")).token
+
+    denied(other.start("stock", token, instance="stock-of-other"), "bad_token")
+
+    granted(node.start("stock", token))
+
+
+@pytest.mark.parametrize(("after_ms", "reason"), [(LIMITS.token_ms - 1, "allowed"), (LIMITS.token_ms, "bad_token")])
+def test_a_token_expires_by_the_controllers_clock(after_ms: int, reason: str) -> None:
+    """To the millisecond, whether or not anybody has swept."""
+    node = site()
+    token = granted(node.invoke(granted(node.start("front")), "front", "stock")).token
+
+    node.now_ms += after_ms
+
+    assert node.start("stock", token).reason == reason
+
+
+def test_a_call_lives_while_a_token_of_it_is_pending_and_no_longer() -> None:
+    node = site()
+    front = granted(node.start("front"))
+    granted(node.invoke(front, "front", "stock"))
+    node.end(front, "front")
+    assert node.counts() == (1, 0)
+
+    node.state.expire(now_ns=LIMITS.token_ms * NS_PER_MS)
+
+    assert node.counts() == (0, 0)
+
+
+def test_a_start_asked_again_is_the_same_start() -> None:
+    """The answer may have been lost on its way: a second invocation would never end."""
+    node = site()
+    token = granted(node.invoke(granted(node.start("front")), "front", "stock")).token
+
+    first = granted(node.start("stock", token, step="a" * 16))
+
+    assert node.start("stock", token, step="a" * 16) is first
+    assert node.counts() == (1, 2)
+
+
+def test_a_denied_start_asked_again_is_the_same_denial() -> None:
+    node = site()
+
+    assert node.start("stock", step="a" * 16) is node.start("stock", step="a" * 16)
+
+
+def test_a_step_id_cannot_be_used_for_another_question() -> None:
+    node = site()
+    front = granted(node.start("front", step="a" * 16))
+    granted(node.invoke(front, "front", "stock", step="b" * 16))
+
+    denied(node.start("front", "f" * 32, step="a" * 16), "malformed")
+    denied(node.invoke(front, "front", "pay", step="b" * 16), "malformed")
+
+
+def test_a_step_id_belongs_to_its_instance() -> None:
+    """Guards choose them alone: two may choose the same."""
+    node = site()
+    granted(node.register("front", "front-2"))
+
+    first, second = granted(node.start("front", step="a" * 16)), granted(node.start("front", instance="front-2", step="a" * 16))
+
+    assert first.call != second.call
+
+
+# Invokes
+
+
+def test_a_skipped_step_is_denied_with_what_was_expected_and_the_cursor_stays() -> None:
+    node = site()
+    front = granted(node.start("front"))
+
+    answer = denied(node.invoke(front, "front", "pay"), "edge_not_allowed")
+
+    assert [text.split(" @line")[0] for text in answer.expected] == ["invoke stock"]
+    granted(node.invoke(front, "front", "stock"))
+
+
+def test_a_repeated_step_is_denied() -> None:
+    node = site()
+    front = granted(node.start("front"))
+    granted(node.invoke(front, "front", "stock"))
+
+    answer = denied(node.invoke(front, "front", "stock"), "edge_not_allowed")
+
+    assert [text.split(" @line")[0] for text in answer.expected] == ["invoke pay"]
+
+
+@pytest.mark.parametrize("callee", ["front", "mail", "lists", "nobody", ""])
+def test_what_the_policy_does_not_list_here_is_denied(callee: str) -> None:
+    node = site()
+
+    denied(node.invoke(granted(node.start("front")), "front", callee), "edge_not_allowed")
+
+
+def test_an_invoke_asked_again_returns_its_token_and_moves_nothing() -> None:
+    node = site()
+    front = granted(node.start("front"))
+    first = granted(node.invoke(front, "front", "stock", step="a" * 16))
+
+    again = node.invoke(front, "front", "stock", step="a" * 16)
+
+    assert again is first
+    granted(node.invoke(front, "front", "pay"))
+
+
+def test_a_denied_invoke_asked_again_stays_denied_though_the_cursor_has_moved() -> None:
+    """One step id, one answer: otherwise asking often enough would be a way to be granted."""
+    node = site()
+    front = granted(node.start("front"))
+    denied(node.invoke(front, "front", "pay", step="a" * 16), "edge_not_allowed")
+    granted(node.invoke(front, "front", "stock"))
+
+    denied(node.invoke(front, "front", "pay", step="a" * 16), "edge_not_allowed")
+
+
+def test_two_calls_that_overlap_never_share_a_cursor() -> None:
+    node = site()
+    granted(node.register("front", "front-2"))
+    first, second = granted(node.start("front")), granted(node.start("front", instance="front-2"))
+
+    granted(node.invoke(first, "front", "stock"))
+    denied(node.invoke(second, "front", "pay", instance="front-2"), "edge_not_allowed")
+    granted(node.invoke(second, "front", "stock", instance="front-2"))
+    granted(node.invoke(first, "front", "pay"))
+    granted(node.invoke(second, "front", "pay", instance="front-2"))
+
+
+def test_two_invocations_of_one_function_in_one_call_have_a_cursor_each() -> None:
+    node = site()
+    lists = granted(node.start("lists"))
+    tokens = [granted(node.invoke(lists, "lists", "stock")).token for _ in range(2)]
+    granted(node.register("stock", "stock-2"))
+
+    first, second = granted(node.start("stock", tokens[0])), granted(node.start("stock", tokens[1], instance="stock-2"))
+
+    assert first.call == second.call == lists.call
+    assert first.invocation != second.invocation
+
+
+def test_an_invocation_belongs_to_the_instance_that_started_it() -> None:
+    """Ids that leak from one sandbox are of no use in another, not even of the same function."""
+    node = site()
+    granted(node.register("front", "front-2"))
+    front = granted(node.start("front"))
+
+    denied(node.invoke(front, "front", "stock", instance="front-2"), "unknown_call")
+    assert not node.end(front, "front", instance="front-2")
+
+    granted(node.invoke(front, "front", "stock"))
+
+
+def test_ids_that_nobody_issued_are_unknown() -> None:
+    node = site()
+    front = granted(node.start("front"))
+
+    denied(node.invoke(replace(front, call="f" * 32), "front", "stock"), "unknown_call")
+    denied(node.invoke(replace(front, invocation="f" * 32), "front", "stock"), "unknown_call")
+
+
+def test_nothing_follows_the_end_of_an_invocation() -> None:
+    node = site()
+    front = granted(node.start("front"))
+    assert node.end(front, "front")
+
+    denied(node.invoke(front, "front", "stock"), "unknown_call")
+    assert not node.end(front, "front")
+
+
+def test_the_callees_of_a_call_that_has_ended_may_not_start() -> None:
+    """A token that expired with its call is as unknown as one that was never issued."""
+    node = site()
+    front = granted(node.start("front"))
+    token = granted(node.invoke(front, "front", "stock")).token
+    node.end(front, "front")
+    node.now_ms = LIMITS.token_ms
+    node.state.expire(now_ns=node.now_ns)
+
+    denied(node.start("stock", token), "bad_token")
+
+
+# Registrations
+
+
+def test_an_instance_that_nobody_registered_may_do_nothing() -> None:
+    node = site(functions="")
+
+    denied(node.start("front"), "unregistered")
+    denied(node.invoke(Answer(True, "allowed", "1", "2"), "front", "stock"), "unregistered")
+    assert not node.end(Answer(True, "allowed", "1", "2"), "front")
+
+
+def test_another_agent_may_not_speak_for_an_instance() -> None:
+    node = site()
+    front = granted(node.start("front"))
+    stranger = Node(node.state, "connection-2", "node1")
+
+    denied(stranger.start("front"), "unregistered")
+    denied(stranger.invoke(front, "front", "stock"), "unregistered")
+    denied(stranger.register("front"), "unregistered")
+    assert not stranger.end(front, "front")
+    assert stranger.state.unregister(stranger.key, "front") == []
+
+    granted(node.invoke(front, "front", "stock"))
+
+
+def test_an_instance_cannot_become_another_function() -> None:
+    node = site()
+
+    denied(node.start("lists", instance="front"), "unregistered")
+    denied(node.register("lists", "front"), "unregistered")
+
+
+def test_registering_again_changes_nothing() -> None:
+    node = site()
+    front = granted(node.start("front"))
+
+    granted(node.register("front"))
+
+    granted(node.invoke(front, "front", "stock"))
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (Register("c", "shop", "nobody", "image"), "unknown_function"),
+        (Register("c", "nowhere", "front", "image"), "unknown_function"),
+        (Register("", "shop", "front", "image"), "malformed"),
+    ],
+)
+def test_what_no_policy_knows_is_not_registered(said: Register, reason: str) -> None:
+    node = site()
+
+    denied(node.state.register(node.key, said), reason)
+
+
+def test_an_instance_that_is_gone_takes_its_invocations_with_it() -> None:
+    node = site()
+    front = granted(node.start("front"))
+
+    evicted = node.state.unregister(node.key, "front")
+
+    assert evicted == [Evicted("shop", "front", front.call, front.invocation, "front", "unregistered")]
+    assert node.counts() == (0, 0)
+    denied(node.start("front"), "unregistered")
+
+
+def test_an_agent_that_comes_back_registers_again_and_its_calls_go_on() -> None:
+    """A broken connection is not a broken call: the sandboxes have gone on."""
+    node = site()
+    front = granted(node.start("front"))
+    node.state.agent_gone(node.key, now_ns=node.now_ns)
+    denied(node.invoke(front, "front", "stock"), "unregistered")
+    node.now_ms = LIMITS.agent_gone_ms - 1
+
+    back = Node(node.state, "connection-2", "node0")
+    granted(back.register("front"))
+    back.now_ms = node.now_ms
+
+    granted(back.invoke(front, "front", "stock"))
+    assert back.state.expire(now_ns=LIMITS.agent_gone_ms * NS_PER_MS) == []
+
+
+def test_an_agent_that_comes_back_before_its_old_connection_is_dead_replaces_it() -> None:
+    node = site()
+    front = granted(node.start("front"))
+
+    assert node.state.agent_hello("connection-2", subject="agent", node="node0", now_ns=0) == "connection-1"
+
+    denied(node.invoke(front, "front", "stock"), "unregistered")
+    node.key = "connection-2"
+    granted(node.register("front"))
+    granted(node.invoke(front, "front", "stock"))
+    assert node.state.status().agents == 1
+
+
+def test_the_end_of_a_replaced_connection_does_not_touch_the_new_one() -> None:
+    node = site()
+    node.state.agent_hello("connection-2", subject="agent", node="node0", now_ns=0)
+
+    node.state.agent_gone("connection-1", now_ns=0)
+
+    assert node.state.status().agents == 1
+
+
+def test_another_certificate_does_not_replace_an_agent_by_its_name() -> None:
+    node = site()
+
+    assert node.state.agent_hello("connection-2", subject="mallory", node="node0", now_ns=0) is None
+
+    granted(node.start("front"))
+    denied(node.state.register("connection-2", Register("front", "shop", "front", "image")), "unregistered")
+
+
+def test_an_agent_that_stays_away_loses_its_instances_after_the_bound() -> None:
+    node = site()
+    front = granted(node.start("front"))
+    node.state.agent_gone(node.key, now_ns=0)
+    assert node.state.expire(now_ns=LIMITS.agent_gone_ms * NS_PER_MS - 1) == []
+
+    evicted = node.state.expire(now_ns=LIMITS.agent_gone_ms * NS_PER_MS)
+
+    assert evicted == [Evicted("shop", "front", front.call, front.invocation, "front", "agent_gone")]
+    assert node.counts() == (0, 0)
+    granted(Node(node.state, "connection-2", "node1").register("front"))
+
+
+# Time
+
+
+def test_an_invocation_whose_end_was_lost_is_evicted_after_its_timeout() -> None:
+    """60 s is the timeout that the policy's functions have when it says nothing."""
+    node = site()
+    front = granted(node.start("front"))
+    lifetime_ms = 60_000 + LIMITS.invocation_grace_ms
+    node.now_ms = lifetime_ms - 1
+    assert node.state.expire(now_ns=node.now_ns) == []
+    granted(node.invoke(front, "front", "stock"))
+
+    node.now_ms = lifetime_ms
+    denied(node.invoke(front, "front", "pay"), "unknown_call")  # before anybody has swept
+    evicted = node.state.expire(now_ns=node.now_ns)
+
+    assert [(each.invocation, each.why) for each in evicted] == [(front.invocation, "timeout")]
+
+
+def test_many_evictions_come_in_portions() -> None:
+    """The loop that sweeps has other work: what is left over comes with the next call."""
+    node = site()
+    for number in range(5):
+        granted(node.register("front", f"front-{number}"))
+        granted(node.start("front", instance=f"front-{number}"))
+
+    portions = [len(node.state.expire(now_ns=10**12, evictions_max=2)) for _ in range(4)]
+
+    assert portions == [2, 2, 1, 0]
+
+
+# Policies
+
+
+def test_versions_only_grow() -> None:
+    state = State(mint=counting_mint())
+    assert state.install(policy(2), b"signed 2", now_ns=0)
+
+    with pytest.raises(KaliumError, match="versions only grow"):
+        state.install(policy(1), b"signed 1", now_ns=0)
+    with pytest.raises(KaliumError, match="versions only grow"):
+        state.install(policy(2), b"signed 2 with other words", now_ns=0)
+    assert not state.install(policy(2), b"signed 2", now_ns=0)
+
+    assert state.newest()["shop"].envelope == b"signed 2"
+    assert state.status().policies == {"shop": 2}
+
+
+def test_a_call_keeps_the_version_that_it_began_with() -> None:
+    """In version 2 front is no entry any more. The call that began under 1 goes on, whichever version its guards have by now."""
+    node = site()
+    front = granted(node.start("front"))
+
+    node.state.install(policy(2, entries="lists"), b"signed 2", now_ns=0)
+
+    granted(node.start("stock", granted(node.invoke(front, "front", "stock")).token, version=2))
+    granted(node.invoke(front, "front", "pay", version=2))
+    denied(node.start("front", version=2), "not_an_entry")
+
+
+@pytest.mark.parametrize(("after_ms", "reason"), [(LIMITS.drain_ms - 1, "allowed"), (LIMITS.drain_ms, "policy_mismatch")])
+@pytest.mark.parametrize("is_swept", [False, True])
+def test_an_old_version_drains_and_is_then_denied(after_ms: int, reason: str, *, is_swept: bool) -> None:
+    node = site()
+    front = granted(node.start("front"))
+    node.state.install(policy(2), b"signed 2", now_ns=0)
+    node.now_ms = after_ms
+    if is_swept:
+        node.state.expire(now_ns=node.now_ns)
+
+    assert node.invoke(front, "front", "stock").reason == reason
+    assert node.start("front").reason == reason
+    granted(node.start("front", version=2))
+
+
+def test_a_token_of_a_drained_version_starts_nothing() -> None:
+    node = site()
+    front = granted(node.start("front"))
+    node.now_ms = LIMITS.drain_ms - 1
+    node.state.install(policy(2), b"signed 2", now_ns=0)
+    token = granted(node.invoke(front, "front", "stock")).token
+    node.now_ms += 1
+    node.state.expire(now_ns=node.now_ns)
+
+    denied(node.start("stock", token, version=2), "policy_mismatch")
+
+
+@pytest.mark.parametrize("version", [2, 99])
+def test_a_version_that_the_controller_does_not_hold_is_a_mismatch(version: int) -> None:
+    """A guard that got a policy before the controller waits until the controller has it too."""
+    node = site()
+    front = granted(node.start("front"))
+
+    denied(node.start("front", version=version), "policy_mismatch")
+    denied(node.invoke(front, "front", "stock", version=version), "policy_mismatch")
+
+
+def test_a_function_that_the_guards_version_lacks_does_not_start() -> None:
+    """It was registered when there was one; its sandbox is still there."""
+    node = site()
+    node.state.install(policy(2, entries="front"), b"signed 2", now_ns=0)
+
+    denied(node.start("lists", version=2), "unknown_function")
+
+    granted(node.start("lists", version=1))
+
+
+# Bounds: each is denied with what the guard knows how to handle, and moves nothing
+
+
+def test_a_full_table_of_calls_denies_and_has_room_again_after_an_end() -> None:
+    node = site(replace(LIMITS, calls=2))
+    first = granted(node.start("front"))
+    granted(node.start("lists"))
+
+    refused = denied(node.start("front", step="a" * 16), "controller_unavailable")
+    assert "2 live calls" in refused.detail
+    node.end(first, "front")
+
+    granted(node.start("front", step="a" * 16))  # the same step: being full was no decision
+
+
+def test_a_call_has_a_bound_of_invocations_and_the_token_is_not_spent() -> None:
+    node = site(replace(LIMITS, invocations_per_call=2))
+    lists = granted(node.start("lists"))
+    first, second = (granted(node.invoke(lists, "lists", "stock")).token for _ in range(2))
+    stock = granted(node.start("stock", first))
+
+    denied(node.start("stock", second), "controller_unavailable")
+    node.end(stock, "stock")
+
+    granted(node.start("stock", second))
+
+
+def test_a_call_has_a_bound_of_pending_tokens_and_the_cursor_stays() -> None:
+    node = site(replace(LIMITS, tokens_per_call=2))
+    lists = granted(node.start("lists"))
+    tokens = [granted(node.invoke(lists, "lists", "stock")).token for _ in range(2)]
+
+    denied(node.invoke(lists, "lists", "stock", step="a" * 16), "controller_unavailable")
+    granted(node.start("stock", tokens[0]))
+
+    granted(node.invoke(lists, "lists", "stock", step="a" * 16))
+
+
+def test_an_instance_has_a_bound_of_invocations() -> None:
+    node = site(replace(LIMITS, invocations_per_instance=2))
+    granted(node.start("front"))
+    granted(node.start("front"))
+
+    denied(node.start("front"), "controller_unavailable")
+
+    granted(node.start("lists"))
+
+
+def test_an_agent_has_a_bound_of_instances() -> None:
+    node = site(replace(LIMITS, instances_per_agent=2), functions="front stock")
+
+    denied(node.register("pay"), "controller_unavailable")
+    granted(node.register("stock"))
+    node.state.unregister(node.key, "stock")
+
+    granted(node.register("pay"))
+
+
+def test_agents_have_a_bound_and_one_that_comes_back_is_not_one_more() -> None:
+    node = site(replace(LIMITS, agents=1))
+
+    with pytest.raises(OverflowError):
+        node.state.agent_hello("connection-2", subject="agent", node="node1", now_ns=0)
+    assert node.state.agent_hello("connection-3", subject="agent", node="node0", now_ns=0) == "connection-1"
+
+
+def test_the_memory_of_steps_has_a_bound_and_forgets_the_oldest() -> None:
+    node = site(replace(LIMITS, steps_per_invocation=2, starts_per_instance=2))
+    lists = granted(node.start("lists", step="0" * 16))
+    first = granted(node.invoke(lists, "lists", "stock", step="a" * 16))
+    second = granted(node.invoke(lists, "lists", "stock", step="b" * 16))
+    granted(node.invoke(lists, "lists", "stock", step="c" * 16))
+
+    assert node.invoke(lists, "lists", "stock", step="b" * 16) is second
+    assert node.invoke(lists, "lists", "stock", step="a" * 16).token != first.token  # a new step, judged as one
+    for step in ("1" * 16, "2" * 16):
+        granted(node.start("lists", step=step))
+    assert node.start("lists", step="0" * 16).call != lists.call
+
+
+def test_an_app_has_a_bound_of_versions_and_drops_the_oldest() -> None:
+    node = site(replace(LIMITS, versions_per_app=2))
+    front = granted(node.start("front"))
+
+    node.state.install(policy(2), b"signed 2", now_ns=0)
+    granted(node.invoke(front, "front", "stock"))
+    node.state.install(policy(3), b"signed 3", now_ns=0)
+
+    denied(node.invoke(front, "front", "pay"), "policy_mismatch")
+    granted(node.start("front", version=2))
+
+
+# Everything at once
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5), st.integers(0, 3)), max_size=60))
+def test_whatever_happens_nothing_is_left_when_everything_is_over(script: list[tuple[int, int, int]]) -> None:
+    """Starts, invokes, ends, repeats, a lost connection and the clock in any order: the tables agree and empty themselves."""
+    node = site()
+    functions = ("front", "stock", "pay", "mail", "lists")
+    started: list[tuple[str, Answer]] = []
+    tokens: list[tuple[str, str]] = []
+    for action, which, how in script:
+        if action <= 2:
+            answer = node.start(functions[which % 5])
+            started += [(functions[which % 5], answer)] if answer.allowed else []
+        elif action <= 5 and started:
+            function, invocation = started[which % len(started)]
+            callee = functions[1 + how]
+            answer = node.invoke(invocation, function, callee)
+            tokens += [(callee, answer.token)] if answer.allowed else []
+        elif action == 6 and tokens:
+            callee, token = tokens[which % len(tokens)]
+            answer = node.start(callee, token)
+            started += [(callee, answer)] if answer.allowed else []
+        elif action == 7 and started:
+            node.end(started[which % len(started)][1], started[which % len(started)][0])
+        elif action == 8:
+            node.now_ms += (1, 1_000, 31_000, 91_000)[how]
+            node.state.expire(now_ns=node.now_ns)
+        elif action == 9:
+            node.state.agent_gone(node.key, now_ns=node.now_ns)
+            node.state.agent_hello(node.key, subject="agent", node="node0", now_ns=node.now_ns)
+            for function in functions:
+                granted(node.register(function))
+    calls, invocations = node.counts()
+    assert calls <= invocations + len(tokens)
+
+    node.state.expire(now_ns=node.now_ns + 200_000 * NS_PER_MS)
+
+    assert node.counts() == (0, 0)
+    assert (len(node.state._tokens), len(node.state._token_deadlines), node.state._invocation_deadlines) == (0, 0, {})
