@@ -41,9 +41,18 @@ ROOT_MADE_S_MAX = 900.0
 TURN_S_MAX = 1800.0  # another run on this machine is waited for: one host at a time keeps a small machine usable for others
 SSH_S_MAX = 60.0
 ENDED_S_MAX = 30.0
+REBOOTED = 133  # nspawn's exit status when the host asked for a restart and nspawn may not make one itself
 COMMAND_S_MAX = 60.0
 
-CACHE = Path(os.environ.get("KALIUM_CACHE", "/var/cache/kalium")) / "nspawn"
+
+def cache() -> Path:
+    """Where root keeps the root file system and packages: the project's cache, but never below a folder that is a user's own."""
+    chosen = Path(os.environ.get("KALIUM_CACHE", "/var/cache/kalium"))
+    existing = next(folder for folder in (chosen, *chosen.parents) if folder.is_dir())
+    return (chosen if existing.stat().st_uid == 0 else Path("/var/cache/kalium")) / "nspawn"
+
+
+CACHE = cache()
 AS_ROOT = ("sudo", "-n")  # for who is not root yet; never a prompt, because pytest owns the terminal
 PROGRAMS = {
     "systemd-nspawn": "systemd-container",
@@ -89,6 +98,18 @@ class Host:
         """Run a shell command line on the host as the ordinary user; the words are joined as ssh joins them."""
         ssh = ["ssh", *self.ssh_options(), "-o", "ConnectTimeout=5", "-i", str(self.key), f"{self.user}@{self.address}", "--", *command]
         return subprocess.run(ssh, capture_output=True, text=True, check=False, timeout=timeout_s)
+
+    def reboot(self) -> None:
+        """Restart the host and wait until its init says that everything has been started. Raises HostError at the deadline."""
+        boot_id = "/proc/sys/kernel/random/boot_id"
+        before = self.run("cat", boot_id).stdout
+        self.run("sudo systemctl reboot")
+        deadline = time.monotonic() + SSH_S_MAX
+        while (now := self.run("cat", boot_id)).returncode != 0 or now.stdout == before:
+            if time.monotonic() > deadline:
+                raise HostError("reboot", f"cannot restart host {self.name}", now.stderr.strip() or "it still runs", "see its console log")
+            time.sleep(0.1)
+        self.run("systemctl is-system-running --wait")
 
 
 # The test's half ----------------------------------------------------------------------------------------------------------------------------
@@ -395,7 +416,7 @@ def machine(root: Path, namespace: Path, folder: Path) -> Iterator[subprocess.Po
         *(f"--bind={CACHE / name}:{path}" for name, path in caches.items()),
     )
     joining = 'for group in $GROUPS_TO_JOIN; do echo $$ >"$group/cgroup.procs" || exit 1; done; exec "$@"'
-    with (folder / "console.log").open("wb") as console:
+    with (folder / "console.log").open("ab") as console:
         booted = subprocess.Popen(
             # An init outlives a killed nspawn. As the first process of a namespace nspawn takes all others with it.
             ending_with_us("sh", "-c", joining, "sh", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *nspawn),
@@ -413,6 +434,19 @@ def machine(root: Path, namespace: Path, folder: Path) -> Iterator[subprocess.Po
         remove_cgroups(groups)
 
 
+def boot(root: Path, namespace: Path, folder: Path) -> bool:
+    """Run the host until the test's half ends it (False) or it asks to be started again (True)."""
+    with machine(root, namespace, folder) as booted:
+        owner = pwd.getpwuid(folder.stat().st_uid)  # the console is for the person who runs the test
+        os.chown(folder / "console.log", owner.pw_uid, owner.pw_gid)
+        while not stopped(0.1):
+            if booted.poll() == REBOOTED:
+                return True
+            if booted.returncode is not None:
+                raise HostError("ended", f"host {NAME} ended by itself", f"exit {booted.returncode}", f"see {folder}/console.log")
+    return False
+
+
 def serve(folder: Path) -> None:
     """Run a host until the test's half closes our standard input. Raises HostError; leaves the console log in `folder`."""
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -425,14 +459,10 @@ def serve(folder: Path) -> None:
         run("mount", "-t", "overlay", NAME, "-o", f"lowerdir={lower},upperdir={place / 'upper'},workdir={place / 'work'}", str(root))
         try:
             personalise(root, folder)
-            with network(place) as namespace, machine(root, namespace, folder) as booted:
-                # The logs are for the person who runs the test.
-                owner = pwd.getpwuid(folder.stat().st_uid)
-                os.chown(folder / "console.log", owner.pw_uid, owner.pw_gid)
+            with network(place) as namespace:
                 print("started", os.getpid(), flush=True)
-                while not stopped(0.2):
-                    if booted.poll() is not None:
-                        raise HostError("ended", f"host {NAME} ended by itself", f"exit {booted.returncode}", f"see {folder}/console.log")
+                while boot(root, namespace, folder):
+                    pass
         finally:
             run("umount", str(root))
             shutil.rmtree(place)

@@ -102,3 +102,13 @@ def test_nothing_runs_on_after_the_root_half_was_killed_and_the_next_host_starts
 
     with host_running(second) as host:
         assert host.run("hostname").stdout == f"{NAME}\n"
+
+
+def test_a_restarted_host_keeps_its_files_and_answers_again(host: Host) -> None:
+    """What a role installed has to come back by itself; what lives in /run has not."""
+    host.run("touch kept; sudo touch /run/lost")
+
+    host.reboot()
+
+    assert host.run("ls kept /run/lost").stdout == "kept\n"
+    assert host.run("systemctl is-system-running").stdout == "running\n"
