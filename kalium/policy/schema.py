@@ -225,6 +225,9 @@ class _Violation:
         self.description = self.schema.get("description", _HINT)
         self.keyword = str(error.validator)
         self.message = error.message
+        if "propertyNames" in error.absolute_schema_path:  # the validator stands at the mapping and judges its key
+            self.line = source.line((*self.path, str(self.instance)))
+            self.where = f"a key of {self.where}"
 
     def findings(self) -> Iterable[Finding]:
         say = {
