@@ -2,6 +2,7 @@ package policy
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -70,6 +71,7 @@ func Parse(compiled []byte) (*Policy, error) {
 	if c.err != nil {
 		return nil, c.err
 	}
+	policy.SHA256 = sha256.Sum256(compiled)
 	return policy, nil
 }
 

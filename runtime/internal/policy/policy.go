@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"strings"
 )
@@ -55,6 +56,7 @@ type Policy struct {
 	Mode         Mode
 	DeadlineMS   int // how long an app edge may take before it counts as denied
 	SourceSHA256 string
+	SHA256       [sha256.Size]byte // of the compiled bytes: two policies of one version are the same one or a mistake
 	Peers        map[string]Peer
 	Entries      map[string]bool
 	Functions    map[string]*Function

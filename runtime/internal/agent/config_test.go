@@ -1,0 +1,191 @@
+package agent
+
+import (
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"kalium.dev/kalium/runtime/internal/frame"
+)
+
+const goodConfig = `{"node":"node-0","guard_socket":"/run/kalium/guard.sock","register_socket":"/run/kalium/register.sock",
+"controller":{"address":"127.0.0.1:5000","name":"controller","ca":"/e/ca","cert":"/e/crt","key":"/e/key"},
+"operator_key":"/e/pub","state_dir":"/s","verdict_log":"/l","names":{"gateway":["10.137.0.1"]},
+"incoming":{"port":8080,"sources":["10.137.0.1/32"],"health_path":"/_/health"},"lease_ms":60000}`
+
+func TestTheConfigurationIsRead(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "agent.json")
+	if err := os.WriteFile(path, []byte(goodConfig), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	config, err := LoadConfig(path)
+
+	if err != nil || config.Node != "node-0" || config.Controller.Name != "controller" || config.Incoming.Port != 8080 || config.peerUID != 0 {
+		t.Errorf("%#v, %v", config, err)
+	}
+}
+
+func TestAConfigurationThatIsNotMeantIsRefused(t *testing.T) {
+	for name, c := range map[string]struct{ old, new, text string }{
+		"an unknown field":             {`"node":`, `"nodes":"x","node":`, `unknown field "nodes"`},
+		"an unknown field inside":      {`"port":`, `"ports":1,"port":`, `unknown field "ports"`},
+		"no node":                      {`"node":"node-0",`, ``, "node is"},
+		"a relative path":              {`"/run/kalium/guard.sock"`, `"guard.sock"`, "guard_socket is"},
+		"an address without a port":    {`127.0.0.1:5000`, `127.0.0.1`, "controller.address is"},
+		"a controller without a name":  {`"name":"controller"`, `"name":""`, "controller.name is"},
+		"a name in upper case":         {`"gateway"`, `"Gateway"`, "names has"},
+		"a name without an address":    {`["10.137.0.1"]}`, `[]}`, "names.gateway has 0 addresses"},
+		"an address that is none":      {`["10.137.0.1"]}`, `["10.137.0"]}`, "not an IPv4 address"},
+		"an IPv6 address":              {`["10.137.0.1"]}`, `["::1"]}`, "not an IPv4 address"},
+		"port 0":                       {`8080`, `0`, "incoming.port is 0"},
+		"no source":                    {`["10.137.0.1/32"]`, `[]`, "incoming.sources has 0"},
+		"a source that is no range":    {`10.137.0.1/32`, `10.137.0.1`, "not an IPv4 range"},
+		"a health path with a query":   {`/_/health`, `/_/health?x`, "not a plain path"},
+		"a health path without a root": {`/_/health`, `_/health`, "not a plain path"},
+		"no lease":                     {`60000`, `0`, "lease_ms is 0"},
+		"a lease of a day":             {`60000`, `86400000`, "lease_ms is 86400000"},
+		"a text for a number":          {`60000`, `"60000"`, "cannot unmarshal"},
+		"bytes behind it":              {`"lease_ms":60000}`, `"lease_ms":60000} {}`, "bytes follow"},
+	} {
+		changed := strings.Replace(goodConfig, c.old, c.new, 1)
+		if changed == goodConfig {
+			t.Fatalf("%s: the case changes nothing", name)
+		}
+
+		_, err := parseConfig([]byte(changed))
+
+		if err == nil || !strings.Contains(err.Error(), c.text) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestAFileThatCannotBeReadSaysWhatToDo(t *testing.T) {
+	_, err := LoadConfig(filepath.Join(t.TempDir(), "absent"))
+
+	var known *Error
+	if !errors.As(err, &known) || known.Code != "agent.config" || known.Exit != ExitEnvironment || !strings.Contains(err.Error(), "\nnext: ") {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestOnlyAnEd25519KeyIsAnOperatorsKey(t *testing.T) {
+	dir := t.TempDir()
+	cert, private := newAuthority(t).issue("x")
+	for name, data := range map[string][]byte{
+		"a certificate": cert, "a private key": private, "nothing": nil,
+		"rubbish in PEM": pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: []byte("x")}),
+	} {
+		path := filepath.Join(dir, "key")
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := loadOperatorKey(path); err == nil || !strings.HasPrefix(err.Error(), "error[agent.operator_key]: ") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestTheAgentDoesNotStartWithWhatItCannotUse(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(*site)
+		code   string
+	}{
+		"a lost operator's key":       {func(s *site) { s.config.OperatorKey += ".lost" }, "agent.operator_key"},
+		"a log in no folder":          {func(s *site) { s.config.VerdictLog = s.dir + "/no/folder" }, "agent.verdict_log"},
+		"a socket in no folder":       {func(s *site) { s.config.GuardSocket = s.dir + "/no/folder" }, "agent.socket"},
+		"a file in a socket's place":  {func(s *site) { s.write("register.sock", nil) }, "agent.socket"},
+		"versions that are cut short": {func(s *site) { s.writeVersions(`{"format":"kalium-versions/v1","apps":{"a"`) }, "agent.versions"},
+		"versions of another format":  {func(s *site) { s.writeVersions(`{"format":"v2","apps":{}}`) }, "agent.versions"},
+		"an empty file of versions":   {func(s *site) { s.writeVersions("") }, "agent.versions"},
+		"a version that is no digest": {func(s *site) {
+			s.writeVersions(`{"format":"kalium-versions/v1","apps":{"a":{"version":1,"sha256":"x"}}}`)
+		}, "agent.versions"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t)
+			c.change(s)
+
+			err := run(t.Context(), s.config, newLogger(s.log), s.reopen, s.resolve)
+
+			var known *Error
+			if !errors.As(err, &known) || known.Code != c.code || known.Exit != ExitEnvironment {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
+func (s *site) writeVersions(text string) {
+	if err := os.MkdirAll(s.config.StateDir, 0o700); err != nil {
+		s.t.Fatal(err)
+	}
+	s.write("state/"+versionsFile, []byte(text))
+}
+
+func TestVersionsAreWrittenBeforeAPolicyComesIntoForce(t *testing.T) {
+	s := newSite(t)
+	s.startConnected()
+
+	var document versionsDocument
+	data, err := os.ReadFile(filepath.Join(s.config.StateDir, versionsFile))
+	if err == nil {
+		err = json.Unmarshal(data, &document)
+	}
+
+	if err != nil || document.Apps["shop"].Version != 1 || document.Format != versionsFormat {
+		t.Errorf("%s, %v", data, err)
+	}
+}
+
+func TestAVersionThatCannotBeRecordedDoesNotComeIntoForce(t *testing.T) {
+	s := newSite(t)
+	s.startConnected()
+	// A folder in the place of the temporary file: the disk refuses.
+	if err := os.Mkdir(filepath.Join(s.config.StateDir, versionsFile+".new"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+
+	s.controller.push(&frame.Policy{App: "shop", Policy: s.sign(compiled("shop", 2))})
+
+	s.until("it is refused", func() bool { return strings.Contains(s.log.String(), "the version cannot be recorded") })
+	if got := s.policyVersion("shop"); got != 1 {
+		t.Errorf("version %d is in force", got)
+	}
+}
+
+func TestStatusSpeaksToPeopleAndPrograms(t *testing.T) {
+	s := newSite(t)
+	s.startConnected()
+	s.register("c1", "pay")
+	var people, programs strings.Builder
+
+	err := Status(s.config, &people, false)
+	jsonErr := Status(s.config, &programs, true)
+
+	if err != nil || people.String() != "controller: yes\ninstances: 1\npolicy shop: version 1\n" {
+		t.Errorf("%q, %v", people.String(), err)
+	}
+	if jsonErr != nil || programs.String() != `{"ok":true,"controller":true,"policies":{"shop":1},"instances":1}`+"\n" {
+		t.Errorf("%q, %v", programs.String(), jsonErr)
+	}
+}
+
+func TestStatusSaysNoWithoutAControllerAndFailsWithoutAnAgent(t *testing.T) {
+	s := newSite(t)
+	var out strings.Builder
+	var known *Error
+
+	if err := Status(s.config, &out, false); !errors.As(err, &known) || known.Code != "agent.unreachable" || known.Exit != ExitEnvironment {
+		t.Errorf("without an agent: %v", err)
+	}
+	s.start()
+	if err := Status(s.config, &out, false); !errors.As(err, &known) || known.Code != "agent.controller_away" || known.Exit != ExitNo {
+		t.Errorf("without a controller: %v", err)
+	}
+}

@@ -1,0 +1,270 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kalium.dev/kalium/runtime/internal/frame"
+	"kalium.dev/kalium/runtime/internal/policy"
+)
+
+// guard is one connection on the guard socket. Its identity comes from the registration of the instance that its hello
+// named, and never changes.
+type guard struct {
+	conn     *net.UnixConn
+	sender   sender
+	identity frame.Identity
+
+	mu   sync.Mutex
+	open map[uint32]struct{} // guarded by mu; ids of questions without an answer
+}
+
+func newGuard(conn *net.UnixConn) (*guard, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	attempt := func(data []byte) int {
+		written := 0
+		// The descriptor does not block. Whatever goes wrong here is met again, and handled, by the blocking write.
+		_ = raw.Write(func(fd uintptr) bool {
+			if n, err := unix.Write(int(fd), data); err == nil {
+				written = n
+			}
+			return true
+		})
+		return written
+	}
+	return &guard{
+		conn:   conn,
+		sender: sender{conn: conn, max: guardPendingMax, timeout: guardWriteTimeout, attempt: attempt},
+		open:   map[uint32]struct{}{},
+	}, nil
+}
+
+// serveGuard runs one connection to its end.
+func (a *Agent) serveGuard(conn *net.UnixConn) {
+	defer conn.Close()
+	g, err := newGuard(conn)
+	if err != nil {
+		a.log.Warn(eventGuardRefused, keyError, err)
+		return
+	}
+	reader := &frameReader{conn: conn, buffer: make([]byte, readBytes)}
+	if err := a.welcome(g, reader); err != nil {
+		a.log.Warn(eventGuardRefused, keyInstance, g.identity.Instance, keyApp, g.identity.App, keyFunction, g.identity.Function, keyError, err)
+		return
+	}
+	a.log.Info(eventGuardWelcome, keyInstance, g.identity.Instance, keyApp, g.identity.App, keyFunction, g.identity.Function)
+	err = a.listen(g, reader)
+	g.sender.close()
+	a.forget(g)
+	if errors.Is(err, io.EOF) && !errors.Is(err, errHalfFrame) || errors.Is(err, net.ErrClosed) {
+		a.log.Info(eventGuardClosed, keyInstance, g.identity.Instance)
+		return
+	}
+	a.log.Warn(eventGuardClosed, keyInstance, g.identity.Instance, keyError, err)
+}
+
+// welcome reads the hello and answers it. After nil the guard belongs to its instance.
+func (a *Agent) welcome(g *guard, reader *frameReader) error {
+	if err := g.conn.SetReadDeadline(time.Now().Add(helloTimeout)); err != nil {
+		return err
+	}
+	id, m, err := reader.next()
+	if err != nil {
+		return fmt.Errorf("no hello: %w", err)
+	}
+	hello, ok := m.(*frame.Hello)
+	if !ok {
+		return fmt.Errorf("a frame of type %d in place of the hello", m.Type())
+	}
+	if hello.Proto != frame.Proto {
+		return fmt.Errorf("protocol %d, not %d", hello.Proto, frame.Proto)
+	}
+	g.identity = frame.Identity{Instance: hello.Container, App: hello.App, Function: hello.Function}
+	if reason := a.admit(g, id); reason != "" {
+		err := fmt.Errorf("refused: %s", reason)
+		data, encodeErr := frame.Append(nil, id, &frame.Welcome{Reason: string(reason)})
+		if encodeErr != nil {
+			return errors.Join(err, encodeErr)
+		}
+		if writeErr := g.conn.SetWriteDeadline(time.Now().Add(guardWriteTimeout)); writeErr != nil {
+			return errors.Join(err, writeErr)
+		}
+		_, writeErr := g.conn.Write(data)
+		return errors.Join(err, writeErr)
+	}
+	return g.conn.SetReadDeadline(time.Time{}) // from here on a guard speaks when its function does
+}
+
+// admit checks the guard's identity and sends the welcome, in one step with what makes it receive later policies and
+// leases, so that none is missed in between. It returns the reason for a refusal, or "".
+func (a *Agent) admit(g *guard, id uint32) policy.Reason {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	// Under mu: a failure that comes later finds this guard in the table and drops it.
+	if !a.verdicts.healthy() {
+		return policy.ReasonNoGuard
+	}
+	registered := a.instances[g.identity.Instance]
+	if registered == nil || !registered.acknowledged || registered.identity() != g.identity {
+		return policy.ReasonUnregistered
+	}
+	held := a.policies[g.identity.App]
+	if held == nil {
+		return policy.ReasonPolicyMismatch
+	}
+	if held.policy.Functions[g.identity.Function] == nil {
+		return policy.ReasonUnknownFunction
+	}
+	welcome := &frame.Welcome{
+		OK: true, Policy: held.envelope, LeaseMS: a.leaseLeft(), Names: a.names.of(held.hosts),
+		Port: a.config.Incoming.Port, Sources: a.config.Incoming.Sources, HealthPath: a.config.Incoming.HealthPath,
+	}
+	var behind frame.Message
+	data, err := frame.Append(nil, id, welcome)
+	if err != nil {
+		// The largest policy and the longest names do not fit one frame together.
+		behind = &frame.Names{Names: welcome.Names}
+		welcome.Names = map[string][]string{}
+		if data, err = frame.Append(nil, id, welcome); err != nil {
+			a.log.Error(eventGuardRefused, keyApp, g.identity.App, keyError, err)
+			return policy.ReasonPolicyMismatch
+		}
+	}
+	if registered.guard != nil {
+		// The container was started again and the end of its last run has not been read yet.
+		registered.guard.sender.close()
+	}
+	registered.guard = g
+	if err := g.sender.send(data); err == nil && behind != nil {
+		a.push(g, behind)
+	}
+	return ""
+}
+
+// push tells a guard what it did not ask for. It needs no lock and does not block.
+func (a *Agent) push(g *guard, m frame.Message) {
+	data, err := frame.Append(nil, 0, m)
+	if err == nil {
+		err = g.sender.send(data)
+	}
+	if err != nil {
+		// A guard that misses a policy or a lease must not go on with the old one.
+		g.sender.close()
+		a.log.Warn(eventGuardClosed, keyInstance, g.identity.Instance, keyError, err)
+	}
+}
+
+// forget takes g from its instance, unless a newer guard has taken its place.
+func (a *Agent) forget(g *guard) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if registered := a.instances[g.identity.Instance]; registered != nil && registered.guard == g {
+		registered.guard = nil
+	}
+}
+
+// listen serves a welcomed guard. The error says why it ended.
+func (a *Agent) listen(g *guard, reader *frameReader) error {
+	for {
+		id, m, err := reader.next()
+		if err != nil {
+			return err
+		}
+		switch m := m.(type) {
+		case *frame.Start:
+			err = a.question(g, id, m, &m.Identity)
+		case *frame.Invoke:
+			err = a.question(g, id, m, &m.Identity)
+		case *frame.End:
+			err = a.ended(g, m)
+		case *frame.Verdict:
+			err = a.verdicts.add(&g.identity, &m.Record)
+		default:
+			err = fmt.Errorf("a frame of type %d, which a guard does not send", m.Type())
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+var errSpoken = errors.New("a guard says who it is outside its hello")
+
+// question passes a question on with the identity of the registration, or answers no at once. An error is the guard's
+// mistake.
+func (a *Agent) question(g *guard, id uint32, m frame.Message, identity *frame.Identity) error {
+	if *identity != (frame.Identity{}) {
+		return errSpoken
+	}
+	*identity = g.identity
+	g.mu.Lock()
+	_, twice := g.open[id]
+	full := len(g.open) >= guardQuestionsMax
+	if !twice && !full {
+		g.open[id] = struct{}{}
+	}
+	g.mu.Unlock()
+	if twice {
+		return fmt.Errorf("a second question with the id %d of an open one", id)
+	}
+	if full {
+		// Not the controller's fault, so not a reason that a policy may forgive.
+		return g.answer(id, denial(policy.ReasonHeldTooLong, fmt.Sprintf("%d questions of this instance are open", guardQuestionsMax)))
+	}
+	reply := func(answer *frame.Answer) {
+		g.mu.Lock()
+		delete(g.open, id)
+		g.mu.Unlock()
+		if answer == nil {
+			answer = denial(policy.ReasonControllerUnavailable, "no connection to the controller")
+		}
+		if err := g.answer(id, answer); err != nil && !errors.Is(err, errClosed) {
+			a.log.Warn(eventGuardClosed, keyInstance, g.identity.Instance, keyError, err)
+		}
+	}
+	c := a.link.current()
+	if c == nil || !c.ask(m, stepQuestionsMax, reply) {
+		reply(nil)
+	}
+	return nil
+}
+
+func denial(reason policy.Reason, detail string) *frame.Answer {
+	return &frame.Answer{Reason: string(reason), Detail: detail}
+}
+
+func (g *guard) answer(id uint32, answer *frame.Answer) error {
+	data, err := frame.Append(nil, id, answer)
+	if err != nil {
+		g.sender.close()
+		return err
+	}
+	return g.sender.send(data)
+}
+
+// ended passes the end of an invocation on. When the controller is away it is dropped: a controller that comes back
+// ends calls by its own clock.
+func (a *Agent) ended(g *guard, m *frame.End) error {
+	if m.Identity != (frame.Identity{}) {
+		return errSpoken
+	}
+	m.Identity = g.identity
+	c := a.link.current()
+	if c == nil {
+		a.log.Info(eventEndDropped, keyInstance, g.identity.Instance, keyReason, policy.ReasonControllerUnavailable)
+		return nil
+	}
+	if err := c.tell(m); err != nil {
+		a.log.Info(eventEndDropped, keyInstance, g.identity.Instance, keyError, err)
+	}
+	return nil
+}

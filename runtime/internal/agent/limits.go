@@ -1,0 +1,66 @@
+package agent
+
+import (
+	"time"
+
+	"kalium.dev/kalium/runtime/internal/frame"
+)
+
+// Bounds of the daemon. What happens at each is said where it is used; always it is a refusal, never a queue that grows.
+const (
+	configBytesMax   = 64 * 1024
+	versionsBytesMax = 1 << 20
+	appsMax          = 256 // apps with a policy
+
+	instancesMax      = 1024 // registrations of the node
+	guardsMax         = 1200 // connections on the guard socket; one an instance, and room for those before their hello
+	guardQuestionsMax = 64   // open questions of one guard
+	stepQuestionsMax  = 3072 // open questions of all guards
+	questionsMax      = 4096 // and of registrations; the controller closes a connection with more
+	guardPendingMax   = 4 << 20
+	linkPendingMax    = 8 << 20
+	registerConnsMax  = 32
+	registerLineMax   = 4096
+	readBytes         = 16 * 1024 // one read from a guard
+	linkReadBytes     = 64 * 1024
+	nameBytesMax      = 253 // of an app, a function, a container
+	imageBytesMax     = 512
+	sourcesMax        = 16
+	addressesMax      = 16 // of one name
+	lookupsAtOnce     = 8
+	verdictBatchBytes = 64 * 1024
+	verdictPendingMax = 1 << 20
+	logTextMax        = 200
+	leaseMSMax        = 10 * 60 * 1000
+	acceptPause       = 100 * time.Millisecond
+
+	helloTimeout       = 5 * time.Second
+	guardWriteTimeout  = 5 * time.Second
+	registerTimeout    = 5 * time.Second // until the controller acknowledges
+	registerIdle       = 10 * time.Minute
+	dialTimeout        = 5 * time.Second // TCP and TLS
+	welcomeTimeout     = 5 * time.Second
+	linkWriteTimeout   = 5 * time.Second
+	linkIdle           = 60 * time.Second // three leases are sent in this time
+	answerTimeout      = 10 * time.Second // a controller that leaves a question open for longer is taken for dead
+	answerCheck        = time.Second
+	backoffMin         = 50 * time.Millisecond
+	backoffMax         = 2 * time.Second
+	verdictDelay       = 20 * time.Millisecond
+	verdictRetry       = time.Second
+	verdictWaitMax     = 5 * time.Second // of a guard whose verdict does not fit the batch
+	lookupTimeout      = 2 * time.Second
+	lookupEvery        = 30 * time.Second
+	lookupKeep         = 5 * time.Minute // an answer outlives failing lookups for so long
+	statusTimeout      = 5 * time.Second
+	registerWriteLimit = 5 * time.Second
+)
+
+// Relations between the bounds; a negative length does not compile.
+var (
+	_ [stepQuestionsMax - guardQuestionsMax]struct{}
+	_ [questionsMax - stepQuestionsMax - instancesMax]struct{} // every instance can be registered again at once
+	_ [guardsMax - instancesMax]struct{}
+	_ [guardPendingMax - 2*frame.FrameBytesMax - 2*frame.HeaderBytes]struct{} // the largest frame may follow another
+	_ [linkPendingMax - 2*frame.FrameBytesMax]struct{}
+)

@@ -1,0 +1,64 @@
+package agent
+
+import (
+	"io"
+	"log/slog"
+
+	"kalium.dev/kalium/runtime/internal/policy"
+)
+
+// Events of the daemon's own log, which is for people. Never payloads, keys or tokens.
+const (
+	eventStarted           = "agent.started"
+	eventStopped           = "agent.stopped"
+	eventControllerUp      = "controller.connected"
+	eventControllerLost    = "controller.lost"
+	eventControllerAway    = "controller.unreachable"
+	eventPolicyAccepted    = "policy.accepted"
+	eventPolicyRefused     = "policy.refused"
+	eventGuardWelcome      = "guard.welcomed"
+	eventGuardRefused      = "guard.refused"
+	eventGuardClosed       = "guard.closed"
+	eventGuardsDropped     = "guard.all_dropped"
+	eventInstanceAdded     = "instance.registered"
+	eventInstanceRefused   = "instance.refused"
+	eventInstanceGone      = "instance.unregistered"
+	eventRegisterClosed    = "register.closed"
+	eventConnectionRefused = "connection.refused"
+	eventVerdictsFailed    = "verdicts.failed"
+	eventVerdictsWell      = "verdicts.written_again"
+	eventVerdictsReopened  = "verdicts.reopened"
+	eventNameFailed        = "name.failed"
+	eventEndDropped        = "end.dropped"
+)
+
+// Keys of its fields.
+const (
+	keyEvent    = "event"
+	keyNode     = "node"
+	keyInstance = "instance"
+	keyApp      = "app"
+	keyFunction = "function"
+	keyVersion  = "version"
+	keyReason   = "reason"
+	keyError    = "error"
+	keyAddress  = "address"
+	keyHost     = "host"
+	keySocket   = "socket"
+	keyCount    = "count"
+)
+
+// newLogger writes one line an event: time, level, event and fields.
+func newLogger(w io.Writer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{
+		ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
+			if len(groups) == 0 && a.Key == slog.MessageKey {
+				a.Key = keyEvent
+			}
+			if err, ok := a.Value.Any().(error); ok {
+				a.Value = slog.StringValue(policy.Printable(err.Error(), 2*logTextMax))
+			}
+			return a
+		},
+	}))
+}

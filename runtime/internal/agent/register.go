@@ -1,0 +1,267 @@
+package agent
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"time"
+
+	"kalium.dev/kalium/runtime/internal/frame"
+	"kalium.dev/kalium/runtime/internal/policy"
+)
+
+// Codes of the register socket's answers, beside the reasons of a controller's refusal.
+const (
+	codeBadRequest   = "bad_request"
+	codeUnknownApp   = "unknown_app"
+	codeInUse        = "already_registered"
+	codeTooMany      = "too_many_instances"
+	codeUnregistered = "unregistered_meanwhile"
+)
+
+// request is one line of the register socket.
+type request struct {
+	Op        string `json:"op"`
+	Container string `json:"container"`
+	App       string `json:"app"`
+	Function  string `json:"function"`
+	Image     string `json:"image"`
+}
+
+// result answers it. The fields of a status are there only in its answer.
+type result struct {
+	OK         bool            `json:"ok"`
+	Error      string          `json:"error,omitempty"`
+	Detail     string          `json:"detail,omitempty"`
+	Controller *bool           `json:"controller,omitempty"`
+	Policies   *map[string]int `json:"policies,omitempty"`
+	Instances  *int            `json:"instances,omitempty"`
+}
+
+func refusal(code, detail string) result {
+	return result{Error: code, Detail: policy.Printable(detail, logTextMax)}
+}
+
+// instance is one registration.
+type instance struct {
+	container, app, function, image string
+	acknowledged                    bool   // by the controller; before that no guard is welcomed
+	guard                           *guard // nil while none is connected
+}
+
+func (i *instance) identity() frame.Identity {
+	return frame.Identity{Instance: i.container, App: i.app, Function: i.function}
+}
+
+func (i *instance) frame() *frame.Register {
+	return &frame.Register{Instance: i.container, App: i.app, Function: i.function, Image: i.image}
+}
+
+// serveRegister answers the lines of one connection until it ends, is idle for too long, or sends a line beyond the
+// bound.
+func (a *Agent) serveRegister(conn *net.UnixConn) {
+	defer conn.Close()
+	lines := bufio.NewReaderSize(conn, registerLineMax)
+	for {
+		if err := conn.SetReadDeadline(time.Now().Add(registerIdle)); err != nil {
+			return
+		}
+		line, err := lines.ReadSlice('\n')
+		if err != nil {
+			if !errors.Is(err, io.EOF) || len(line) > 0 {
+				a.log.Warn(eventRegisterClosed, keyError, err)
+			}
+			return
+		}
+		answer, err := json.Marshal(a.handle(line))
+		if err == nil {
+			err = conn.SetWriteDeadline(time.Now().Add(registerWriteLimit))
+		}
+		if err == nil {
+			_, err = conn.Write(append(answer, '\n'))
+		}
+		if err != nil {
+			a.log.Warn(eventRegisterClosed, keyError, err)
+			return
+		}
+	}
+}
+
+func (a *Agent) handle(line []byte) result {
+	var r request
+	decoder := json.NewDecoder(bytes.NewReader(line))
+	decoder.DisallowUnknownFields()
+	if err := decoder.Decode(&r); err != nil {
+		return refusal(codeBadRequest, "the line is not the JSON object that is expected: "+err.Error())
+	}
+	if _, err := decoder.Token(); err != io.EOF {
+		return refusal(codeBadRequest, "more than one JSON object in the line")
+	}
+	switch r.Op {
+	case "register":
+		return a.register(&instance{container: r.Container, app: r.App, function: r.Function, image: r.Image})
+	case "unregister":
+		if !isName(r.Container) || r.App+r.Function+r.Image != "" {
+			return refusal(codeBadRequest, "unregister takes a container and nothing else")
+		}
+		a.unregister(r.Container)
+		return result{OK: true}
+	case "status":
+		if r.Container+r.App+r.Function+r.Image != "" {
+			return refusal(codeBadRequest, "status takes no fields")
+		}
+		return a.status()
+	default:
+		return refusal(codeBadRequest, "op is not register, unregister or status")
+	}
+}
+
+func isName(text string) bool {
+	return text != "" && len(text) <= nameBytesMax && policy.Printable(text, nameBytesMax) == text
+}
+
+// register records an instance once the controller has acknowledged it. The same registration again is acknowledged
+// again; a container under another identity is refused.
+func (a *Agent) register(i *instance) result {
+	if !isName(i.container) || !isName(i.app) || !isName(i.function) || i.image == "" ||
+		policy.Printable(i.image, imageBytesMax) != i.image {
+		return refusal(codeBadRequest, "register takes container, app, function and image, printable and bounded")
+	}
+	known, refused := a.reserve(i)
+	switch {
+	case refused != nil:
+		return a.refused(i, *refused)
+	case known:
+		return result{OK: true}
+	}
+	c := a.link.current()
+	answered := make(chan *frame.Answer, 1)
+	if c == nil || !c.ask(i.frame(), questionsMax, func(answer *frame.Answer) { answered <- answer }) {
+		a.release(i)
+		return a.refused(i, refusal(string(policy.ReasonControllerUnavailable), "no connection to the controller"))
+	}
+	timer := time.NewTimer(registerTimeout)
+	defer timer.Stop()
+	var answer *frame.Answer
+	select {
+	case answer = <-answered:
+	case <-timer.C:
+	}
+	switch {
+	case answer == nil:
+		// It may have been recorded there all the same.
+		a.release(i)
+		a.tellGone(c, i.container)
+		return a.refused(i, refusal(string(policy.ReasonControllerUnavailable), "the controller did not acknowledge"))
+	case !answer.Allowed:
+		a.release(i)
+		return a.refused(i, refusal(answer.Reason, answer.Detail))
+	case !a.acknowledge(i):
+		a.tellGone(c, i.container)
+		return a.refused(i, refusal(codeUnregistered, "the instance was unregistered while the controller was asked"))
+	}
+	a.log.Info(eventInstanceAdded, keyInstance, i.container, keyApp, i.app, keyFunction, i.function)
+	return result{OK: true}
+}
+
+func (a *Agent) refused(i *instance, r result) result {
+	a.log.Warn(eventInstanceRefused, keyInstance, i.container, keyApp, i.app, keyFunction, i.function, keyReason, r.Error, keyError, r.Detail)
+	return r
+}
+
+// reserve puts i into the table, not acknowledged yet. Otherwise it tells that i is there and acknowledged, or why it
+// must not be.
+func (a *Agent) reserve(i *instance) (known bool, refused *result) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	refuse := func(code, detail string) (bool, *result) {
+		r := refusal(code, detail)
+		return false, &r
+	}
+	held := a.policies[i.app]
+	if held == nil {
+		return refuse(codeUnknownApp, "no policy of app "+i.app+" is in force")
+	}
+	if held.policy.Functions[i.function] == nil {
+		return refuse(string(policy.ReasonUnknownFunction), "the policy of app "+i.app+" has no function "+i.function)
+	}
+	if before := a.instances[i.container]; before != nil {
+		if before.acknowledged && before.identity() == i.identity() && before.image == i.image {
+			return true, nil
+		}
+		return refuse(codeInUse, "the container is registered under another identity, or its registration is under way")
+	}
+	if len(a.instances) == instancesMax {
+		return refuse(codeTooMany, "the node has as many instances as it may have")
+	}
+	a.instances[i.container] = i
+	return false, nil
+}
+
+// release takes a registration out again that was not acknowledged.
+func (a *Agent) release(i *instance) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.instances[i.container] == i {
+		a.drop(i)
+	}
+}
+
+// drop needs mu.
+func (a *Agent) drop(i *instance) {
+	delete(a.instances, i.container)
+	if i.guard != nil {
+		i.guard.sender.close()
+		i.guard = nil
+	}
+}
+
+func (a *Agent) acknowledge(i *instance) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.instances[i.container] != i {
+		return false
+	}
+	i.acknowledged = true
+	return true
+}
+
+// unregister forgets an instance and closes its guard's connection. One that is not known is gone already.
+func (a *Agent) unregister(container string) {
+	a.mu.Lock()
+	i := a.instances[container]
+	if i != nil {
+		a.drop(i)
+	}
+	a.mu.Unlock()
+	if i == nil {
+		return
+	}
+	if c := a.link.current(); c != nil {
+		a.tellGone(c, container)
+	}
+	a.log.Info(eventInstanceGone, keyInstance, container, keyApp, i.app, keyFunction, i.function)
+}
+
+// tellGone sends UNREGISTER. When the connection breaks, the controller forgets the node's instances by itself and the
+// next connection registers only those that are left.
+func (a *Agent) tellGone(c *linkConn, container string) {
+	if err := c.tell(&frame.Unregister{Instance: container}); err != nil {
+		a.log.Warn(eventInstanceGone, keyInstance, container, keyError, err)
+	}
+}
+
+func (a *Agent) status() result {
+	connected := a.link.current() != nil
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	versions := make(map[string]int, len(a.policies))
+	for app, held := range a.policies {
+		versions[app] = held.policy.Version
+	}
+	instances := len(a.instances)
+	return result{OK: true, Controller: &connected, Policies: &versions, Instances: &instances}
+}

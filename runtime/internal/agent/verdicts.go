@@ -1,0 +1,273 @@
+package agent
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	"kalium.dev/kalium/runtime/internal/frame"
+)
+
+// verdictLine is one line of the verdict log; docs/reference/results.md says what the fields mean.
+type verdictLine struct {
+	Event         string   `json:"event"`
+	TimeMS        int64    `json:"time_ms"`
+	Seq           int64    `json:"seq"`
+	Node          string   `json:"node"`
+	Instance      string   `json:"instance"`
+	App           string   `json:"app"`
+	Function      string   `json:"function"`
+	Mode          string   `json:"mode"`
+	PolicyVersion int      `json:"policy_version"`
+	Call          string   `json:"call"`
+	Invocation    string   `json:"invocation"`
+	Kind          string   `json:"kind"`
+	Message       string   `json:"message"`
+	Peer          string   `json:"peer"`
+	Allowed       bool     `json:"allowed"`
+	WouldDeny     bool     `json:"would_deny"`
+	Reason        string   `json:"reason"`
+	Expected      []string `json:"expected"`
+	Line          int      `json:"line"`
+	States        []int    `json:"states"`
+	Judging       string   `json:"judging"`
+	LatencyUS     int      `json:"latency_us"`
+}
+
+var errLogFailed = errors.New("the verdict log cannot be written")
+
+// verdictLog writes lines in the order in which they were added, many with one write(2). Only whole lines reach the
+// file. While it cannot be written it has failed: nothing more is taken, what was taken is kept and tried again.
+type verdictLog struct {
+	path    string
+	node    string
+	now     func() time.Time
+	wait    time.Duration // of a guard whose verdict does not fit
+	onError func(error)   // called once for each failure, without locks
+	onWell  func()        // the file can be written again
+
+	mu      sync.Mutex
+	room    *sync.Cond // signalled when pending shrinks or the state changes
+	pending []byte     // guarded by mu; whole lines
+	spare   []byte     // guarded by mu; the buffer of the last batch
+	seq     int64      // guarded by mu
+	failed  bool       // guarded by mu
+	closed  bool       // guarded by mu
+
+	first  chan struct{} // the batch has its first line
+	urgent chan struct{} // the batch is full, or close was called
+	reopen chan chan error
+	done   chan struct{}
+
+	file *os.File // of the writing goroutine
+}
+
+// openVerdictLog opens the file and starts the goroutine that writes it.
+func openVerdictLog(path, node string, onError func(error), onWell func()) (*verdictLog, error) {
+	l := &verdictLog{
+		path: path, node: node, now: time.Now, wait: verdictWaitMax, onError: onError, onWell: onWell,
+		first: make(chan struct{}, 1), urgent: make(chan struct{}, 1), reopen: make(chan chan error), done: make(chan struct{}),
+	}
+	l.room = sync.NewCond(&l.mu)
+	file, err := openLog(path)
+	if err != nil {
+		return nil, environment("agent.verdict_log", "cannot open the verdict log "+path,
+			"create its folder, or correct verdict_log in the configuration", "%v", err)
+	}
+	l.file = file
+	go l.write()
+	return l, nil
+}
+
+func openLog(path string) (*os.File, error) {
+	// Programs of the experiments read it as whoever runs them; it holds no payload.
+	return os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o644)
+}
+
+// add appends one line. After nil the line will be written, or the log fails and onError is called. It waits for a
+// bounded time when the batch is full.
+func (l *verdictLog) add(id *frame.Identity, r *frame.VerdictRecord) error {
+	line := verdictLine{
+		Event: r.Event, Node: l.node, Instance: id.Instance, App: id.App, Function: id.Function, Mode: r.Mode,
+		PolicyVersion: r.PolicyVersion, Call: r.Call, Invocation: r.Invocation, Kind: r.Kind, Message: r.Message, Peer: r.Peer,
+		Allowed: r.Allowed, WouldDeny: r.WouldDeny, Reason: r.Reason, Expected: r.Expected, Line: r.Line, States: r.States,
+		Judging: r.Judging, LatencyUS: r.LatencyUS,
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.waitForRoom(); err != nil {
+		return err
+	}
+	line.TimeMS, line.Seq = l.now().UnixMilli(), l.seq+1
+	buffer := bytes.NewBuffer(l.pending)
+	encoder := json.NewEncoder(buffer)
+	encoder.SetEscapeHTML(false)
+	if err := encoder.Encode(&line); err != nil { // ends the line itself
+		return fmt.Errorf("encode a verdict: %w", err)
+	}
+	was := len(l.pending)
+	l.pending, l.seq = buffer.Bytes(), line.Seq
+	if was == 0 {
+		signal(l.first)
+	}
+	if len(l.pending) >= verdictBatchBytes {
+		signal(l.urgent)
+	}
+	return nil
+}
+
+// waitForRoom needs mu.
+func (l *verdictLog) waitForRoom() error {
+	if len(l.pending) >= verdictPendingMax && !l.failed && !l.closed {
+		deadline := time.Now().Add(l.wait)
+		timer := time.AfterFunc(l.wait, l.room.Broadcast)
+		defer timer.Stop()
+		for len(l.pending) >= verdictPendingMax && !l.failed && !l.closed && time.Now().Before(deadline) {
+			l.room.Wait()
+		}
+	}
+	if l.failed || l.closed || len(l.pending) >= verdictPendingMax {
+		return errLogFailed
+	}
+	return nil
+}
+
+// healthy tells whether lines are taken.
+func (l *verdictLog) healthy() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return !l.failed && !l.closed
+}
+
+// reopenFile writes what was added so far and goes on in a new file at the same path: the old one was moved away. On
+// an error the old file stays in use.
+func (l *verdictLog) reopenFile() error {
+	answer := make(chan error, 1)
+	select {
+	case l.reopen <- answer:
+		return <-answer
+	case <-l.done:
+		return errLogFailed
+	}
+}
+
+// close writes what was added and ends the goroutine.
+func (l *verdictLog) close() error {
+	l.mu.Lock()
+	l.closed = true
+	l.mu.Unlock()
+	signal(l.urgent)
+	<-l.done
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.pending) > 0 {
+		return fmt.Errorf("%w: %d bytes of verdicts are lost", errLogFailed, len(l.pending))
+	}
+	return nil
+}
+
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// write is the only goroutine that touches the file.
+func (l *verdictLog) write() {
+	defer close(l.done)
+	defer func() { _ = l.file.Close() }() // every write was checked; nothing is buffered behind it
+	var due <-chan time.Time
+	for {
+		select {
+		case <-l.first:
+			if due == nil {
+				due = time.After(verdictDelay)
+			}
+			continue
+		case answer := <-l.reopen:
+			l.flush()
+			answer <- l.replaceFile()
+		case <-l.urgent:
+		case <-due:
+		}
+		due = nil
+		if !l.flush() {
+			due = time.After(verdictRetry)
+		}
+		l.mu.Lock()
+		ended := l.closed
+		l.mu.Unlock()
+		if ended {
+			l.flush() // a line may have come between the last flush and the end
+			return
+		}
+	}
+}
+
+func (l *verdictLog) replaceFile() error {
+	file, err := openLog(l.path)
+	if err != nil {
+		return fmt.Errorf("open the verdict log again: %w", err)
+	}
+	old := l.file
+	l.file = file
+	return old.Close()
+}
+
+// flush writes the batch and tells whether it did.
+func (l *verdictLog) flush() bool {
+	l.mu.Lock()
+	batch := l.pending
+	l.pending, l.spare = l.spare[:0], nil
+	l.mu.Unlock()
+	err := writeLines(l.file, batch)
+	l.mu.Lock()
+	failedBefore := l.failed
+	l.failed = err != nil
+	if err != nil {
+		l.pending = append(batch, l.pending...)
+	} else {
+		l.spare = batch[:0]
+	}
+	l.room.Broadcast()
+	l.mu.Unlock()
+	switch {
+	case err != nil && !failedBefore:
+		l.onError(err)
+	case err == nil && failedBefore:
+		l.onWell()
+	}
+	return err == nil
+}
+
+type logFile interface {
+	io.Writer
+	Stat() (os.FileInfo, error)
+	Truncate(size int64) error
+}
+
+// writeLines writes the batch with one write(2). A write that took only a part is taken back, so that no reader ever
+// sees half a line followed by something else.
+func writeLines(file logFile, batch []byte) error {
+	if len(batch) == 0 {
+		return nil
+	}
+	n, err := file.Write(batch)
+	if err == nil {
+		return nil
+	}
+	if n == 0 {
+		return err
+	}
+	info, statErr := file.Stat()
+	if statErr != nil {
+		return errors.Join(err, statErr)
+	}
+	return errors.Join(err, file.Truncate(info.Size()-int64(n)))
+}
