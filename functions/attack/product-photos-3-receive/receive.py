@@ -1,0 +1,1 @@
+../../product-photos-3-receive/handler.py
