@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from kalium.policy import compile as compiler
 from kalium.policy.automaton import CompiledPolicy, Mode, Symbol, is_placeholder
-from kalium.policy.cfg import Cfg, Choice, Repeat, Send, parts_of
+from kalium.policy.cfg import Cfg, Choice, Repeat, Send, Steps, parts_of
 from kalium.policy.compile import Draft
 from kalium.policy.limits import MAX_BODY_DEFAULT
 from kalium.policy.message import Kind
@@ -126,6 +126,8 @@ def _shape(cfg: Cfg, symbols: Sequence[Symbol]) -> Hashable:
     """The CFG with its messages in the place of their numbers, equal for equal ones on different lines."""
     if isinstance(cfg, Send):
         return replace(symbols[cfg.symbol], line=0)
+    if isinstance(cfg, Steps) and len(cfg.parts) == 1:  # a list of one and the one itself are written alike often
+        return _shape(cfg.parts[0], symbols)
     bounds = (cfg.low, cfg.high) if isinstance(cfg, Repeat) else ()
     return type(cfg).__name__, bounds, *(_shape(part, symbols) for part in parts_of(cfg))
 
