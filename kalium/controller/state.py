@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kalium.controller.deadlines import Deadlines
 from kalium.controller.limits import LIMITS, Limits
@@ -389,7 +389,7 @@ class State:
     # Removing
 
     def expire(self, *, now_ns: int, evictions_max: int = 1000) -> list[Evicted]:
-        """Remove what is over. At the bound of `evictions_max`, which keeps one call short, the caller comes again at once.
+        """Remove what is over, at most about `evictions_max` of each kind, so that one call stays short; see `has_due`.
 
         Nothing waits for this to be denied: a step looks at the deadlines itself.
         """
@@ -408,6 +408,11 @@ class State:
             if not deadlines:
                 del self._invocation_deadlines[lifetime_ms]
         return evicted
+
+    def has_due(self, *, now_ns: int) -> bool:
+        """Whether `expire` has left something over."""
+        queues: list[Deadlines[Any]] = [self._token_deadlines, self._gone_deadlines, self._drain_deadlines, *self._invocation_deadlines.values()]
+        return any(queue.next_due(now_ns=now_ns) is not None for queue in queues)
 
     def status(self) -> StatusReport:
         """Counts, and the version in force of each app."""

@@ -10,6 +10,7 @@ TEXT_BYTES_MAX = 512  # of any text, in UTF-8: they are names, ids and sentences
 ITEMS_MAX = 4096  # elements of any list or map: a function has at most so many states
 
 ENVELOPE_BYTES_MAX = FRAME_BYTES_MAX - 4096  # a signed policy; the room left is for the other fields of its frame
+APPS_BYTES_MAX = FRAME_BYTES_MAX - 4096  # of all policies in one CONTROLLER_WELCOME; the others follow as POLICY
 
 ID_MAX = 2**32 - 1
 INT_MIN = -(2**63)

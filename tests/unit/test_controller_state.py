@@ -425,9 +425,9 @@ def test_many_evictions_come_in_portions() -> None:
         granted(node.register("front", f"front-{number}"))
         granted(node.start("front", instance=f"front-{number}"))
 
-    portions = [len(node.state.expire(now_ns=10**12, evictions_max=2)) for _ in range(4)]
+    portions = [(len(node.state.expire(now_ns=10**12, evictions_max=2)), node.state.has_due(now_ns=10**12)) for _ in range(4)]
 
-    assert portions == [2, 2, 1, 0]
+    assert portions == [(2, True), (2, True), (1, False), (0, False)]
 
 
 # Policies

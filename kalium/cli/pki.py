@@ -1,0 +1,97 @@
+"""`kalium pki`: the site's CA, its certificates, and the operator's signing key. Every verb may be repeated."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from kalium.errors import EXIT_DONE, EXIT_NO
+from kalium.pki import files
+from kalium.pki.files import Outcome
+
+DAYS = 365
+EXAMPLES = """\
+examples:
+  kalium pki init --dir /etc/kalium/pki
+  kalium pki issue --dir /etc/kalium/pki --name controller --san DNS:controller --san IP:127.0.0.1 --days 365
+  kalium pki operator-key --dir /etc/kalium/operator
+  kalium pki operator-key --dir /etc/kalium/operator --print-raw
+  kalium pki show --dir /etc/kalium/pki
+
+The first word of what a verb prints is `changed` or `unchanged`.
+"""
+
+
+def register(subparsers: Any) -> None:
+    """Add the noun `pki` and its verbs."""
+    noun = subparsers.add_parser(
+        "pki", help="make certificates and keys", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = noun.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, run: Any, purpose: str) -> Any:
+        parser = verbs.add_parser(name, help=purpose, description=purpose)
+        parser.add_argument("--dir", type=Path, required=True, metavar="DIRECTORY", help="where the files are")
+        parser.set_defaults(run=run)
+        return parser
+
+    def dry_run(parser: Any) -> None:
+        parser.add_argument("--dry-run", action="store_true", help="say what would change, and write nothing")
+
+    dry_run(verb("init", run_init, "make the CA; renew it under its own key when less than 30 days remain"))
+
+    parser = verb("issue", run_issue, "issue a certificate for servers and clients; renew it when less than 30 days remain")
+    parser.add_argument("--name", required=True, help="the common name, and the name of the two files")
+    parser.add_argument("--san", action="append", default=[], metavar="DNS:NAME|IP:ADDRESS", help="an alternative name; repeat it; default: DNS:NAME")
+    parser.add_argument("--days", type=int, default=DAYS, help=f"validity; default: {DAYS}")
+    dry_run(parser)
+
+    parser = verb("operator-key", run_operator_key, "make the key that signs policies; one that is there is never replaced")
+    parser.add_argument("--print-raw", action="store_true", help="make nothing; print the base64 of the raw public key")
+    dry_run(parser)
+
+    parser = verb("show", run_show, "list the certificates; exit 1 when one of them cannot be used")
+    parser.add_argument("--output", choices=("text", "json"), default="text", help="text for people, json for programs")
+
+
+def run_init(arguments: argparse.Namespace) -> int:
+    """Make or renew the CA."""
+    return _report(files.init(arguments.dir, now=_now(), dry_run=arguments.dry_run))
+
+
+def run_issue(arguments: argparse.Namespace) -> int:
+    """Issue or renew a certificate."""
+    sans = tuple(arguments.san)
+    return _report(files.issue(arguments.dir, arguments.name, sans, days=arguments.days, now=_now(), dry_run=arguments.dry_run))
+
+
+def run_operator_key(arguments: argparse.Namespace) -> int:
+    """Make the operator's key, or print its public half."""
+    if arguments.print_raw:
+        print(files.operator_raw(arguments.dir))
+        return EXIT_DONE
+    return _report(files.operator_key(arguments.dir, dry_run=arguments.dry_run))
+
+
+def run_show(arguments: argparse.Namespace) -> int:
+    """List the certificates."""
+    shown = files.show(arguments.dir, now=_now())
+    if arguments.output == "json":
+        print(json.dumps([{**vars(each), "not_after": each.not_after.isoformat()} for each in shown]))
+    else:
+        for each in shown:
+            names = f" ({', '.join(each.names)})" if each.names else ""
+            print(f"{each.file}: {each.subject}{names}, until {each.not_after:%Y-%m-%d}{': ' + each.fault if each.fault else ''}")
+    return EXIT_NO if any(each.fault for each in shown) else EXIT_DONE
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+def _report(outcome: Outcome) -> int:
+    print(f"changed {outcome.path}: {outcome.why}" if outcome.why else f"unchanged {outcome.path}")
+    return EXIT_DONE

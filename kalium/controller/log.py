@@ -1,0 +1,69 @@
+"""The controller's log: one JSON object a line, with an event out of a closed set and fields out of another.
+
+Never a token, a key or a payload. `level` is `info`, `warning` (the controller coped, the line says how) or `error` (a person
+has to act).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+# Event -> level. A new event is added here, and to docs/reference/cli.md when programs may rely on it.
+EVENTS = {
+    "listening": "info",
+    "stopping": "info",
+    "stopped": "info",
+    "policy_loaded": "info",
+    "policy_refused": "error",
+    "policies_unreadable": "error",
+    "certificate_loaded": "info",
+    "certificate_refused": "error",
+    "agent_connected": "info",
+    "connection_closed": "info",
+    "connection_refused": "warning",
+    "step_denied": "warning",
+    "invocation_evicted": "warning",
+}
+FIELDS = frozenset(
+    {
+        "address",
+        "agents",
+        "app",
+        "call",
+        "callee",
+        "code",
+        "detail",
+        "file",
+        "function",
+        "instance",
+        "invocation",
+        "invocations",
+        "label",
+        "node",
+        "peer",
+        "question",
+        "reason",
+        "subject",
+        "version",
+    }
+)
+
+LogLine = Callable[..., None]  # log(event, **fields)
+
+
+class Log:
+    """Writes lines to `stream`, stamped with the wall clock in milliseconds."""
+
+    def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.time) -> None:
+        self._stream = stream
+        self._clock = clock
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Write one line and flush it: a program that follows the file must not wait for a buffer."""
+        assert set(fields) <= FIELDS, set(fields) - FIELDS
+        line = {"time_ms": int(self._clock() * 1000), "level": EVENTS[event], "event": event, **fields}
+        self._stream.write(json.dumps(line, ensure_ascii=True, separators=(",", ":")) + "\n")
+        self._stream.flush()

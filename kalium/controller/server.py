@@ -1,0 +1,365 @@
+"""The asyncio shell of the controller: sockets, TLS, clocks, signals. It carries bytes and decides nothing.
+
+A connection is one `asyncio.Protocol`, not a task: an answer is written in the same turn of the loop in which its question
+has arrived. Files are read in threads. Everything else that runs is a coroutine of `serve`, and the end of one is the end
+of all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import secrets
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from kalium.controller import tls
+from kalium.controller.config import Config
+from kalium.controller.dispatch import Dispatcher
+from kalium.controller.limits import LIMITS
+from kalium.controller.log import LogLine
+from kalium.controller.state import State
+from kalium.controller.store import Found, PolicyDirectory
+from kalium.errors import KaliumError
+from kalium.policy.envelope import public_key
+from kalium.protocol.limits import LEASE_EVERY_MS, WRITE_BUFFER_BYTES_MAX
+from kalium.protocol.session import CloseReason
+
+HANDSHAKE_S = 5.0
+HANDSHAKES_MAX = 64  # at once; further connections wait in the kernel
+CONNECTIONS_MAX = LIMITS.agents + 64  # agents, and clients that ask for the status; beyond it a connection is closed at once
+BACKLOG = 256
+SWEEP_S = 1.0  # between two looks at deadlines, at the policies and at the certificate
+STOP_S = 2.0  # for the last bytes of connections when the controller stops
+KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))  # a dead node is noticed within 60 s
+UNACKNOWLEDGED_MS = 60_000
+
+
+class Connection(asyncio.Protocol):
+    """One peer whose certificate has been verified."""
+
+    def __init__(self, controller: Controller, address: str) -> None:
+        self._controller = controller
+        self._address = address
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The handshake is done."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
+        self._controller.connected(self, subject=subject_of(transport.get_extra_info("peercert")), address=self._address)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes, in any split."""
+        self._controller.received(self, data)
+
+    def eof_received(self) -> None:
+        """The peer has closed its side. Returning None lets asyncio close ours behind what is still to be written."""
+        self._controller.received_end(self)
+
+    def pause_writing(self) -> None:
+        """More than WRITE_BUFFER_BYTES_MAX waits: the peer does not read, and its answers would come too late anyway."""
+        self._controller.overflowed(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is no more."""
+        self._controller.disconnected(self, exc)
+
+
+class Controller:
+    """The dispatcher with a clock and its connections."""
+
+    def __init__(self, *, log: LogLine, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._log = log
+        self._clock_ns = clock_ns
+        self._dispatcher = Dispatcher(State(mint=lambda: secrets.token_hex(16)), log=log)
+        self._connections: dict[Connection, None] = {}
+        self._all_gone = asyncio.Event()
+        self._all_gone.set()
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._connections)
+
+    def connected(self, connection: Connection, *, subject: str, address: str) -> None:
+        """As Dispatcher.connected."""
+        self._connections[connection] = None
+        self._all_gone.clear()
+        self._dispatcher.connected(connection, subject=subject, address=address, now_ns=self._clock_ns())
+
+    def received(self, connection: Connection, data: bytes) -> None:
+        """Work, and write what came of it, to whomever."""
+        self._dispatcher.received(connection, data, now_ns=self._clock_ns())
+        self._flush()
+
+    def received_end(self, connection: Connection) -> None:
+        """As Dispatcher.received_end."""
+        self._dispatcher.received_end(connection, now_ns=self._clock_ns())
+        self._flush()
+
+    def overflowed(self, connection: Connection) -> None:
+        """Drop a connection, and what waits for it, at once."""
+        self._dispatcher.close(connection, CloseReason.SLOW_READER, f"more than {WRITE_BUFFER_BYTES_MAX} bytes wait to be read")
+        if connection.transport is not None:
+            connection.transport.abort()
+
+    def disconnected(self, connection: Connection, error: Exception | None) -> None:
+        """As Dispatcher.disconnected."""
+        if error is not None:
+            self._dispatcher.close(connection, CloseReason.LOST, str(error))
+        self._dispatcher.disconnected(connection, now_ns=self._clock_ns())
+        del self._connections[connection]
+        if not self._connections:
+            self._all_gone.set()
+
+    def take(self, found: Found) -> None:
+        """Install what the policy directory has found, or say why not."""
+        refusal = found.refusal
+        if found.policy is not None:
+            try:
+                if self._dispatcher.install(found.policy, found.envelope, now_ns=self._clock_ns()):
+                    self._log("policy_loaded", app=found.policy.app, version=found.policy.version, file=found.file)
+            except KaliumError as error:
+                refusal = error
+        if refusal is not None:
+            self._log("policy_refused", file=found.file, reason=refusal.code, detail=refusal.found)
+        self._flush()
+
+    async def renew_leases(self) -> None:
+        """Every LEASE_EVERY_MS, for ever."""
+        while True:
+            await asyncio.sleep(LEASE_EVERY_MS / 1000)
+            self._dispatcher.renew_leases()
+            self._flush()
+
+    async def sweep(self) -> None:
+        """Look for what is over every SWEEP_S, for ever. A large portion is followed by the next after a turn of the loop."""
+        while True:
+            has_more = self._dispatcher.expire(now_ns=self._clock_ns())
+            self._flush()
+            await asyncio.sleep(0 if has_more else SWEEP_S)
+
+    async def close_all(self) -> None:
+        """Close every connection behind what is still to be written; what does not end within STOP_S is cut."""
+        for connection in list(self._connections):
+            self._dispatcher.close(connection, CloseReason.SHUTDOWN)
+        self._flush()
+        try:
+            await asyncio.wait_for(self._all_gone.wait(), STOP_S)
+        except asyncio.TimeoutError:
+            for connection in list(self._connections):
+                if connection.transport is not None:
+                    connection.transport.abort()
+            await self._all_gone.wait()
+
+    def _flush(self) -> None:
+        for outgoing in self._dispatcher.outgoing():
+            connection = outgoing.key
+            assert isinstance(connection, Connection)
+            assert connection.transport is not None
+            if outgoing.data:
+                connection.transport.write(outgoing.data)
+            if outgoing.is_last:
+                connection.transport.close()
+
+
+def subject_of(certificate: dict[str, Any] | None) -> str:
+    """The common name in what `ssl` makes of a certificate; "" when it has none."""
+    names = [value for part in (certificate or {}).get("subject", ()) for key, value in part if key == "commonName"]
+    return names[0] if names else ""
+
+
+def listen(config: Config) -> socket.socket:
+    """The listening socket. Raises KaliumError controller.listen for an address that cannot be had."""
+    where = f"{config.host}:{config.port}"
+    try:
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        listener = socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        is_busy = error.errno == errno.EADDRINUSE
+        raise KaliumError(
+            "controller.listen", f"cannot listen on {where}", "the port is in use" if is_busy else error.strerror or str(error),
+            f"stop the other program, or change listen.port in {config.file}" if is_busy else f"change listen in {config.file}",
+        ) from error  # fmt: skip
+    listener.setblocking(False)
+    return listener
+
+
+class Door:
+    """Lets peers in: accepts, makes the handshake, and says in the log who was refused. Its context may be exchanged."""
+
+    def __init__(self, listener: socket.socket, context: ssl.SSLContext, controller: Controller, *, log: LogLine) -> None:
+        self.context = context
+        self._listener = listener
+        self._controller = controller
+        self._log = log
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._room = asyncio.Semaphore(HANDSHAKES_MAX)
+
+    async def accept(self) -> None:
+        """For ever. Handshakes run beside it, HANDSHAKES_MAX at most, and are cancelled with it."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                await self._room.acquire()
+                try:
+                    peer, address = await loop.sock_accept(self._listener)
+                except OSError as error:
+                    # Out of descriptors, or a peer that was gone before it was accepted: the listener itself is sound.
+                    self._room.release()
+                    self._log("connection_refused", reason="accept", detail=str(error))
+                    await asyncio.sleep(0.1)
+                    continue
+                task = asyncio.create_task(self._admit(peer, f"{address[0]}:{address[1]}"))
+                self._handshakes.add(task)
+                task.add_done_callback(self._handshakes.discard)
+        finally:
+            for task in self._handshakes:
+                task.cancel()
+            await asyncio.gather(*self._handshakes, return_exceptions=True)
+
+    async def _admit(self, peer: socket.socket, address: str) -> None:
+        try:
+            if self._controller.connections >= CONNECTIONS_MAX:
+                raise ConnectionRefusedError(f"{CONNECTIONS_MAX} connections are open")
+            configure(peer)
+        except OSError as error:
+            peer.close()
+            self._log("connection_refused", reason="not_admitted", detail=str(error), peer=address)
+        else:
+            await self._shake_hands(peer, address)
+        finally:
+            self._room.release()
+
+    async def _shake_hands(self, peer: socket.socket, address: str) -> None:
+        """Make a Connection of `peer`, or close it and say why."""
+        loop = asyncio.get_running_loop()
+        connection = Connection(self._controller, address)
+        try:
+            await loop.connect_accepted_socket(lambda: connection, peer, ssl=self.context, ssl_handshake_timeout=HANDSHAKE_S)
+        except ssl.SSLError as error:
+            self._log("connection_refused", reason="tls", detail=reason_of(error), peer=address)
+        except OSError as error:
+            self._log("connection_refused", reason="lost", detail=str(error) or type(error).__name__, peer=address)
+
+
+def configure(peer: socket.socket) -> None:
+    """Let small frames leave at once, and a dead peer be noticed."""
+    peer.setblocking(False)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE:
+        peer.setsockopt(socket.IPPROTO_TCP, option, value)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
+
+
+def reason_of(error: ssl.SSLError) -> str:
+    """What a failed handshake says: OpenSSL's reason, and for a certificate that does not verify, why."""
+    reason = (error.reason or str(error)).lower()
+    return f"{reason}: {error.verify_message}" if isinstance(error, ssl.SSLCertVerificationError) else reason
+
+
+async def serve(config: Config, *, log: LogLine, ready: Callable[[int], None] = lambda _port: None) -> None:
+    """Serve until SIGTERM or SIGINT. `ready` gets the port, once connections are accepted and policies are loaded.
+
+    Raises KaliumError for what keeps the controller from starting: the port, a certificate, the operator's key, the directory.
+    """
+    context = tls.server_context(config.tls)
+    directory = PolicyDirectory(config.policies_dir, operator_key(config), clock_ns=time.time_ns)
+    controller = Controller(log=log)
+    for found in await asyncio.to_thread(directory.changes):
+        controller.take(found)
+    with listen(config) as listener:
+        door = Door(listener, context, controller, log=log)
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        host, port = listener.getsockname()[:2]
+        log("listening", address=f"{host}:{port}")
+        ready(port)
+        await run_together(
+            door.accept(),
+            controller.renew_leases(),
+            controller.sweep(),
+            _follow_policies(directory, controller, log),
+            _follow_certificate(config, door, log),
+            until=stop,
+        )
+    log("stopping", agents=controller.connections)
+    await controller.close_all()
+    log("stopped")
+
+
+def operator_key(config: Config) -> Any:
+    """The operator's public key. Raises KaliumError for a file that is not one."""
+    try:
+        pem = config.operator_key.read_bytes()
+    except OSError as error:
+        raise KaliumError(
+            "controller.operator_key", f"cannot read the operator's key {config.operator_key}", error.strerror or str(error),
+            "make it by `kalium pki operator-key`, and name operator.pub in the configuration",
+        ) from error  # fmt: skip
+    return public_key(pem, str(config.operator_key))
+
+
+async def run_together(*coroutines: Coroutine[Any, Any, None], until: asyncio.Event) -> None:
+    """Run all until one ends or `until` is set; then cancel the rest, and raise what one of them raised.
+
+    asyncio.TaskGroup does this from Python 3.11 on, and the oldest one here is 3.10.
+    """
+    stopper = asyncio.create_task(_wait(until))
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.wait([stopper, *tasks], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (stopper, *tasks):
+            task.cancel()
+        results = await asyncio.gather(stopper, *tasks, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
+            raise result
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+async def _follow_policies(directory: PolicyDirectory, controller: Controller, log: LogLine) -> None:
+    """Look for new policies every SWEEP_S. A directory that cannot be read is said once, until it can be again."""
+    is_readable = True
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        try:
+            changes = await asyncio.to_thread(directory.changes)
+        except KaliumError as error:
+            if is_readable:
+                log("policies_unreadable", code=error.code, detail=error.found)
+            is_readable = False
+            continue
+        is_readable = True
+        for found in changes:
+            controller.take(found)
+
+
+async def _follow_certificate(config: Config, door: Door, log: LogLine) -> None:
+    """Take a renewed certificate for the connections to come; those that are open keep theirs. A bad one is said once."""
+    before = await asyncio.to_thread(tls.stamps, config.tls)
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        now = await asyncio.to_thread(tls.stamps, config.tls)
+        if now == before:
+            continue
+        before = now
+        try:
+            door.context = await asyncio.to_thread(tls.server_context, config.tls)
+        except KaliumError as error:
+            log("certificate_refused", code=error.code, detail=str(error))
+        else:
+            log("certificate_loaded", file=str(config.tls.cert))

@@ -1,0 +1,203 @@
+"""Certificates and keys as values: a CA, what it issues, and whether something that was issued is still good.
+
+EC P-256 with SHA-256 (FIPS 186-5) for certificates, because every TLS stack has it; extensions as RFC 5280 asks, strictly
+enough for OpenSSL's X509_V_FLAG_X509_STRICT. Time comes in as an argument.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_pem_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from kalium.errors import EXIT_USAGE, KaliumError
+
+CA_DAYS = 3650
+RENEW_DAYS = 30  # a certificate is renewed when less of it remains
+DAYS_MAX = 825  # what public CAs allow at most for a certificate that is not a CA's
+BACKDATED = timedelta(minutes=5)  # hosts' clocks differ
+NAME_LENGTH_MAX = 64  # of a common name, RFC 5280 ub-common-name
+
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A certificate with its private key."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+    def certificate_pem(self) -> bytes:
+        """For a .crt file."""
+        return self.certificate.public_bytes(Encoding.PEM)
+
+    def key_pem(self) -> bytes:
+        """For a .key file, unencrypted: whoever may read it is who it names."""
+        return self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+    def is_whole(self) -> bool:
+        """Whether the key is the certificate's."""
+        return _public_der(self.key.public_key()) == _public_der(self.certificate.public_key())
+
+
+def read(certificate_pem: bytes, key_pem: bytes) -> Identity | None:
+    """The identity in two PEM files; None when they are not a certificate and its EC key."""
+    try:
+        certificate = x509.load_pem_x509_certificate(certificate_pem)
+        key = load_pem_private_key(key_pem, password=None)
+    except (ValueError, TypeError):
+        return None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        return None
+    identity = Identity(certificate, key)
+    return identity if identity.is_whole() else None
+
+
+def new_ca(*, now: datetime, key: ec.EllipticCurvePrivateKey | None = None) -> Identity:
+    """A CA for CA_DAYS. With the `key` of an old one, everything that the old one issued stays valid under the new."""
+    key = key or ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Kalium site CA")])
+    certificate = (
+        _builder(name, name, key, now=now, until=now + timedelta(days=CA_DAYS))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(is_ca=True), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    return Identity(certificate, key)
+
+
+def issue(ca: Identity, name: str, sans: tuple[str, ...], *, days: int, now: datetime) -> Identity:
+    """A certificate for `name`, as client and as server, with a key of its own; never valid longer than the CA.
+
+    Raises:
+        KaliumError: pki.usage, a name or a number that cannot be.
+    """
+    _check_name(name)
+    if not 1 <= days <= DAYS_MAX:
+        raise _usage_error(f"--days {days}", f"it is not from 1 to {DAYS_MAX}", "give a number of days from that range")
+    key = ec.generate_private_key(ec.SECP256R1())
+    until = min(now + timedelta(days=days), ca.certificate.not_valid_after_utc)
+    authority = ca.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    certificate = (
+        _builder(_subject(name), ca.certificate.subject, key, now=now, until=until)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(is_ca=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(general_names(name, sans)), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(authority), critical=False)
+        .sign(ca.key, hashes.SHA256())
+    )
+    return Identity(certificate, key)
+
+
+def general_names(name: str, sans: tuple[str, ...]) -> list[x509.GeneralName]:
+    """The alternative names: `name` itself when none is given. Raises KaliumError pki.usage for one that cannot be."""
+    found: list[x509.GeneralName] = []
+    for san in sans or (f"DNS:{name}",):
+        kind, _, value = san.partition(":")
+        try:
+            if kind == "IP":
+                found.append(x509.IPAddress(ipaddress.ip_address(value)))
+                continue
+            if kind == "DNS" and value.isascii() and _NAME.fullmatch(value.removeprefix("*.")):
+                found.append(x509.DNSName(value))
+                continue
+        except ValueError:
+            pass  # no address: refused below, like every other text
+        raise _usage_error(f"--san {san}", "it is neither DNS:NAME nor IP:ADDRESS", "write for example --san DNS:controller --san IP:127.0.0.1")
+    return found
+
+
+def why_not_good(identity: Identity, ca: Identity, name: str, sans: tuple[str, ...], *, now: datetime) -> str:
+    """Why a certificate has to be issued anew; "" when it is still what was asked for, and for long enough."""
+    certificate = identity.certificate
+    if not is_issued_by(certificate, ca.certificate):
+        return "another CA issued it"
+    if certificate.subject != _subject(name):
+        return "it is for another name"
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return "it has no alternative names"
+    if list(found) != general_names(name, sans):
+        return "its alternative names are others"
+    return why_expiring(certificate, now=now)
+
+
+def is_issued_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
+    """Whether `ca`, or an older certificate of the same key, has signed `certificate`."""
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def why_expiring(certificate: x509.Certificate, *, now: datetime) -> str:
+    """Why the validity of a certificate is not enough any more; "" when it is.
+
+    One made for less than 90 days is renewed in its last third: otherwise one of 30 days would be renewed by every run.
+    """
+    lifetime = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+    if now < certificate.not_valid_before_utc:
+        return "it is not valid yet"
+    if certificate.not_valid_after_utc - now < min(timedelta(days=RENEW_DAYS), lifetime / 3):
+        return f"it expires on {certificate.not_valid_after_utc:%Y-%m-%d}"
+    return ""
+
+
+def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, *, now: datetime, until: datetime) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATED)
+        .not_valid_after(until)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _usage(*, is_ca: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not is_ca,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=is_ca,
+        crl_sign=is_ca,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _subject(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _check_name(name: str) -> None:
+    """A name becomes a file's name too."""
+    if len(name) > NAME_LENGTH_MAX or _NAME.fullmatch(name) is None or name == "ca":
+        raise _usage_error(
+            f"--name {name}", "it cannot be the name of a certificate", f"use up to {NAME_LENGTH_MAX} letters, digits, dots and dashes"
+        )
+
+
+def _public_der(key: CertificatePublicKeyTypes | ec.EllipticCurvePublicKey) -> bytes:
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _usage_error(attempted: str, found: str, next_step: str) -> KaliumError:
+    return KaliumError("pki.usage", f"cannot use {attempted}", found, next_step, EXIT_USAGE)
