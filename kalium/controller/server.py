@@ -15,7 +15,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, cast
 
 from kalium.controller import tls
 from kalium.controller.config import Config
@@ -49,8 +49,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The handshake is done."""
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = transport = cast(asyncio.Transport, transport)  # uvloop's is one without inheriting from it
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
         self._controller.connected(self, subject=subject_of(transport.get_extra_info("peercert")), address=self._address)
 
@@ -273,9 +272,9 @@ async def serve(config: Config, *, log: LogLine, ready: Callable[[int], None] = 
     context = tls.server_context(config.tls)
     directory = PolicyDirectory(config.policies_dir, operator_key(config), clock_ns=time.time_ns)
     controller = Controller(log=log)
-    for found in await asyncio.to_thread(directory.changes):
-        controller.take(found)
     with listen(config) as listener:
+        for found in await asyncio.to_thread(directory.changes):
+            controller.take(found)
         door = Door(listener, context, controller, log=log)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
