@@ -1,0 +1,302 @@
+// Package guard judges what one sandbox sends and receives. It knows policies, protocols and invocations, and nothing of
+// gVisor: bytes and addresses come in, and what may pass comes out, so every rule is tested without a sandbox.
+//
+// A nil *Guard is a guard that could not be set up. Every method of it denies.
+package guard
+
+import (
+	"crypto/ed25519"
+	"fmt"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	"kalium.dev/kalium/runtime/internal/frame"
+	"kalium.dev/kalium/runtime/internal/policy"
+)
+
+// Bounds of what the guard holds and waits for.
+const (
+	HoldMax     = 10 * time.Second // bytes that complete no unit, and requests that wait for their turn
+	waitingMax  = 64               // requests that wait for the instance
+	peersMax    = 4096             // addresses that are remembered for listed hosts
+	pinnedFor   = 5 * time.Minute  // how long an address stays valid after its host's list was replaced
+	labelMax    = 128              // bytes of X-Call-Id that are logged
+	tokenMax    = 128              // bytes of a token that are worth asking about
+	boundTLSMax = 1024             // TLS connections of one invocation
+)
+
+// Controller is whom the guard asks and tells. Link is the real one.
+type Controller interface {
+	// Start and Invoke return an error when no answer came until the deadline.
+	Start(deadline time.Time, question *frame.Start) (*frame.Answer, error)
+	Invoke(deadline time.Time, question *frame.Invoke) (*frame.Answer, error)
+	// End tells that an invocation is over. It does not wait.
+	End(over *frame.End)
+	// Log takes a verdict for the log. An error means that it will not be logged, so it must not be acted upon.
+	Log(deadline time.Time, record *frame.VerdictRecord) error
+}
+
+// Identity says which instance the guard belongs to. It comes from the host's side, never from the sandbox.
+type Identity struct{ Container, App, Function string }
+
+// Guard is the judge of one sandbox.
+type Guard struct {
+	identity   Identity
+	key        ed25519.PublicKey
+	controller Controller
+	now        func() time.Time
+	port       uint16 // where invocations arrive
+	sources    []netip.Prefix
+	healthPath string
+
+	slot slot
+
+	mu        sync.RWMutex
+	policy    *policy.Policy
+	leaseEnds time.Time
+	hosts     map[string][]pin
+	live      *invocation
+}
+
+// pin is an address of a listed host. An address whose host's list was replaced ends after pinnedFor.
+type pin struct {
+	address netip.Addr
+	current bool
+	ends    time.Time
+}
+
+// New makes the guard from what the agent said. The policy inside is verified with the operator's key, because the agent
+// only carries it.
+func New(identity Identity, key ed25519.PublicKey, welcome *frame.Welcome, controller Controller) (*Guard, error) {
+	if !welcome.OK {
+		return nil, fmt.Errorf("the agent refused this sandbox: %s", policy.Printable(welcome.Reason, 64))
+	}
+	verified, err := policy.Verify(welcome.Policy, key)
+	if err != nil {
+		return nil, err
+	}
+	if verified.App != identity.App {
+		return nil, fmt.Errorf("the policy is for app %q and the sandbox belongs to %q", verified.App, identity.App)
+	}
+	if welcome.Port < 1 || welcome.Port > 65535 {
+		return nil, fmt.Errorf("port %d for invocations", welcome.Port)
+	}
+	g := &Guard{
+		identity: identity, key: key, controller: controller, now: time.Now,
+		port: uint16(welcome.Port), healthPath: welcome.HealthPath,
+		policy: verified, hosts: map[string][]pin{},
+	}
+	for _, source := range welcome.Sources {
+		prefix, err := netip.ParsePrefix(source)
+		if err != nil {
+			return nil, fmt.Errorf("source %q: %w", source, err)
+		}
+		g.sources = append(g.sources, prefix)
+	}
+	if err := g.SetNames(welcome.Names); err != nil {
+		return nil, err
+	}
+	g.Renew(welcome.LeaseMS)
+	return g, nil
+}
+
+// Renew begins a lease of ms milliseconds. Nothing is decided after its end.
+func (g *Guard) Renew(ms int) {
+	if ms < 0 || ms > int(time.Hour/time.Millisecond) {
+		ms = 0
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.leaseEnds = g.now().Add(time.Duration(ms) * time.Millisecond)
+}
+
+// SetPolicy puts a newer version in force. A policy that does not verify, belongs to another app or is not newer is
+// refused, and the one in force stays.
+func (g *Guard) SetPolicy(app string, envelope []byte) error {
+	verified, err := policy.Verify(envelope, g.key)
+	if err != nil {
+		return err
+	}
+	if app != g.identity.App || verified.App != app {
+		return fmt.Errorf("a policy for app %q reached a sandbox of %q", verified.App, g.identity.App)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if verified.Version == g.policy.Version && verified.SourceSHA256 == g.policy.SourceSHA256 {
+		return nil // said again
+	}
+	if verified.Version <= g.policy.Version {
+		return fmt.Errorf("policy version %d arrived, %d is in force", verified.Version, g.policy.Version)
+	}
+	g.policy = verified
+	return nil
+}
+
+// SetNames replaces the addresses of the listed hosts. Addresses that are gone stay valid for a while: a program may
+// have asked for the name just before.
+func (g *Guard) SetNames(names map[string][]string) error {
+	hosts := map[string][]pin{}
+	count := 0
+	for host, texts := range names {
+		for _, text := range texts {
+			address, err := netip.ParseAddr(text)
+			if err != nil {
+				return fmt.Errorf("address %q of host %q: %w", text, host, err)
+			}
+			if count++; count > peersMax {
+				return fmt.Errorf("more than %d addresses of hosts", peersMax)
+			}
+			host := strings.ToLower(host)
+			hosts[host] = append(hosts[host], pin{address: address.Unmap(), current: true})
+		}
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now := g.now()
+	for host, pins := range g.hosts {
+		for _, old := range pins {
+			if old.current {
+				old.current, old.ends = false, now.Add(pinnedFor)
+			}
+			if now.Before(old.ends) && !holds(hosts[host], old.address) && count < peersMax {
+				hosts[host] = append(hosts[host], old)
+				count++
+			}
+		}
+	}
+	g.hosts = hosts
+	return nil
+}
+
+func holds(pins []pin, address netip.Addr) bool {
+	for _, p := range pins {
+		if p.address == address {
+			return true
+		}
+	}
+	return false
+}
+
+// addresses lists what host is reached by. all includes addresses that are only valid for what asked earlier.
+func (g *Guard) addresses(host string, all bool) []netip.Addr {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	var list []netip.Addr
+	for _, p := range g.hosts[host] {
+		if p.current || all && g.now().Before(p.ends) {
+			list = append(list, p.address)
+		}
+	}
+	return list
+}
+
+// standing is what a judgement begins with: the policy in force, the live invocation, and the reason why nothing may be
+// decided at all, if there is one.
+type standing struct {
+	policy     *policy.Policy
+	invocation *invocation
+	refusal    policy.Reason
+}
+
+func (g *Guard) stand() standing {
+	if g == nil {
+		return standing{refusal: policy.ReasonNoGuard}
+	}
+	g.mu.RLock()
+	s := standing{policy: g.policy, invocation: g.live}
+	ends := g.leaseEnds
+	g.mu.RUnlock()
+	// A call keeps the version that it began with.
+	if s.invocation != nil {
+		s.policy = s.invocation.policy
+	}
+	switch {
+	case s.policy == nil || s.policy.Mode == policy.ModeInvalid:
+		s.refusal = policy.ReasonNoGuard
+	case !g.now().Before(ends):
+		s.refusal = policy.ReasonLeaseExpired
+	case s.policy.Functions[g.identity.Function] == nil:
+		s.refusal = policy.ReasonUnknownFunction
+	}
+	return s
+}
+
+// lenient tells whether what enforce would refuse passes and is only logged. A missing guard, a lease that ended and an
+// unknown function are refused in every mode: there is no policy then that could ask for less.
+func (s *standing) lenient() bool {
+	return s.refusal == "" && (s.policy.Mode == policy.ModeAudit || s.policy.Mode == policy.ModeLearn)
+}
+
+func (s *standing) deadline() time.Duration {
+	if s.policy == nil {
+		return 0
+	}
+	return time.Duration(s.policy.DeadlineMS) * time.Millisecond
+}
+
+// Outcome says what becomes of a unit. The zero value denies.
+type Outcome uint8
+
+// The outcomes.
+const (
+	Denied  Outcome = iota
+	Allowed         // as the policy says
+	Marked          // passes although enforce would have refused it
+)
+
+// subject is how a unit appears in its verdict.
+type subject struct {
+	kind, text, peer, judging string
+	never                     bool // no mode lets it pass, because there is nothing to pass on
+}
+
+// settle logs a verdict and says what becomes of its subject. Nothing is acted upon that could not be logged.
+func (g *Guard) settle(s standing, what subject, v policy.Verdict, began time.Time) Outcome {
+	if g == nil {
+		return Denied
+	}
+	outcome := Denied
+	if v.Allowed && v.Reason == policy.ReasonAllowed {
+		outcome = Allowed
+	} else {
+		v.Allowed = false
+		if s.lenient() && !what.never {
+			outcome = Marked
+		}
+	}
+	if v.Reason == "" {
+		v.Reason = policy.ReasonMalformed
+	}
+	record := &frame.VerdictRecord{
+		Event: frame.EventVerdict, Mode: policy.ModeInvalid.String(),
+		Kind: what.kind, Message: policy.Printable(what.text, policy.MessageTextMax), Peer: what.peer, Judging: what.judging,
+		Allowed: outcome != Denied, WouldDeny: outcome == Marked, Reason: string(v.Reason),
+		Expected: v.Expected, Line: v.Line, States: v.States,
+		LatencyUS: int(g.now().Sub(began).Microseconds()),
+	}
+	if s.policy != nil {
+		record.Mode, record.PolicyVersion = s.policy.Mode.String(), s.policy.Version
+	}
+	if s.invocation != nil {
+		record.Call, record.Invocation = s.invocation.call, s.invocation.id
+	}
+	if err := g.controller.Log(g.now().Add(s.deadline()), record); err != nil {
+		return Denied
+	}
+	return outcome
+}
+
+// refuse settles a denial.
+func (g *Guard) refuse(s standing, what subject, reason policy.Reason, began time.Time) Outcome {
+	return g.settle(s, what, policy.Verdict{Reason: reason}, began)
+}
+
+// clock is the guard's clock, also without a guard.
+func (g *Guard) clock() time.Time {
+	if g == nil {
+		return time.Time{}
+	}
+	return g.now()
+}

@@ -1,0 +1,384 @@
+package guard
+
+import (
+	"encoding/json"
+	"fmt"
+	"math"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"kalium.dev/kalium/runtime/internal/frame"
+	"kalium.dev/kalium/runtime/internal/policy"
+	"kalium.dev/kalium/runtime/internal/wire"
+	"kalium.dev/kalium/runtime/internal/wire/http1"
+)
+
+// Incoming follows one connection that was made to the sandbox from outside. The program sees a request when it was
+// released, and what it writes leaves as the answer to that request only.
+//
+// Admit is called by one goroutine of the connection's holder; the other methods may be called at any time.
+type Incoming struct {
+	g    *Guard
+	from netip.AddrPort
+	free atomic.Bool // audit lets a connection go on that enforce would have ended
+
+	mu       sync.Mutex
+	exchange *exchange     // released and not answered
+	idle     chan struct{} // closed when exchange is nil
+	over     bool
+}
+
+// exchange is one released request and its answer.
+type exchange struct {
+	inv    *invocation // nil for a probe
+	method string
+
+	head    []byte // of the answer, as far as it is there
+	body    *http1.Body
+	toClose bool // the end of the connection ends the answer
+}
+
+var closedChannel = func() chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
+}()
+
+// Accept judges a connection from outside to a port of the sandbox. Denied: it must be reset before a byte passes.
+func (g *Guard) Accept(port uint16, from netip.AddrPort) (*Incoming, Outcome) {
+	began := g.clock()
+	s := g.stand()
+	from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
+	if g == nil {
+		return nil, Denied
+	}
+	if port == g.port {
+		for _, source := range g.sources {
+			if source.Contains(from.Addr()) {
+				return &Incoming{g: g, from: from, idle: closedChannel}, Allowed
+			}
+		}
+	}
+	what := subject{kind: "incoming", text: fmt.Sprintf("incoming %s to port %d", from, port)}
+	outcome := g.refuse(s, what, policy.ReasonIncomingNotDeclared, began)
+	if outcome == Denied {
+		return nil, Denied
+	}
+	in := &Incoming{g: g, from: from, idle: closedChannel}
+	in.free.Store(true)
+	return in, outcome
+}
+
+// Free tells that nothing on this connection is held or judged.
+func (in *Incoming) Free() bool { return in.free.Load() }
+
+// Admission is what becomes of the bytes at the front of a connection. Exactly one of its forms is set.
+type Admission struct {
+	Short bool // the head is not whole: ask again with more bytes
+
+	// A released request: Release takes the place of the first Taken bytes, and Body follows its body, which comes next.
+	Taken   int
+	Release []byte
+	Body    *http1.Body
+
+	Refusal []byte // the answer that the guard gives; the program sees no request
+	Free    bool   // audit: all bytes pass from here on
+	Gone    bool   // the connection ended meanwhile
+}
+
+// bodyBytesMax does not bound the body of a released request: it stays between the gateway and the program.
+const bodyBytesMax = math.MaxInt64 / 2
+
+// Admit reads the head at the front of b and waits until its request may be released: for the answer to the request
+// before it, for the instance, and for the controller. gone ends the waiting.
+func (in *Incoming) Admit(b []byte, gone <-chan struct{}) Admission {
+	head, n, err := http1.ParseRequest(b)
+	if err == wire.ErrShort {
+		return Admission{Short: true}
+	}
+	// The earlier answer on this connection comes first in any case; it has the invocation's own deadline.
+	in.mu.Lock()
+	idle := in.idle
+	in.mu.Unlock()
+	select {
+	case <-idle:
+	case <-gone:
+		return Admission{Gone: true}
+	}
+	g := in.g
+	if err != nil {
+		if in.refuse(err.Error(), reasonOf(err), false) == Marked {
+			in.free.Store(true)
+			return Admission{Free: true}
+		}
+		return refusal(reasonOf(err), err.Error())
+	}
+	if isProbe(head, g.healthPath) {
+		return in.release(head, n, nil)
+	}
+	began := g.now()
+	if !g.slot.acquire(HoldMax, gone) {
+		select {
+		case <-gone:
+			return Admission{Gone: true}
+		default:
+		}
+		what := subject{kind: "start", text: "start " + g.identity.Function, never: true}
+		g.refuse(g.stand(), what, policy.ReasonHeldTooLong, began)
+		return refusal(policy.ReasonHeldTooLong, "the instance is busy with another request")
+	}
+	began = g.now() // what a verdict took does not count the requests before it
+	inv, reason, detail := g.start(head, began)
+	if inv == nil {
+		g.slot.release()
+		return refusal(reason, detail)
+	}
+	select {
+	case <-gone:
+		g.end(inv, outcomeClosed)
+		g.slot.release()
+		return Admission{Gone: true}
+	default:
+	}
+	return in.release(head, n, inv)
+}
+
+// Overdue refuses a head that did not become whole in HoldMax.
+func (in *Incoming) Overdue() Admission {
+	in.refuse("an unfinished head", policy.ReasonHeldTooLong, true)
+	return refusal(policy.ReasonHeldTooLong, "the request's head did not arrive in time")
+}
+
+// Broken judges a released request whose body breaks its framing.
+func (in *Incoming) Broken(err error) Outcome {
+	outcome := in.refuse(err.Error(), reasonOf(err), false)
+	if outcome == Marked {
+		in.free.Store(true)
+	}
+	return outcome
+}
+
+// isProbe tells a health check: it carries no work, so it is no invocation.
+func isProbe(head *http1.RequestHead, healthPath string) bool {
+	return healthPath != "" && head.Method == "GET" && head.Target == healthPath && head.ContentLength == 0 && !head.Chunked
+}
+
+func (in *Incoming) release(head *http1.RequestHead, n int, inv *invocation) Admission {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.over {
+		if inv != nil {
+			in.g.end(inv, outcomeClosed)
+			in.g.slot.release()
+		}
+		return Admission{Gone: true}
+	}
+	in.exchange = &exchange{inv: inv, method: head.Method}
+	in.idle = make(chan struct{})
+	return Admission{
+		Taken: n,
+		// The token is between guards; a program that knew it could hand it to somebody else.
+		Release: head.Append(nil, func(name string) bool { return strings.HasPrefix(name, "x-kalium-") }),
+		Body:    http1.NewBody(head.ContentLength, head.Chunked, false, bodyBytesMax),
+	}
+}
+
+// start asks for an invocation.
+func (g *Guard) start(head *http1.RequestHead, began time.Time) (inv *invocation, reason policy.Reason, detail string) {
+	s := g.stand()
+	what := subject{kind: "start", text: "start " + g.identity.Function}
+	verdict := policy.Verdict{Reason: s.refusal}
+	var call, id string
+	if s.refusal == "" {
+		token, label, whole := tokenAndLabel(head)
+		answer := &frame.Answer{Reason: string(policy.ReasonBadToken)}
+		if whole {
+			var err error
+			answer, err = g.controller.Start(g.now().Add(s.deadline()), &frame.Start{
+				Step: newStep(), Token: token, Label: label, Version: s.policy.Version,
+			})
+			if err != nil {
+				answer = &frame.Answer{Reason: string(policy.ReasonControllerUnavailable), Detail: err.Error()}
+			}
+		}
+		verdict = verdictOf(answer, answer.Call != "" && answer.Invocation != "")
+		detail = answer.Detail
+		if verdict.Allowed {
+			call, id = answer.Call, answer.Invocation
+		}
+	}
+	// The verdict belongs to the invocation that it begins.
+	s.invocation = &invocation{policy: s.policy, call: call, id: id}
+	if g.settle(s, what, verdict, began) == Denied {
+		if verdict.Allowed {
+			g.controller.End(&frame.End{Call: call, Invocation: id, Outcome: outcomeClosed})
+			verdict.Reason = policy.ReasonControllerUnavailable
+		}
+		return nil, verdict.Reason, detail
+	}
+	return g.begin(s.policy, call, id), "", ""
+}
+
+// tokenAndLabel reads the fields that are for the guard. Two tokens are not a token.
+func tokenAndLabel(head *http1.RequestHead) (token, label string, whole bool) {
+	tokens := 0
+	for i := range head.Fields {
+		field := &head.Fields[i]
+		switch {
+		case strings.EqualFold(field.Name, tokenField):
+			token, tokens = field.Value, tokens+1
+		case strings.EqualFold(field.Name, "X-Call-Id"):
+			label = policy.Printable(field.Value, labelMax)
+		}
+	}
+	return token, label, tokens == 0 || tokens == 1 && token != "" && len(token) <= tokenMax
+}
+
+// refusal is the answer that the guard gives in the program's place.
+func refusal(reason policy.Reason, detail string) Admission {
+	status := "403 Forbidden"
+	switch reason {
+	case policy.ReasonControllerUnavailable, policy.ReasonLeaseExpired, policy.ReasonReentrant, policy.ReasonHeldTooLong:
+		status = "503 Service Unavailable"
+	}
+	body, err := json.Marshal(struct {
+		Error  policy.Reason `json:"error"`
+		Detail string        `json:"detail"`
+	}{reason, policy.Printable(detail, policy.MessageTextMax)})
+	if err != nil {
+		panic(err) // two strings always have a JSON form
+	}
+	return Admission{Refusal: fmt.Appendf(nil,
+		"HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", status, len(body), body)}
+}
+
+// Answer judges bytes that the program writes. The first n of them are the answer to the released request and leave.
+// Denied: the rest is not, and the connection must be ended.
+func (in *Incoming) Answer(b []byte) (n int, outcome Outcome) {
+	if in.free.Load() {
+		return len(b), Allowed
+	}
+	in.mu.Lock()
+	x := in.exchange
+	if x == nil {
+		in.mu.Unlock()
+		return 0, in.refuse("bytes that answer no request", policy.ReasonNoInvocation, false)
+	}
+	n, done, err := x.feed(b)
+	if done {
+		in.finish()
+	}
+	in.mu.Unlock()
+	if done {
+		in.g.answered(x, outcomeAnswered)
+	}
+	switch {
+	case err != nil:
+		outcome = in.refuse(err.Error(), reasonOf(err), false)
+	case n < len(b):
+		outcome = in.refuse("bytes behind the answer", policy.ReasonMalformed, false)
+	default:
+		return n, Allowed
+	}
+	if outcome == Marked {
+		// Where the answer ends is not known any more; the end of the connection ends it.
+		in.free.Store(true)
+		n = len(b)
+	}
+	return n, outcome
+}
+
+func (in *Incoming) refuse(text string, reason policy.Reason, never bool) Outcome {
+	what := subject{kind: "incoming", text: fmt.Sprintf("incoming %s: %s", in.from, text), never: never}
+	return in.g.refuse(in.g.stand(), what, reason, in.g.now())
+}
+
+// finish makes room for the next request. The lock is held.
+func (in *Incoming) finish() {
+	in.exchange = nil
+	close(in.idle)
+}
+
+// answered ends the invocation of x, whose program is done with it.
+func (g *Guard) answered(x *exchange, outcome string) {
+	if x.inv != nil {
+		g.end(x.inv, outcome)
+		g.slot.release()
+	}
+}
+
+// Lost is told that the peer's side of the connection failed. The invocation is over, but the program may not know it
+// yet: the instance takes the next request when the program has closed its side, so that late messages of this
+// invocation are not taken for those of the next.
+func (in *Incoming) Lost() {
+	in.mu.Lock()
+	x := in.exchange
+	in.mu.Unlock()
+	if x != nil && x.inv != nil {
+		in.g.end(x.inv, outcomeClosed)
+	}
+}
+
+// Close is told that the program closed the connection, or its writing side.
+func (in *Incoming) Close() {
+	in.mu.Lock()
+	if in.over {
+		in.mu.Unlock()
+		return
+	}
+	in.over = true
+	x := in.exchange
+	if x != nil {
+		in.finish()
+	}
+	in.mu.Unlock()
+	if x == nil {
+		return
+	}
+	outcome := outcomeClosed
+	if x.toClose {
+		outcome = outcomeAnswered
+	}
+	in.g.answered(x, outcome)
+}
+
+// feed follows the answer to its end.
+func (x *exchange) feed(b []byte) (n int, done bool, err error) {
+	for n < len(b) {
+		if x.body != nil {
+			taken, done, err := x.body.Feed(b[n:])
+			n += taken
+			if err != nil || done {
+				return n, done, err
+			}
+			continue
+		}
+		known := len(x.head)
+		x.head = append(x.head, b[n:min(len(b), n+http1.HeadBytesMax)]...)
+		head, length, err := http1.ParseResponse(x.head, x.method)
+		if err == wire.ErrShort {
+			n += len(x.head) - known
+			continue
+		}
+		if err != nil {
+			return n, false, err
+		}
+		n += length - known
+		x.head = nil
+		switch {
+		case head.Interim: // another head follows
+		case head.NoBody:
+			return n, true, nil
+		default:
+			x.toClose = head.UntilClose
+			x.body = http1.NewBody(head.ContentLength, head.Chunked, head.UntilClose, bodyBytesMax)
+			if taken, done, err := x.body.Feed(nil); err != nil || done {
+				return n + taken, done, err
+			}
+		}
+	}
+	return n, false, nil
+}
