@@ -31,6 +31,8 @@ from kalium.protocol.frames import (
 from kalium.protocol.limits import APPS_BYTES_MAX, LEASE_MS
 from kalium.protocol.session import AgentSession, CloseReason, SessionState
 
+_QUIET = (CloseReason.END_OF_STREAM.value, CloseReason.LOST.value)
+
 
 @dataclass(frozen=True)
 class Outgoing:
@@ -96,6 +98,8 @@ class Dispatcher:
         self._touched.pop(key, None)
         peer.session.close(CloseReason.LOST)
         self._state.agent_gone(key, now_ns=now_ns)
+        if not peer.node and peer.session.close_reason in _QUIET:
+            return  # a client that asked for the status, as readiness checks do all the time
         self._log(
             "connection_closed",
             reason=peer.session.close_reason,

@@ -39,13 +39,13 @@ LISTS = """
     messages:
       - repeat: [ {invoke: stock} ]
         at_least: 0
-        at_most: 256
+        at_most: 8
 """
 
 
 @cache
 def compiled(version: int = 1, app: str = "shop", entries: str = "front, lists") -> bytes:
-    """A policy of `app`: front asks the stock and then pays; lists, there if it is an entry, asks the stock up to 256 times."""
+    """A policy of `app`: front asks the stock and then pays; lists, there if it is an entry, asks the stock up to 8 times."""
     text = POLICY.format(app=app, version=version, entries=entries) + (LISTS if "lists" in entries else "")
     return compile_policy(text.encode(), "samples")
 
