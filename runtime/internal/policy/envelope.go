@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
+	"strings"
 )
 
 // SignedFormat is the format of an envelope. It is also the prefix of the signed bytes, so that no signature over
@@ -57,8 +58,10 @@ func Verify(envelope []byte, key ed25519.PublicKey) (*Policy, error) {
 }
 
 func (c *checker) base64(value any, path string) []byte {
-	data, err := base64.StdEncoding.Strict().DecodeString(c.text(value, path, envelopeBytesMax))
-	if err != nil {
+	text := c.text(value, path, envelopeBytesMax)
+	data, err := base64.StdEncoding.Strict().DecodeString(text)
+	// Even the strict decoder passes over line ends.
+	if err != nil || strings.ContainsAny(text, "\r\n") {
 		c.fail("%s is not base64", path)
 	}
 	return data

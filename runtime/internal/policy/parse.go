@@ -8,6 +8,7 @@ import (
 	"io"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 )
 
 // Bounds of a compiled policy. They keep a step's cost and a verdict's size small whatever the policy says; the
@@ -78,6 +79,11 @@ func Parse(compiled []byte) (*Policy, error) {
 // decode reads one JSON value without what encoding/json forgives: names twice in an object, other spellings of a
 // field's case, deep nesting, bytes behind the value.
 func decode(data []byte) (any, error) {
+	// The decoder would put a replacement character in the place of bytes that are not UTF-8, and two texts that differ
+	// would be read as one.
+	if !utf8.Valid(data) {
+		return nil, malformed("not UTF-8")
+	}
 	decoder := json.NewDecoder(bytes.NewReader(data))
 	decoder.UseNumber()
 	value, err := decodeValue(decoder, 0)

@@ -1,0 +1,448 @@
+package policy
+
+import (
+	"bytes"
+	"crypto/ed25519"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// base is a policy whose function f sends an http request and then a statement, in any number of rounds.
+const base = `{"app":"shop","app_cfg":{"f":{"edges":[[0,"f",0]],"start":[0],"states":1}},"entries":["f"],"format":"kalium-compiled/v1",` +
+	`"functions":{"f":{"accept":[0],"edges":[[0,0,1],[1,1,0]],"invocation_timeout_ms":1000,"max_body":10,"start":[0],"states":2,"symbols":[` +
+	`{"kind":"http","line":3,"method":"GET","path":"/a/{x}/","peer":"api","query":["p","q"],"text":"http GET api /a/{x}/"},` +
+	`{"kind":"mysql","line":4,"peer":"db","read":["t"],"text":"mysql select read t","verb":"select","write":[]}]}},` +
+	`"mode":"enforce","on_unavailable":{"app_edge":"deny","deadline_ms":250},` +
+	`"peers":{"api":{"host":"api.example","port":80,"protocol":"http"},"db":{"host":"db","port":3306,"protocol":"mysql","schema":"shop"}},` +
+	`"source_sha256":"","version":7}`
+
+func parsed(t testing.TB) *Function {
+	t.Helper()
+	p, err := Parse([]byte(base))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p.Functions["f"]
+}
+
+func request(path string, query ...string) *Message {
+	return &Message{Kind: KindHTTP, Peer: "api", Method: "GET", Path: path, Query: query}
+}
+
+func TestAPolicyIsReadWhole(t *testing.T) {
+	p, err := Parse([]byte(base))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.App != "shop" || p.Version != 7 || p.Mode != ModeEnforce || p.DeadlineMS != 250 || !p.Entries["f"] || len(p.Functions) != 1 {
+		t.Errorf("%#v", p)
+	}
+	if want := (Peer{Name: "db", Host: "db", Port: 3306, Protocol: ProtocolMySQL, Schema: "shop"}); p.Peers["db"] != want {
+		t.Errorf("%#v", p.Peers["db"])
+	}
+	other, err := Parse([]byte(strings.Replace(base, `"version":7`, `"version":8`, 1)))
+	if err != nil || other.SHA256 == p.SHA256 || p.SHA256 == [32]byte{} {
+		t.Errorf("digests %x and %x, %v", p.SHA256, other.SHA256, err)
+	}
+}
+
+func TestZeroValuesDeny(t *testing.T) {
+	f := parsed(t)
+	var nobody *Function
+	if v, next := nobody.Step(nil, request("/a/1/")); v.Allowed || v.Reason != ReasonUnknownFunction || next != nil {
+		t.Errorf("no function: %#v, %v", v, next)
+	}
+	if nobody.Start() != nil || nobody.Accepts(f.Start()) || nobody.Knows(request("/a/1/")) {
+		t.Error("no function starts, accepts or knows something")
+	}
+	if v, _ := f.Step(nil, request("/a/1/")); v.Allowed || v.Reason != ReasonOutOfOrder {
+		t.Errorf("no cursor: %#v", v)
+	}
+	for name, m := range map[string]*Message{"no message": nil, "the zero message": {}, "a kind beyond the last": {Kind: KindMySQL + 1}} {
+		if v, next := f.Step(f.Start(), m); v.Allowed || v.Reason != ReasonNotInPolicy || !slices.Equal(next, f.Start()) {
+			t.Errorf("%s: %#v", name, v)
+		}
+	}
+	if (Verdict{}).Allowed || Reason("").Known() || Mode(0).String() != "invalid" || Kind(0).String() != "other" {
+		t.Error("a zero value means something")
+	}
+	if (&Symbol{}).Matches(&Message{}) || (&Symbol{Kind: KindInvoke}).Matches(&Message{Kind: KindInvoke}) {
+		t.Error("a zero symbol matches")
+	}
+}
+
+func TestADenialLeavesTheCursorAndAnAllowedStepDoesNotChangeTheOldOne(t *testing.T) {
+	f := parsed(t)
+	start := f.Start()
+	before := slices.Clone(start)
+
+	denied, same := f.Step(start, &Message{Kind: KindMySQL, Peer: "db", Verb: "select", Read: []string{"t"}})
+	allowed, next := f.Step(start, request("/a/1/", "q"))
+
+	if denied.Allowed || denied.Reason != ReasonOutOfOrder || denied.Line != 4 || !slices.Equal(same, before) {
+		t.Errorf("%#v, %v", denied, same)
+	}
+	if !allowed.Allowed || !slices.Equal(next.States(), []int{1}) || !slices.Equal(start, before) {
+		t.Errorf("%#v, %v, %v", allowed, next.States(), start.States())
+	}
+	if f.Accepts(next) || !f.Accepts(start) {
+		t.Error("the end is allowed at the wrong state")
+	}
+	start.set(1) // a caller that changes its cursor does not change the policy
+	if got := f.Start().States(); !slices.Equal(got, []int{0}) {
+		t.Errorf("start is %v", got)
+	}
+}
+
+func TestAPathMatchesItsTemplateOnly(t *testing.T) {
+	f := parsed(t)
+	for path, want := range map[string]bool{
+		"/a/1/": true, "/a/x.y-z/": true, "/a/.../": true, "/a/1": false, "/a//": false, "/a/1/2/": false, "/a/1//": false, "/A/1/": false,
+		"/a/./": false, "/a/../": false, "/a/%31/": false, "/a/%2e%2e/": false, "": false, "/": false, "a/1/": false, "/a/1/?": false, "//a/1/": false,
+	} {
+		if got := f.Knows(request(path)); got != want {
+			t.Errorf("%q matches: %t", path, got)
+		}
+	}
+}
+
+func TestQueryKeysAreASubsetOfTheListedOnes(t *testing.T) {
+	f := parsed(t)
+	for keys, want := range map[string]bool{"": true, "p": true, "q,p": true, "p,q,r": false, "P": false, "pq": false} {
+		m := request("/a/1/")
+		if keys != "" {
+			m.Query = strings.Split(keys, ",")
+		}
+		if got := f.Knows(m); got != want {
+			t.Errorf("%q matches: %t", keys, got)
+		}
+	}
+}
+
+func TestAMarkOfJudgingNeverWidensAMatch(t *testing.T) {
+	f := parsed(t)
+	for _, judging := range []string{JudgingConnection, "tls=open", "x"} {
+		for _, m := range []*Message{
+			request("/a/1/"), {Kind: KindMySQL, Peer: "db", Verb: "select", Read: []string{"t"}}, {Kind: KindHTTPS, Peer: "api"},
+		} {
+			m.Judging = judging
+			if f.Knows(m) {
+				t.Errorf("%#v matches", m)
+			}
+		}
+	}
+}
+
+func TestATableMoreOrLessIsAnotherStatement(t *testing.T) {
+	f := parsed(t)
+	for name, m := range map[string]*Message{
+		"another verb":    {Verb: "insert", Read: []string{"t"}},
+		"another table":   {Verb: "select", Read: []string{"u"}},
+		"a table more":    {Verb: "select", Read: []string{"t", "u"}},
+		"no table":        {Verb: "select"},
+		"a written table": {Verb: "select", Read: []string{"t"}, Write: []string{"t"}},
+		"the other side":  {Verb: "select", Write: []string{"t"}},
+		"upper case":      {Verb: "select", Read: []string{"T"}},
+	} {
+		m.Kind, m.Peer = KindMySQL, "db"
+		if f.Knows(m) {
+			t.Errorf("%s matches", name)
+		}
+	}
+	if f.Knows(&Message{Kind: KindMySQL, Peer: "api", Verb: "select", Read: []string{"t"}}) {
+		t.Error("the statement matches at another peer")
+	}
+}
+
+// wide is a function with many states: state i goes to every state j > i by symbol j%symbols.
+func wide(t *testing.T, states, symbols int) *Function {
+	t.Helper()
+	var list []string
+	for i := range symbols {
+		list = append(list, fmt.Sprintf(`{"kind":"mysql","line":%d,"peer":"db","read":["t%04d"],"text":"s%d","verb":"select","write":[]}`, i+1, i, i))
+	}
+	var edges []string
+	for i := range states {
+		for j := i + 1; j < states; j++ {
+			edges = append(edges, fmt.Sprintf("[%d,%d,%d]", i, j%symbols, j))
+		}
+	}
+	slices.SortFunc(edges, func(a, b string) int {
+		var x, y [3]int64
+		_, _ = fmt.Sscanf(a, "[%d,%d,%d]", &x[0], &x[1], &x[2])
+		_, _ = fmt.Sscanf(b, "[%d,%d,%d]", &y[0], &y[1], &y[2])
+		if rising(x, y) {
+			return -1
+		}
+		return 1
+	})
+	text := strings.Replace(base, `"edges":[[0,0,1],[1,1,0]]`, `"edges":[`+strings.Join(edges, ",")+`]`, 1)
+	text = strings.Replace(text, `"states":2`, fmt.Sprintf(`"states":%d`, states), 1)
+	begin := strings.Index(text, `"symbols":[`) + len(`"symbols":[`)
+	end := strings.Index(text, `]}},"mode"`)
+	p, err := Parse([]byte(text[:begin] + strings.Join(list, ",") + text[end:]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p.Functions["f"]
+}
+
+// TestStepAgreesWithASlowExecutor compares with the definition of a nondeterministic automaton, on random messages.
+func TestStepAgreesWithASlowExecutor(t *testing.T) {
+	const states, symbols = 130, 7
+	f := wide(t, states, symbols)
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	for range 50 {
+		cursor := f.Start()
+		slow := map[int]bool{0: true}
+		for range 12 {
+			symbol := random.IntN(symbols)
+			next := map[int]bool{}
+			for i := range slow {
+				for j := i + 1; j < states; j++ {
+					if j%symbols == symbol {
+						next[j] = true
+					}
+				}
+			}
+			verdict, after := f.Step(cursor, &Message{Kind: KindMySQL, Peer: "db", Verb: "select", Read: []string{fmt.Sprintf("t%04d", symbol)}})
+			if verdict.Allowed != (len(next) > 0) {
+				t.Fatalf("allowed %t, slow %v", verdict.Allowed, next)
+			}
+			if verdict.Allowed {
+				slow = next
+			}
+			var want []int
+			for i := range slow {
+				want = append(want, i)
+			}
+			slices.Sort(want)
+			if !slices.Equal(after.States(), want) || !slices.Equal(verdict.States, want) {
+				t.Fatalf("states %v, slow %v", after.States(), want)
+			}
+			cursor = after
+		}
+	}
+}
+
+func TestTheCostOfAStepDoesNotDependOnThePathBehindIt(t *testing.T) {
+	f := parsed(t)
+	a, b := request("/a/1/"), &Message{Kind: KindMySQL, Peer: "db", Verb: "select", Read: []string{"t"}}
+	allocations := func(cursor Cursor) float64 {
+		return testing.AllocsPerRun(100, func() { f.Step(cursor, a) })
+	}
+	first, cursor := allocations(f.Start()), f.Start()
+	for range 1000 {
+		for _, m := range []*Message{a, b} {
+			var v Verdict
+			if v, cursor = f.Step(cursor, m); !v.Allowed {
+				t.Fatalf("%#v", v)
+			}
+		}
+	}
+	if last := allocations(cursor); last != first || len(cursor) != 1 {
+		t.Errorf("%v allocations in step 1, %v in step 2001, a cursor of %d words", first, last, len(cursor))
+	}
+}
+
+func TestTextIsBoundedAndPrintable(t *testing.T) {
+	for name, c := range map[string]struct {
+		m    Message
+		want string
+	}{
+		"http":               {*request("/a/1/", "p", "q"), "http GET api /a/1/?p&q"},
+		"https connection":   {Message{Kind: KindHTTPS, Peer: "images", Judging: JudgingConnection}, "https connection images"},
+		"invoke":             {Message{Kind: KindInvoke, Peer: "gateway", Callee: "f"}, "invoke f"},
+		"mysql":              {Message{Kind: KindMySQL, Verb: "insert", Read: []string{"a", "b"}, Write: []string{"c"}}, "mysql insert read a,b write c"},
+		"other":              {Message{Peer: "x"}, "other x"},
+		"a terminal's codes": {Message{Kind: KindInvoke, Callee: "a\x1b[2J\nb"}, "invoke a?[2J?b"},
+		"beyond ASCII":       {Message{Kind: KindInvoke, Callee: "é\xff"}, "invoke ??"},
+		"too long":           {Message{Kind: KindInvoke, Callee: strings.Repeat("é", 400)}, "invoke " + strings.Repeat("?", 290) + "..."},
+	} {
+		if got := c.m.Text(); got != c.want || len(got) > MessageTextMax {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+}
+
+func TestPrintableKeepsItsBound(t *testing.T) {
+	for _, text := range []string{"", "a", "abcdef", "ééé", "\x00\x01\x02\x03", strings.Repeat("x", 100)} {
+		for max := range 8 {
+			if got := Printable(text, max); len(got) > max || len(text) <= max && strings.Trim(text, "abcdefx") == "" && got != text {
+				t.Errorf("Printable(%q, %d) is %q", text, max, got)
+			}
+		}
+	}
+}
+
+func TestReasonsAreClosed(t *testing.T) {
+	seen := map[Reason]bool{}
+	for _, r := range Reasons() {
+		if !r.Known() || seen[r] {
+			t.Errorf("%q is unknown to itself or there twice", r)
+		}
+		seen[r] = true
+	}
+	Reasons()[0] = "changed"
+	if Reason("changed").Known() || Reasons()[0] != ReasonAllowed {
+		t.Error("the set can be changed from outside")
+	}
+}
+
+func signed(t testing.TB, key ed25519.PrivateKey, compiled string) map[string]string {
+	t.Helper()
+	public := key.Public().(ed25519.PublicKey)
+	return map[string]string{
+		"format": SignedFormat, "key_id": KeyID(public), "policy": base64.StdEncoding.EncodeToString([]byte(compiled)),
+		"signature": base64.StdEncoding.EncodeToString(ed25519.Sign(key, []byte(SignedFormat+"\n"+compiled))),
+	}
+}
+
+func marshal(t testing.TB, envelope map[string]string) []byte {
+	t.Helper()
+	data, err := json.Marshal(envelope)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+func TestOnlyWhatTheOperatorSignedIsAPolicy(t *testing.T) {
+	public, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stranger, strange, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	good := marshal(t, signed(t, private, base))
+	if p, err := Verify(good, public); err != nil || p.Version != 7 {
+		t.Fatalf("%#v, %v", p, err)
+	}
+	change := func(name string, to func(string) string) []byte {
+		envelope := signed(t, private, base)
+		envelope[name] = to(envelope[name])
+		return marshal(t, envelope)
+	}
+	plain := base64.StdEncoding.EncodeToString(ed25519.Sign(private, []byte(base)))
+	for name, c := range map[string]struct {
+		envelope []byte
+		code     string
+	}{
+		"a stranger's":                 {marshal(t, signed(t, strange, base)), "policy.signature"},
+		"a stranger's under our id":    {change("signature", func(string) string { return signed(t, strange, base)["signature"] }), "policy.signature"},
+		"another policy":               {change("policy", func(string) string { return base64.StdEncoding.EncodeToString([]byte(base + " ")) }), "policy.signature"},
+		"a signature without the name": {change("signature", func(string) string { return plain }), "policy.signature"},
+		"a signature cut short":        {change("signature", func(s string) string { return s[:80] }), "policy.signature"},
+		"no signature":                 {change("signature", func(string) string { return "" }), "policy.signature"},
+		"another format":               {change("format", func(string) string { return "kalium-signed/v2" }), "policy.malformed"},
+		"a line end in the base64":     {change("policy", func(s string) string { return s[:4] + "\n" + s[4:] }), "policy.malformed"},
+		"base64 without its padding":   {change("signature", func(s string) string { return strings.TrimRight(s, "=") }), "policy.malformed"},
+		"another alphabet":             {change("signature", func(s string) string { return "_" + s[1:] }), "policy.malformed"},
+		"a field more":                 {bytes.Replace(good, []byte("{"), []byte(`{"more":"",`), 1), "policy.malformed"},
+		"a field twice":                {bytes.Replace(good, []byte("{"), []byte(`{"format":"kalium-signed/v1",`), 1), "policy.malformed"},
+		"bytes behind it":              {append(slices.Clone(good), " {}"...), "policy.malformed"},
+		"nothing":                      {nil, "policy.malformed"},
+		"too much":                     {append(slices.Clone(good), bytes.Repeat([]byte(" "), envelopeBytesMax)...), "policy.malformed"},
+		"a signed non-policy":          {marshal(t, signed(t, private, "{}")), "policy.malformed"},
+	} {
+		p, err := Verify(c.envelope, public)
+
+		var known *Error
+		if p != nil || !errors.As(err, &known) || known.Code != c.code || !strings.Contains(err.Error(), "\nnext: ") {
+			t.Errorf("%s: %#v, %v", name, p, err)
+		}
+	}
+	if _, err := Verify(good, stranger); err == nil {
+		t.Error("another key opens it")
+	}
+	if _, err := Verify(good, nil); err == nil {
+		t.Error("no key opens it")
+	}
+}
+
+func TestBytesThatAreNotUTF8AreRefused(t *testing.T) {
+	text := strings.Replace(base, `"source_sha256":""`, "\"source_sha256\":\"\xff\"", 1)
+
+	_, err := Parse([]byte(text))
+
+	if err == nil || !strings.Contains(err.Error(), "not UTF-8") {
+		t.Errorf("%v", err)
+	}
+}
+
+// FuzzParse: whatever comes in, the only error is *Error, and what is read can be executed.
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(base))
+	for _, v := range policyVectors(f) {
+		f.Add([]byte(v.Compiled))
+	}
+	var refused []refusedVector
+	readVector(f, "refused.json", &refused)
+	for _, v := range refused {
+		f.Add([]byte(v.Compiled))
+	}
+	messages := []*Message{
+		request("/a/1/"), {Kind: KindHTTPS, Peer: "images", Judging: JudgingConnection}, {Kind: KindInvoke, Callee: "f"},
+		{Kind: KindMySQL, Peer: "db", Verb: "select", Read: []string{"t"}}, {},
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		p, err := Parse(data)
+		if err != nil {
+			var known *Error
+			if p != nil || !errors.As(err, &known) {
+				t.Fatalf("%#v, %v", p, err)
+			}
+			return
+		}
+		for _, function := range p.Functions {
+			cursor := function.Start()
+			for range 3 {
+				for _, m := range messages {
+					verdict, next := function.Step(cursor, m)
+					if !verdict.Reason.Known() || verdict.Allowed != (verdict.Reason == ReasonAllowed) || len(verdict.Expected) > ExpectedMax {
+						t.Fatalf("%#v", verdict)
+					}
+					if !verdict.Allowed && !slices.Equal(next, cursor) {
+						t.Fatal("a denial moves the cursor")
+					}
+					cursor = next
+				}
+			}
+			function.Accepts(cursor)
+		}
+		if again, err := Parse(data); err != nil || !reflect.DeepEqual(again, p) {
+			t.Fatal("the same bytes are read differently")
+		}
+	})
+}
+
+// FuzzVerify: no envelope that differs from the operator's opens.
+func FuzzVerify(f *testing.F) {
+	private := ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize))
+	good := marshal(f, signed(f, private, base))
+	f.Add(good)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		p, err := Verify(data, private.Public().(ed25519.PublicKey))
+		if err != nil {
+			var known *Error
+			if p != nil || !errors.As(err, &known) {
+				t.Fatalf("%#v, %v", p, err)
+			}
+			return
+		}
+		if p.Version != 7 || p.App != "shop" {
+			t.Fatalf("opened as %#v", p)
+		}
+	})
+}
