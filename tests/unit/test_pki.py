@@ -1,0 +1,381 @@
+"""The site's PKI: what is made, what is kept, what is made anew, and that nobody else can read a key."""
+
+import base64
+import itertools
+import os
+import ssl
+import stat
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key, load_pem_public_key
+
+from kalium.cli.main import main
+from kalium.errors import KaliumError
+from kalium.pki import files
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
+SANS = ("DNS:controller", "IP:127.0.0.1")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A directory with a CA made at NOW."""
+    assert files.init(tmp_path / "pki", now=NOW).why
+    return tmp_path / "pki"
+
+
+def issue(directory: Path, *, name: str = "controller", sans: tuple[str, ...] = SANS, days: int = 365, now: datetime = NOW) -> str:
+    """Issue, and return why anything changed."""
+    return files.issue(directory, name, sans, days=days, now=now).why
+
+
+def certificate(path: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(path.read_bytes())
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def test_a_second_run_changes_nothing(directory: Path) -> None:
+    assert issue(directory)
+    files.operator_key(directory)
+    before = contents(directory)
+
+    assert files.init(directory, now=NOW).why == ""
+    assert issue(directory) == ""
+    assert files.operator_key(directory).why == ""
+
+    assert contents(directory) == before
+    assert set(before) == {"ca.crt", "ca.key", "controller.crt", "controller.key", "operator.key", "operator.pub"}
+
+
+def test_a_certificate_is_for_both_ends_of_a_connection(directory: Path) -> None:
+    issue(directory)
+    found = certificate(directory / "controller.crt")
+
+    usage = found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+
+    assert [each.dotted_string for each in usage] == ["1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.2"]
+    assert (names.get_values_for_type(x509.DNSName), [str(each) for each in names.get_values_for_type(x509.IPAddress)]) == (
+        ["controller"],
+        ["127.0.0.1"],
+    )
+    assert found.not_valid_after_utc == NOW + timedelta(days=365)
+    assert certificate(directory / "ca.crt").not_valid_after_utc == NOW + timedelta(days=3650)
+
+
+def test_openssl_takes_the_chain_in_its_strictest_mood(tmp_path: Path) -> None:
+    """A handshake in memory, with X509_V_FLAG_X509_STRICT as Python 3.13 has it by default."""
+    files.init(tmp_path, now=datetime.now(timezone.utc))
+    issue(tmp_path, now=datetime.now(timezone.utc))
+    contexts = []
+    for protocol in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT):
+        context = ssl.SSLContext(protocol)
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        context.load_verify_locations(tmp_path / "ca.crt")
+        context.load_cert_chain(tmp_path / "controller.crt", tmp_path / "controller.key")
+        contexts.append(context)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = contexts[0].wrap_bio(to_server, to_client, server_side=True)
+    client = contexts[1].wrap_bio(to_client, to_server, server_hostname="127.0.0.1")
+
+    for end in itertools.chain.from_iterable(itertools.repeat((client, server), 4)):
+        try:
+            end.do_handshake()
+        except ssl.SSLWantReadError:
+            continue
+
+    assert server.getpeercert() is not None
+    assert client.getpeercert() is not None
+
+
+def test_no_private_file_is_readable_for_others_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        files.init(tmp_path, now=NOW)
+        issue(tmp_path)
+        files.operator_key(tmp_path)
+    finally:
+        os.umask(before)
+
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+
+    assert {name for name, mode in modes.items() if mode == 0o600} == {"ca.key", "controller.key", "operator.key"}
+    assert {name for name, mode in modes.items() if mode == 0o644} == {"ca.crt", "controller.crt", "operator.pub"}
+    assert len(modes) == 6
+
+
+@pytest.mark.parametrize("key", ["ca.key", "controller.key", "operator.key"])
+def test_a_key_that_was_opened_to_others_is_closed_again_and_said_so(directory: Path, key: str) -> None:
+    issue(directory)
+    files.operator_key(directory)
+    (directory / key).chmod(0o644)
+    before = contents(directory)
+
+    whys = [files.init(directory, now=NOW).why, issue(directory), files.operator_key(directory).why]
+
+    assert sorted(whys) == ["", "", files.READABLE_FOR_OTHERS]
+    assert stat.S_IMODE((directory / key).stat().st_mode) == 0o600
+    assert contents(directory) == before
+
+
+@pytest.mark.parametrize(
+    ("days", "after_days", "is_renewed"), [(365, 334, False), (365, 336, True), (30, 19, False), (30, 21, True), (365, 400, True)]
+)
+def test_a_certificate_is_renewed_in_its_last_thirty_days_or_last_third(directory: Path, days: int, after_days: int, *, is_renewed: bool) -> None:
+    issue(directory, days=days)
+    later = NOW + timedelta(days=after_days)
+
+    why = issue(directory, days=days, now=later)
+
+    assert bool(why) == is_renewed
+    assert certificate(directory / "controller.crt").not_valid_after_utc == (later if is_renewed else NOW) + timedelta(days=days)
+    assert issue(directory, days=days, now=later) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "sans", "why"),
+    [
+        ("controller", ("DNS:controller",), "its alternative names are others"),
+        ("controller", (), "its alternative names are others"),
+        ("controller", ("IP:127.0.0.1", "DNS:controller"), "its alternative names are others"),
+    ],
+)
+def test_other_names_mean_another_certificate(directory: Path, name: str, sans: tuple[str, ...], why: str) -> None:
+    issue(directory)
+
+    assert issue(directory, name=name, sans=sans) == why
+
+    assert issue(directory, name=name, sans=sans) == ""
+
+
+def test_a_file_of_another_certificate_is_replaced(directory: Path) -> None:
+    issue(directory, name="agent", sans=SANS)
+    for suffix in ("crt", "key"):
+        (directory / f"controller.{suffix}").write_bytes((directory / f"agent.{suffix}").read_bytes())
+
+    assert issue(directory) == "it is for another name"
+
+
+def test_a_key_that_does_not_fit_is_replaced_with_its_certificate(directory: Path) -> None:
+    """A run that was cut between the two files leaves this behind."""
+    issue(directory)
+    issue(directory, name="agent")
+    (directory / "controller.key").write_bytes((directory / "agent.key").read_bytes())
+
+    assert issue(directory) == "there is no certificate with its key yet"
+
+    assert issue(directory) == ""
+
+
+def test_a_new_ca_makes_every_certificate_new(directory: Path) -> None:
+    issue(directory)
+    for name in ("ca.crt", "ca.key"):
+        (directory / name).unlink()
+    files.init(directory, now=NOW)
+
+    assert issue(directory) == "another CA issued it"
+
+
+def test_a_renewed_ca_keeps_its_key_and_what_it_has_issued(directory: Path) -> None:
+    key = (directory / "ca.key").read_bytes()
+    later = NOW + timedelta(days=3650 - 29)
+    assert issue(directory, now=later, days=365)
+    assert certificate(directory / "controller.crt").not_valid_after_utc == NOW + timedelta(days=3650)  # not longer than the CA
+
+    assert files.init(directory, now=later).why
+
+    assert (directory / "ca.key").read_bytes() == key
+    certificate(directory / "controller.crt").verify_directly_issued_by(certificate(directory / "ca.crt"))
+    assert files.init(directory, now=later).why == ""
+
+
+def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path: Path) -> None:
+    assert files.init(tmp_path, now=NOW, dry_run=True).why == "there is no CA yet"
+    assert files.operator_key(tmp_path, dry_run=True).why == "there is no operator's key yet"
+    assert contents(tmp_path) == {}
+    files.init(tmp_path, now=NOW)
+    before = contents(tmp_path)
+
+    assert files.issue(tmp_path, "agent", (), days=365, now=NOW, dry_run=True).why
+
+    assert contents(tmp_path) == before
+
+
+def test_the_operators_key_signs_and_its_public_half_is_written_again(tmp_path: Path) -> None:
+    files.operator_key(tmp_path)
+    private = (tmp_path / "operator.key").read_bytes()
+    (tmp_path / "operator.pub").unlink()
+
+    assert files.operator_key(tmp_path).why == "operator.pub was not the key's public half"
+
+    key = load_pem_private_key(private, None)
+    public = load_pem_public_key((tmp_path / "operator.pub").read_bytes())
+    public.verify(key.sign(b"policy"), b"policy")  # type: ignore[union-attr, call-arg]  # Ed25519, or this raises
+    assert (tmp_path / "operator.key").read_bytes() == private
+    assert base64.b64decode(files.operator_raw(tmp_path)) == public.public_bytes_raw()  # type: ignore[union-attr]
+
+
+def damage(directory: Path, name: str, data: bytes) -> None:
+    (directory / name).write_bytes(data)
+
+
+def rsa_key() -> bytes:
+    return rsa.generate_private_key(65537, 2048).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+@pytest.mark.parametrize(
+    ("broken", "data", "command"),
+    [
+        ("ca.key", b"", "init"),
+        ("ca.crt", b"not PEM", "init"),
+        ("ca.key", b"", "issue"),
+        ("operator.key", b"not PEM", "operator-key"),
+        ("operator.key", b"rsa", "operator-key"),
+        ("operator.pub", b"not PEM", "raw"),
+    ],
+)
+def test_what_a_person_must_not_lose_is_never_replaced(directory: Path, broken: str, data: bytes, command: str) -> None:
+    """A damaged CA or operator's key is an error with the way out, not a reason to make another."""
+    files.operator_key(directory)
+    damage(directory, broken, rsa_key() if data == b"rsa" else data)
+    before = contents(directory)
+    commands: dict[str, Callable[[], object]] = {
+        "init": lambda: files.init(directory, now=NOW),
+        "issue": lambda: files.issue(directory, "agent", (), days=365, now=NOW),
+        "operator-key": lambda: files.operator_key(directory),
+        "raw": lambda: files.operator_raw(directory),
+    }
+
+    with pytest.raises(KaliumError) as refusal:
+        commands[command]()
+
+    assert refusal.value.code in ("pki.ca", "pki.operator_key")
+    assert refusal.value.exit_code == 3
+    assert contents(directory) == before
+
+
+def test_a_public_half_without_its_key_is_not_replaced(tmp_path: Path) -> None:
+    files.operator_key(tmp_path)
+    (tmp_path / "operator.key").unlink()
+
+    with pytest.raises(KaliumError, match=r"operator\.pub is there without operator\.key"):
+        files.operator_key(tmp_path)
+
+
+def test_an_expired_ca_issues_nothing(directory: Path) -> None:
+    with pytest.raises(KaliumError, match="it expired on 2036"):
+        issue(directory, now=NOW + timedelta(days=3651))
+
+
+@pytest.mark.parametrize(
+    ("name", "sans", "days"),
+    [
+        ("../agent", (), 365),
+        ("ca", (), 365),
+        ("", (), 365),
+        ("a" * 65, (), 365),
+        ("-agent", (), 365),
+        ("agent", ("controller",), 365),
+        ("agent", ("IP:10.0.0.0/8",), 365),
+        ("agent", ("DNS:",), 365),
+        ("agent", ("DNS:a b",), 365),
+        ("agent", ("URI:http://a",), 365),
+        ("agent", (), 0),
+        ("agent", (), -5),
+        ("agent", (), 100_000),
+    ],
+)
+def test_arguments_that_cannot_be_are_wrong_usage_and_write_nothing(directory: Path, name: str, sans: tuple[str, ...], days: int) -> None:
+    before = contents(directory)
+
+    with pytest.raises(KaliumError) as refusal:
+        issue(directory, name=name, sans=sans, days=days)
+
+    assert (refusal.value.code, refusal.value.exit_code) == ("pki.usage", 2)
+    assert contents(directory) == before
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, seen at the flush."""
+    before = contents(directory)
+
+    def full(_handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(KaliumError, match="No space left on device"):
+        issue(directory)
+
+    assert contents(directory) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda directory: None, ""),
+        (lambda directory: damage(directory, "controller.key", rsa_key()), "controller.key is not its key"),
+        (lambda directory: (directory / "controller.key").chmod(0o640), "controller.key is readable for others"),
+        (lambda directory: (directory / "controller.key").unlink(), "controller.key is not its key"),
+    ],
+)
+def test_show_says_what_cannot_be_used(directory: Path, change: Callable[[Path], object], fault: str) -> None:
+    issue(directory)
+    change(directory)
+
+    ca, controller = files.show(directory, now=NOW)
+
+    assert (ca.file, ca.fault) == ("ca.crt", "")
+    assert (controller.file, controller.names, controller.fault) == ("controller.crt", ("controller", "127.0.0.1"), fault)
+
+
+def test_show_names_strangers_and_the_expired(directory: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    files.init(other, now=NOW)
+    issue(other, name="stranger")
+    for suffix in ("crt", "key"):
+        (directory / f"stranger.{suffix}").write_bytes((other / f"stranger.{suffix}").read_bytes())
+    issue(directory)
+
+    assert {each.file: each.fault for each in files.show(directory, now=NOW)} == {
+        "ca.crt": "",
+        "controller.crt": "",
+        "stranger.crt": "another CA issued it",
+    }
+    assert {each.fault for each in files.show(directory, now=NOW + timedelta(days=366))} == {"", "not valid now"}
+
+
+def test_the_command_says_changed_and_then_unchanged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ansible reads the first word."""
+    commands = [
+        ["init", "--dir", str(tmp_path)],
+        ["issue", "--dir", str(tmp_path), "--name", "controller", "--san", "DNS:controller", "--san", "IP:127.0.0.1", "--days", "365"],
+        ["operator-key", "--dir", str(tmp_path)],
+    ]
+
+    codes = [main(["pki", *command]) for command in commands * 2]
+    words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+
+    assert codes == [0] * 6
+    assert words == ["changed"] * 3 + ["unchanged"] * 3
+    assert main(["pki", "operator-key", "--dir", str(tmp_path), "--print-raw"]) == 0
+    assert len(base64.b64decode(capsys.readouterr().out.strip())) == 32
+    assert main(["pki", "show", "--dir", str(tmp_path)]) == 0
+    (tmp_path / "controller.key").unlink()
+    assert main(["pki", "show", "--dir", str(tmp_path), "--output", "json"]) == 1
+
+
+def test_the_command_tells_what_to_do_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pki", "issue", "--dir", str(tmp_path), "--name", "agent"]) == 3
+
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error[pki.ca]: cannot issue with the CA")
+    assert second == "next: make it: `kalium pki init`"
