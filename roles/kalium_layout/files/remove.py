@@ -99,7 +99,7 @@ def goes_with(package):
 
 
 def remove_packages(packages):
-    status, text = run(["dpkg-query", "--show", "--showformat", "${db:Status-Status} ${Package}\\n", *packages])
+    _, text = run(["dpkg-query", "--show", "--showformat", "${db:Status-Status} ${Package}\\n", *packages])
     there = [line.split()[1] for line in text.splitlines() if line.startswith(("installed ", "config-files "))]
     ours, gone = set(packages), []
     for package in there:

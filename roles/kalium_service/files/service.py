@@ -152,6 +152,7 @@ class Systemd:
     def __init__(self, service):
         self.service = service
         self.unit = service["name"] + ".service"
+        self.folders = "/etc/tmpfiles.d/%s.conf" % service["name"]
 
     def text(self, revision):
         service = self.service
@@ -191,6 +192,10 @@ class Systemd:
 
     def apply(self, revision):
         changed = replaced("/etc/systemd/system/" + self.unit, self.text(revision))
+        if self.service["run_folders"]:
+            # A restart of the host empties /run, and systemd starts the service again before anybody runs Ansible.
+            lines = ["d %s 0755 %s %s -\n" % (path, owner, owner) for path, owner in sorted(self.service["run_folders"].items())]
+            changed = replaced(self.folders, "# Written by roles/kalium_service.\n" + "".join(lines)) or changed
         must(["systemctl", "daemon-reload"], "have systemd read its units")
         if run(["systemctl", "is-enabled", self.unit])[0] != 0:
             must(["systemctl", "enable", self.unit], "enable " + self.unit)
