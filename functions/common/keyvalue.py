@@ -41,7 +41,7 @@ class Table:
             self.close()
             raise LookupError(f"the database has no table {name}")
 
-    def __enter__(self) -> Table:
+    def __enter__(self) -> Table:  # noqa: PYI034  typing.Self is newer than the oldest Python
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -49,15 +49,15 @@ class Table:
 
     def get(self, key: str) -> str | None:
         """The value of `key`; None when there is none."""
-        self._cursor.execute(f"SELECT rowvalues FROM {self.name} WHERE rowkey = %s", (key,))
+        self._cursor.execute(f"SELECT rowvalues FROM {self.name} WHERE rowkey = %s", (key,))  # noqa: S608  see __init__
         row = self._cursor.fetchone()
         return None if row is None else row[0]
 
     def put(self, key: str, value: str) -> None:
         """Replace the value of `key`. When it fails on the way, the connection's end takes everything back."""
         self._cursor.execute("START TRANSACTION")
-        self._cursor.execute(f"DELETE FROM {self.name} WHERE rowkey = %s", (key,))
-        self._cursor.execute(f"INSERT INTO {self.name} (rowkey, rowvalues) VALUES (%s, %s)", (key, value))
+        self._cursor.execute(f"DELETE FROM {self.name} WHERE rowkey = %s", (key,))  # noqa: S608  see __init__
+        self._cursor.execute(f"INSERT INTO {self.name} (rowkey, rowvalues) VALUES (%s, %s)", (key, value))  # noqa: S608  see __init__
         self._cursor.execute("COMMIT")
 
     def close(self) -> None:

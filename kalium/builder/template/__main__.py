@@ -2,7 +2,7 @@
 
 import sys
 
-import handler
-import watchdog
+import handler  # type: ignore[import-not-found]  # each image brings its own
+import watchdog  # type: ignore[import-not-found]  # beside this file, which is no package
 
 sys.exit(watchdog.run(handler.handle))

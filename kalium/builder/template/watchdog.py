@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
@@ -34,7 +35,7 @@ class Event(NamedTuple):
     method: str
     path: str
     query: Mapping[str, list[str]]
-    headers: Mapping[str, str]  # names in any case
+    headers: Message[str, str]  # read like a mapping; names in any case
     body: Any
 
 
@@ -150,7 +151,6 @@ class _Connection(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
     server_version = "watchdog"
-    sys_version = ""
     error_content_type = "application/json"
     error_message_format = '{"error":"HTTP %(code)d"}'
     disable_nagle_algorithm = True
@@ -206,6 +206,10 @@ class _Connection(BaseHTTPRequestHandler):
             self.close_connection = True
             raise Failure(400, "the body ends early")
         return payload
+
+    def version_string(self) -> str:
+        """Name the program only."""
+        return self.server_version
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the base class names it so
         """Say nothing per request: what an experiment measures is not the console."""
