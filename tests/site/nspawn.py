@@ -94,6 +94,15 @@ class Host:
             *("-o", "BatchMode=yes"),
         ]
 
+    def inventory_variables(self) -> dict[str, str]:
+        """How Ansible reaches the host."""
+        return {
+            "ansible_host": self.address,
+            "ansible_user": self.user,
+            "ansible_ssh_private_key_file": str(self.key),
+            "ansible_ssh_common_args": " ".join(self.ssh_options()),
+        }
+
     def run(self, *command: str, timeout_s: float = COMMAND_S_MAX) -> subprocess.CompletedProcess[str]:
         """Run a shell command line on the host as the ordinary user; the words are joined as ssh joins them."""
         ssh = ["ssh", *self.ssh_options(), "-o", "ConnectTimeout=5", "-i", str(self.key), f"{self.user}@{self.address}", "--", *command]

@@ -19,14 +19,7 @@ GONE_S_MAX = 30.0
 
 def inventory_of(host: Host, path: Path) -> Path:
     """Write an inventory with `host` alone."""
-    variables = {
-        "ansible_host": host.address,
-        "ansible_user": host.user,
-        "ansible_ssh_private_key_file": str(host.key),
-        "ansible_ssh_common_args": " ".join(host.ssh_options()),
-        "ansible_python_interpreter": "/usr/bin/python3",
-    }
-    path.write_text(yaml.safe_dump({"all": {"hosts": {host.name: variables}}}), encoding="utf-8")
+    path.write_text(yaml.safe_dump({"all": {"hosts": {host.name: host.inventory_variables()}}}), encoding="utf-8")
     return path
 
 
