@@ -308,8 +308,9 @@ def explanation(record: dict[str, Any]) -> Sequence[str]:
     """A verdict as two or three lines: when and what, then why, then what the policy would have accepted."""
     moment = datetime.fromtimestamp(float(record.get("time_ms", 0)) / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
     outcome = "would deny" if record.get("would_deny") else "allowed" if record.get("allowed") else "denied"
-    peer = f" to {record['peer']}" if record.get("peer") else ""
-    lines = [f"{moment} {record.get('app')}/{record.get('function')} {outcome}: {record.get('message')}{peer}"]
+    message, peer = str(record.get("message")), record.get("peer")
+    to = f" to {peer}" if peer and peer not in message.split(" ") else ""
+    lines = [f"{moment} {record.get('app')}/{record.get('function')} {outcome}: {message}{to}"]
     line = record.get("line")
     if outcome == "allowed":
         lines.append(f"    by line {line} of policy version {record.get('policy_version')}" if line else f"    {record.get('reason')}")
