@@ -44,7 +44,7 @@ def load(path: Path) -> Config:
         raise _refused(path, f"more than {CONFIG_BYTES_MAX} bytes", "name the controller's configuration by --config")
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _refused(path, f"not JSON: {error}", "write one JSON object, as docs/reference/cli.md shows") from error
     top = _object(path, document, "", ("listen", "tls", "operator_key", "policies_dir"))
     listen = _object(path, top["listen"], "listen", ("host", "port"))

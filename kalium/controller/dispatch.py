@@ -76,27 +76,36 @@ class Dispatcher:
         self._peers[key] = _Peer(AgentSession(now_ns=now_ns), subject, address)
 
     def received(self, key: AgentKey, data: bytes, *, now_ns: int) -> None:
-        """Bytes of a peer."""
-        peer = self._peers[key]
-        peer.session.receive_data(data, now_ns=now_ns)
-        self._work(key, peer, now_ns)
+        """Bytes of a peer. What a peer says whose connection we are closing is not heard."""
+        peer = self._peers.get(key)
+        if peer is not None:
+            peer.session.receive_data(data, now_ns=now_ns)
+            self._work(key, peer, now_ns)
 
     def received_end(self, key: AgentKey, *, now_ns: int) -> None:
         """The peer will send no more."""
-        peer = self._peers[key]
-        peer.session.receive_end()
-        self._work(key, peer, now_ns)
+        peer = self._peers.get(key)
+        if peer is not None:
+            peer.session.receive_end()
+            self._work(key, peer, now_ns)
 
     def close(self, key: AgentKey, reason: CloseReason, detail: str = "") -> None:
-        """Our side ends the connection, or has found it broken."""
-        self._peers[key].session.close(reason, detail)
-        self._touched[key] = None
+        """Our side ends the connection, or has found it broken; `outgoing` says when it may be closed."""
+        peer = self._peers.get(key)
+        if peer is not None:
+            peer.session.close(reason, detail)
+            self._touched[key] = None
 
     def disconnected(self, key: AgentKey, *, now_ns: int) -> None:
-        """The connection is no more. Called exactly once for each that was `connected`."""
-        peer = self._peers.pop(key)
+        """The connection is no more, whether or not that was our doing."""
+        peer = self._peers.get(key)
+        if peer is not None:
+            peer.session.close(CloseReason.LOST)
+            self._forget(key, peer, now_ns)
+
+    def _forget(self, key: AgentKey, peer: _Peer, now_ns: int) -> None:
+        del self._peers[key]
         self._touched.pop(key, None)
-        peer.session.close(CloseReason.LOST)
         self._state.agent_gone(key, now_ns=now_ns)
         if not peer.node and peer.session.close_reason in _QUIET:
             return  # a client that asked for the status, as readiness checks do all the time
@@ -129,12 +138,19 @@ class Dispatcher:
         self._log_evicted(self._state.expire(now_ns=now_ns))
         return self._state.has_due(now_ns=now_ns)
 
-    def outgoing(self) -> Iterator[Outgoing]:
-        """What is to be written since the last call. A connection that `is_last` names is closed by the shell behind the data."""
+    def outgoing(self, *, now_ns: int) -> Iterator[Outgoing]:
+        """What is to be written since the last call. A connection that `is_last` names is closed by the shell behind the data.
+
+        For the state such a connection is over at once: how long the peer takes to close its side is not waited for.
+        """
         touched, self._touched = self._touched, {}
         for key in touched:
-            session = self._peers[key].session
-            data, is_last = session.data_to_send(), session.close_reason is not None
+            peer = self._peers.get(key)
+            if peer is None:
+                continue  # it broke while another one was written to
+            data, is_last = peer.session.data_to_send(), peer.session.close_reason is not None
+            if is_last:
+                self._forget(key, peer, now_ns)
             if data or is_last:
                 yield Outgoing(key, data, is_last)
 

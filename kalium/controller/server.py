@@ -34,7 +34,7 @@ HANDSHAKES_MAX = 64  # at once; further connections wait in the kernel
 CONNECTIONS_MAX = LIMITS.agents + 64  # agents, and clients that ask for the status; beyond it a connection is closed at once
 BACKLOG = 256
 SWEEP_S = 1.0  # between two looks at deadlines, at the policies and at the certificate
-STOP_S = 2.0  # for the last bytes of connections when the controller stops
+CLOSE_S = 2.0  # for the last bytes of a connection that is closed; then it is cut
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))  # a dead node is noticed within 60 s
 UNACKNOWLEDGED_MS = 60_000
 
@@ -145,20 +145,14 @@ class Controller:
             await asyncio.sleep(0 if has_more else SWEEP_S)
 
     async def close_all(self) -> None:
-        """Close every connection behind what is still to be written; what does not end within STOP_S is cut."""
-        for connection in list(self._connections):
+        """Close every connection behind what is still to be written, and wait until they are gone, CLOSE_S at most."""
+        for connection in self._connections:
             self._dispatcher.close(connection, CloseReason.SHUTDOWN)
         self._flush()
-        try:
-            await asyncio.wait_for(self._all_gone.wait(), STOP_S)
-        except asyncio.TimeoutError:
-            for connection in list(self._connections):
-                if connection.transport is not None:
-                    connection.transport.abort()
-            await self._all_gone.wait()
+        await self._all_gone.wait()
 
     def _flush(self) -> None:
-        for outgoing in self._dispatcher.outgoing():
+        for outgoing in self._dispatcher.outgoing(now_ns=self._clock_ns()):
             connection = outgoing.key
             assert isinstance(connection, Connection)
             assert connection.transport is not None
@@ -166,6 +160,8 @@ class Controller:
                 connection.transport.write(outgoing.data)
             if outgoing.is_last:
                 connection.transport.close()
+                # TLS waits for the peer to say goodbye too, which a bad one does not do; the loops differ in how long.
+                asyncio.get_running_loop().call_later(CLOSE_S, connection.transport.abort)
 
 
 def subject_of(certificate: dict[str, Any] | None) -> str:

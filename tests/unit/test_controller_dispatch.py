@@ -49,12 +49,12 @@ class Site:
 
     def carry(self) -> None:
         """Bring what the dispatcher wrote to its agents, and close what it closes."""
-        for outgoing in self.dispatcher.outgoing():
+        for outgoing in self.dispatcher.outgoing(now_ns=self.now_ns):
             agent = self.agents[str(outgoing.key)]
+            assert agent.is_connected
             agent.session.receive_data(outgoing.data, now_ns=self.now_ns)
             agent.heard += [event.frame for event in agent.session.events()]
-            if outgoing.is_last:
-                agent.disconnect()
+            agent.is_connected = not outgoing.is_last
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """The lines of one event."""

@@ -1,0 +1,288 @@
+"""What the controller reads: its configuration, its certificates, and the directory of policies. Each refusal says what to do."""
+
+import json
+import os
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from controller_samples import compiled
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from kalium.controller import tls
+from kalium.controller.config import Config, TlsFiles, load
+from kalium.controller.store import FILES_MAX, PolicyDirectory
+from kalium.errors import KaliumError
+from kalium.pki import files
+from kalium.policy.envelope import sign
+from kalium.protocol.limits import ENVELOPE_BYTES_MAX
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
+GOOD: dict[str, Any] = {
+    "listen": {"host": "127.0.0.1", "port": 5000},
+    "tls": {"ca": "pki/ca.crt", "cert": "pki/controller.crt", "key": "/etc/kalium/pki/controller.key"},
+    "operator_key": "operator.pub",
+    "policies_dir": "policies",
+}
+
+
+def test_a_configuration_is_read_with_paths_from_its_own_directory(tmp_path: Path) -> None:
+    path = tmp_path / "controller.json"
+    path.write_text(json.dumps(GOOD))
+
+    config = load(path)
+
+    assert config == Config(
+        path,
+        "127.0.0.1",
+        5000,
+        TlsFiles(tmp_path / "pki/ca.crt", tmp_path / "pki/controller.crt", Path("/etc/kalium/pki/controller.key")),
+        tmp_path / "operator.pub",
+        tmp_path / "policies",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "not JSON"),
+        ("[]", "the configuration is not an object"),
+        (json.dumps({**GOOD, "workers": 2}), "unknown key workers"),
+        (json.dumps({key: value for key, value in GOOD.items() if key != "policies_dir"}), "no key policies_dir"),
+        (json.dumps({**GOOD, "listen": {"host": "127.0.0.1"}}), "listen has no key port"),
+        (json.dumps({**GOOD, "listen": {"host": "127.0.0.1", "port": "5000"}}), r"listen\.port is not a whole number"),
+        (json.dumps({**GOOD, "listen": {"host": "127.0.0.1", "port": 65536}}), r"listen\.port is not a whole number"),
+        (json.dumps({**GOOD, "listen": {"host": "127.0.0.1", "port": True}}), r"listen\.port is not a whole number"),
+        (json.dumps({**GOOD, "listen": {"host": "", "port": 1}}), r"listen\.host is not a text"),
+        (json.dumps({**GOOD, "operator_key": None}), "operator_key is not a text"),
+        ("[" * 70_000, "more than 65536 bytes"),
+        ("[" * 60_000, "not JSON"),
+    ],
+)
+def test_a_configuration_that_is_not_whole_is_refused(tmp_path: Path, text: str, found: str) -> None:
+    path = tmp_path / "controller.json"
+    path.write_text(text)
+
+    with pytest.raises(KaliumError, match=found) as refusal:
+        load(path)
+
+    assert (refusal.value.code, refusal.value.exit_code) == ("controller.config", 3)
+
+
+def test_a_configuration_that_is_away_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KaliumError, match="No such file"):
+        load(tmp_path / "controller.json")
+
+
+# Certificates
+
+
+@pytest.fixture
+def pki(tmp_path: Path) -> TlsFiles:
+    """A CA and a certificate for 365 days from NOW."""
+    files.init(tmp_path, now=NOW)
+    files.issue(tmp_path, "controller", (), days=365, now=NOW)
+    return TlsFiles(tmp_path / "ca.crt", tmp_path / "controller.crt", tmp_path / "controller.key")
+
+
+def other(pki: TlsFiles, name: str) -> bytes:
+    """The file of that name from another PKI."""
+    directory = pki.ca.parent / "other"
+    files.init(directory, now=NOW)
+    files.issue(directory, "controller", (), days=365, now=NOW)
+    return (directory / name).read_bytes()
+
+
+def test_good_files_are_taken(pki: TlsFiles) -> None:
+    tls.check(pki, now=NOW)
+
+
+@pytest.mark.parametrize(
+    ("change", "after", "found"),
+    [
+        (lambda pki: None, timedelta(days=365), r"controller\.crt: it expired on 2027-03-01"),
+        (lambda pki: None, timedelta(days=3650), r"ca\.crt: it expired on 2036"),
+        (lambda pki: None, timedelta(days=-1), r"it is valid from 2026-03-01 11:55 UTC on"),
+        (lambda pki: pki.ca.write_bytes(other(pki, "ca.crt")), timedelta(0), r"the CA .* did not issue it"),
+        (lambda pki: pki.key.write_bytes(other(pki, "controller.key")), timedelta(0), r"it is not the key of .*controller\.crt"),
+        (lambda pki: pki.key.write_bytes(b"?"), timedelta(0), r"controller\.key: it is not an unencrypted private key"),
+        (lambda pki: pki.cert.write_bytes(b"?"), timedelta(0), r"controller\.crt: it is not a certificate"),
+        (lambda pki: pki.key.unlink(), timedelta(0), r"controller\.key: No such file"),
+        (lambda pki: pki.ca.unlink(), timedelta(0), r"ca\.crt: No such file"),
+        (lambda pki: (pki.key.unlink(), pki.key.mkdir()), timedelta(0), r"controller\.key: Is a directory"),
+    ],
+    ids=["expired", "ca_expired", "not_yet_valid", "wrong_ca", "wrong_key", "no_key", "no_certificate", "key_away", "ca_away", "key_unreadable"],
+)
+def test_a_file_that_tls_cannot_use_is_named_with_the_reason(
+    pki: TlsFiles, change: Callable[[TlsFiles], object], after: timedelta, found: str
+) -> None:
+    change(pki)
+
+    with pytest.raises(KaliumError, match=found) as refusal:
+        tls.check(pki, now=NOW + after)
+
+    assert refusal.value.code == "controller.tls"
+    assert len(refusal.value.for_humans().splitlines()) == 2
+
+
+def test_a_replaced_file_changes_the_stamps(pki: TlsFiles) -> None:
+    before = tls.stamps(pki)
+    pki.cert.write_bytes(pki.cert.read_bytes() + b"\n")
+    changed = tls.stamps(pki)
+    pki.cert.unlink()
+
+    assert len({before, changed, tls.stamps(pki)}) == 3
+
+
+# Policies
+
+KEY = Ed25519PrivateKey.from_private_bytes(b"\x01" * 32)
+LATER_NS = 10 * 10**9
+
+
+class Policies:
+    """A directory of policies, and a clock that stands LATER_NS behind the files' times unless a test moves it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.now_ns = 10**18 + LATER_NS
+        self.directory = PolicyDirectory(path, KEY.public_key(), clock_ns=lambda: self.now_ns)
+        path.mkdir()
+
+    def write(self, name: str, data: bytes, *, mtime_ns: int = 10**18) -> None:
+        (self.path / name).write_bytes(data)
+        os.utime(self.path / name, ns=(mtime_ns, mtime_ns))
+
+    def changes(self) -> list[tuple[str, str]]:
+        """File, and the version of its policy or the code of its refusal."""
+        return [
+            (found.file, str(found.policy.version) if found.policy else found.refusal.code if found.refusal else "nothing")
+            for found in self.directory.changes()
+        ]
+
+
+@pytest.fixture
+def policies(tmp_path: Path) -> Policies:
+    return Policies(tmp_path / "policies")
+
+
+def test_a_policy_is_found_once_and_again_when_it_changes(policies: Policies) -> None:
+    policies.write("shop.signed.json", sign(compiled(), KEY))
+    assert policies.changes() == [("shop.signed.json", "1")]
+    assert policies.changes() == []
+
+    policies.write("shop.signed.json", sign(compiled(2), KEY), mtime_ns=10**18 + 1)
+
+    assert policies.changes() == [("shop.signed.json", "2")]
+    assert policies.changes() == []
+
+
+def test_a_file_that_was_only_touched_is_no_change(policies: Policies) -> None:
+    policies.write("shop.signed.json", sign(compiled(), KEY))
+    policies.changes()
+
+    policies.write("shop.signed.json", sign(compiled(), KEY), mtime_ns=10**18 + 5)
+
+    assert policies.changes() == []
+
+
+def test_a_file_written_twice_within_a_tick_is_seen(policies: Policies) -> None:
+    """Same size, same time: a young file is read again until its time is past."""
+    policies.now_ns = 10**18 + 1
+    policies.write("shop.signed.json", sign(compiled(1), KEY))
+    assert policies.changes() == [("shop.signed.json", "1")]
+    second = sign(compiled(2), KEY)
+    assert len(second) == (policies.path / "shop.signed.json").stat().st_size
+
+    policies.write("shop.signed.json", second)
+
+    assert policies.changes() == [("shop.signed.json", "2")]
+
+
+def test_files_that_are_no_policies_are_not_looked_at(policies: Policies) -> None:
+    """The second is what a writer has not renamed yet."""
+    for name in ("README", ".shop.signed.json", "shop.yml", "shop.json"):
+        policies.write(name, b"?")
+
+    assert policies.changes() == []
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"", "policy.malformed"),
+        (b"{}", "policy.malformed"),
+        (sign(compiled(), Ed25519PrivateKey.from_private_bytes(b"\x02" * 32)), "policy.signature"),
+        (sign(compiled(), KEY).replace(b'"signature":"', b'"signature":"AAAA'), "policy.signature"),
+        (sign(compiled(1, "other"), KEY), "controller.policy_file"),
+        (b" " * (ENVELOPE_BYTES_MAX + 1), "controller.policy_file"),
+    ],
+    ids=["empty", "no_envelope", "another_key", "damaged", "of_another_app", "too_large"],
+)
+def test_a_bad_file_is_refused_once_for_each_content(policies: Policies, data: bytes, code: str) -> None:
+    policies.write("shop.signed.json", data)
+
+    assert policies.changes() == [("shop.signed.json", code)]
+    assert policies.changes() == []
+    policies.write("shop.signed.json", sign(compiled(2), KEY), mtime_ns=10**18 + 1)
+    assert policies.changes() == [("shop.signed.json", "2")]
+
+
+def test_a_damaged_file_that_is_repaired_is_found_again(policies: Policies) -> None:
+    """What the operator sees is the return of the same version; whether it is new is the state's affair."""
+    good = sign(compiled(), KEY)
+    policies.write("shop.signed.json", good)
+    policies.changes()
+    policies.write("shop.signed.json", good[:-5], mtime_ns=10**18 + 1)
+    policies.changes()
+
+    policies.write("shop.signed.json", good, mtime_ns=10**18 + 2)
+
+    assert policies.changes() == [("shop.signed.json", "1")]
+
+
+def test_a_file_that_goes_and_comes_back_is_found_again(policies: Policies) -> None:
+    policies.write("shop.signed.json", sign(compiled(), KEY))
+    policies.changes()
+    (policies.path / "shop.signed.json").unlink()
+    assert policies.changes() == []
+
+    policies.write("shop.signed.json", sign(compiled(), KEY))
+
+    assert policies.changes() == [("shop.signed.json", "1")]
+
+
+def test_a_pipe_does_not_hold_the_reader(policies: Policies) -> None:
+    os.mkfifo(policies.path / "shop.signed.json")
+
+    assert policies.changes() == [("shop.signed.json", "controller.policy_file")]
+    assert policies.changes() == []
+
+
+def test_a_link_to_nowhere_is_refused_once(policies: Policies) -> None:
+    (policies.path / "shop.signed.json").symlink_to("nowhere")
+
+    assert policies.changes() == [("shop.signed.json", "controller.policy_file")]
+    assert policies.changes() == []
+
+
+def test_a_bad_file_does_not_hide_a_good_one(policies: Policies) -> None:
+    policies.write("bad.signed.json", b"?")
+    policies.write("shop.signed.json", sign(compiled(), KEY))
+
+    assert policies.changes() == [("bad.signed.json", "policy.malformed"), ("shop.signed.json", "1")]
+
+
+def test_a_directory_that_cannot_be_read_or_is_too_full_is_an_error(policies: Policies) -> None:
+    for number in range(FILES_MAX + 1):
+        (policies.path / f"app-{number}.signed.json").touch()
+    with pytest.raises(KaliumError, match=f"{FILES_MAX + 1} files"):
+        policies.changes()
+    for path in policies.path.iterdir():
+        path.unlink()
+    policies.path.rmdir()
+
+    with pytest.raises(KaliumError, match="No such file"):
+        policies.changes()

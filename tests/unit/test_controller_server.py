@@ -1,0 +1,630 @@
+"""The controller as a process, with real TLS on loopback: who gets in, what survives, and how it ends.
+
+Everything runs with uvloop and with asyncio's own loop where the shell could behave differently.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from controller_samples import compiled
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from kalium.cli.main import main
+from kalium.controller import server
+from kalium.controller.client import status
+from kalium.controller.config import load
+from kalium.controller.server import Connection, Controller
+from kalium.errors import KaliumError
+from kalium.pki import files
+from kalium.policy.envelope import sign
+from kalium.protocol.frames import (
+    AgentHello,
+    Answer,
+    ControllerWelcome,
+    Frame,
+    InstanceEnd,
+    InstanceInvoke,
+    InstanceStart,
+    Lease,
+    Policy,
+    Register,
+    Status,
+    StatusAnswer,
+)
+from kalium.protocol.limits import WRITE_BUFFER_BYTES_MAX
+from kalium.protocol.session import ControllerSession, Event
+
+ROOT = Path(__file__).resolve().parents[2]
+WAIT_S = 20.0
+FRONT = ("c-front", "shop", "front")
+STOCK = ("c-stock", "shop", "stock")
+
+
+def until(claim: Callable[[], Any], what: str) -> Any:
+    """Poll `claim` until it is true and return its value; fail with `what` at the deadline."""
+    deadline = time.monotonic() + WAIT_S
+    while not (value := claim()):
+        assert time.monotonic() < deadline, f"waited {WAIT_S:.0f} s in vain for {what}"
+        time.sleep(0.02)
+    return value
+
+
+class Site:
+    """A directory with a PKI, an operator's key, a policy and a configuration, and the controller process that serves it."""
+
+    def __init__(self, path: Path, loop: str) -> None:
+        self.path = path
+        self.now = datetime.now(timezone.utc)
+        self.config = path / "controller.json"
+        self.log = path / "controller.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if loop == "asyncio":
+            (path / "without").mkdir()
+            (path / "without" / "uvloop.py").write_text("raise ModuleNotFoundError('uvloop')\n")
+            self._environment["PYTHONPATH"] = f"{path / 'without'}:{ROOT}"
+        (path / "policies").mkdir()
+        files.init(path, now=self.now)
+        for name in ("controller", "agent"):
+            files.issue(path, name, ("DNS:controller", "IP:127.0.0.1"), days=365, now=self.now)
+        files.operator_key(path)
+        key = load_pem_private_key((path / "operator.key").read_bytes(), None)
+        assert isinstance(key, Ed25519PrivateKey)
+        self._operator = key
+        self.publish(1)
+        with socket.create_server(("127.0.0.1", 0)) as listener:  # a port that is free, and stays so on loopback
+            self.port = listener.getsockname()[1]
+        self.configure()
+
+    def configure(self, **changed: Any) -> None:
+        document = {
+            "listen": {"host": "127.0.0.1", "port": self.port},
+            "tls": {"ca": "ca.crt", "cert": "controller.crt", "key": "controller.key"},
+            "operator_key": "operator.pub",
+            "policies_dir": "policies",
+            **changed,
+        }
+        self.config.write_text(json.dumps(document))
+
+    def publish(self, version: int) -> bytes:
+        """Put a version of the policy where the controller finds it, whole at once."""
+        envelope = sign(compiled(version), self._operator)
+        part = self.path / "policies" / ".part"
+        part.write_bytes(envelope)
+        part.replace(self.path / "policies" / "shop.signed.json")
+        return envelope
+
+    def start(self) -> None:
+        """Start the controller and wait until it answers as a readiness check would see it."""
+        with self.log.open("ab") as log:
+            command = [sys.executable, "-m", "kalium.cli.main", "controller", "serve", "--config", str(self.config)]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment, cwd=self.path)
+        until(lambda: main(["controller", "status", "--config", str(self.config)]) == 0, "the controller to answer")
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and return the exit status."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        status = self.process.wait(timeout=WAIT_S)
+        self.process = None
+        return status
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The lines of one event, of those that are whole."""
+        lines = self.log.read_bytes().rpartition(b"\n")[0].splitlines() if self.log.exists() else []
+        return [line for line in map(json.loads, lines) if line["event"] == name]
+
+    def context(self, name: str = "agent", directory: Path | None = None) -> ssl.SSLContext:
+        """What a client with the certificate `name` of `directory` would use; "" for none."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(self.path / "ca.crt")
+        if name:
+            context.load_cert_chain((directory or self.path) / f"{name}.crt", (directory or self.path) / f"{name}.key")
+        return context
+
+
+@pytest.fixture(params=["uvloop", "asyncio"])
+def any_loop(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def site(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
+    """A site, not started. A process that a test leaves behind is stopped."""
+    loop = request.getfixturevalue("any_loop") if "any_loop" in request.fixturenames else "uvloop"
+    made = Site(tmp_path, loop)
+    yield made
+    if made.process is not None:
+        made.stop(signal.SIGKILL)
+
+
+class Agent:
+    """An agent with a blocking socket. Whatever does not come within WAIT_S fails the test."""
+
+    def __init__(self, site: Site, context: ssl.SSLContext | None = None) -> None:
+        self.session = ControllerSession()
+        plain = socket.create_connection(("127.0.0.1", site.port), timeout=WAIT_S)
+        self.connection = (context or site.context()).wrap_socket(plain, server_hostname="127.0.0.1")
+        self.pushed: list[Frame] = []
+
+    def hello(self, node: str = "node0") -> ControllerWelcome:
+        return cast(ControllerWelcome, self.ask(AgentHello(node)))
+
+    def ask(self, question: Frame) -> Frame:
+        """Send a question and return its answer; what comes in between is in `pushed`."""
+        asked = self.session.ask(question)
+        self.connection.sendall(self.session.data_to_send())
+        while True:
+            for event in self._read():
+                if event.id == asked:
+                    return event.frame
+                self.pushed.append(event.frame)
+
+    def tell(self, frame: InstanceEnd) -> None:
+        self.session.tell(frame)
+        self.connection.sendall(self.session.data_to_send())
+
+    def wait_for(self, frame: Frame) -> None:
+        """Read until `frame` has been pushed."""
+        while frame not in self.pushed:
+            self.pushed += [event.frame for event in self._read()]
+
+    def wait_for_close(self) -> str:
+        """Read until the controller closes, and return the reason as it looks from here."""
+        while self.session.close_reason is None:
+            self._receive()
+        return self.session.close_reason
+
+    def start(self, origin: tuple[str, str, str], token: str = "", step: str = "0" * 16) -> Answer:
+        return cast(Answer, self.ask(InstanceStart(step, token, "label", 1, *origin)))
+
+    def invoke(self, granted: Answer, callee: str, step: str = "1" * 16) -> Answer:
+        return cast(Answer, self.ask(InstanceInvoke(step, granted.call, granted.invocation, callee, 1, *FRONT)))
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def _read(self) -> list[Event]:
+        self._receive()
+        if self.session.close_reason is not None:
+            raise ConnectionError(self.session.close_reason)
+        return self.session.events()
+
+    def _receive(self) -> None:
+        data = self.connection.recv(65536)
+        if data:
+            self.session.receive_data(data, now_ns=0)
+        else:
+            self.session.receive_end()
+
+
+def test_a_call_goes_its_way_over_tls(site: Site, any_loop: str) -> None:
+    site.start()
+    agent = Agent(site)
+
+    welcome = agent.hello()
+    assert (welcome.ok, dict(welcome.policies)) == (True, {"shop": (site.path / "policies" / "shop.signed.json").read_bytes()})
+    assert agent.connection.version() == "TLSv1.3"
+    for origin in (FRONT, STOCK):
+        assert agent.ask(Register(*origin, "image")) == Answer(True, "allowed")
+    front = agent.start(FRONT)
+    stock = agent.start(STOCK, agent.invoke(front, "stock").token)
+    refused = agent.invoke(front, "stock", step="2" * 16)
+
+    assert (front.allowed, stock.allowed, stock.call) == (True, True, front.call)
+    assert len({front.call, front.invocation, stock.invocation}) == 3
+    assert (refused.allowed, refused.reason) == (False, "edge_not_allowed")
+    agent.tell(InstanceEnd(stock.call, stock.invocation, "answered", *STOCK))
+    agent.tell(InstanceEnd(front.call, front.invocation, "answered", *FRONT))
+    report = cast(StatusAnswer, agent.ask(Status())).status
+    assert (report.agents, report.calls, report.invocations) == (1, 0, 0)
+    agent.close()
+    until(lambda: site.events("connection_closed"), "the line of the closed connection")
+
+
+# Who gets in
+
+
+def test_a_peer_without_a_certificate_gets_nothing(site: Site, any_loop: str) -> None:
+    site.start()
+
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        Agent(site, site.context("")).hello()
+
+    line = until(lambda: site.events("connection_refused"), "the refusal in the log")[0]
+    assert (line["reason"], line["detail"]) == ("tls", "peer_did_not_return_a_certificate")
+    assert site.events("agent_connected") == []
+
+
+def test_a_certificate_of_another_ca_gets_nothing(site: Site, any_loop: str) -> None:
+    """Everything about it is right but who signed it."""
+    other = site.path / "other"
+    files.init(other, now=site.now)
+    files.issue(other, "agent", ("DNS:controller", "IP:127.0.0.1"), days=365, now=site.now)
+    site.start()
+
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        Agent(site, site.context("agent", other)).hello()
+
+    line = until(lambda: site.events("connection_refused"), "the refusal in the log")[0]
+    assert line["detail"].startswith("certificate_verify_failed: ")
+    assert site.events("agent_connected") == []
+
+
+def test_an_expired_certificate_gets_nothing(site: Site) -> None:
+    files.issue(site.path, "late", (), days=1, now=site.now - timedelta(days=2))
+    site.start()
+
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        Agent(site, site.context("late")).hello()
+
+    assert until(lambda: site.events("connection_refused"), "the refusal in the log")[0]["detail"].endswith("certificate has expired")
+
+
+def test_an_older_tls_is_refused(site: Site) -> None:
+    site.start()
+    context = site.context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        Agent(site, context).hello()
+
+    assert until(lambda: site.events("connection_refused"), "the refusal in the log")[0]["detail"] == "unsupported_protocol"
+
+
+def test_a_browser_that_strays_here_is_refused_and_the_controller_goes_on(site: Site, any_loop: str) -> None:
+    site.start()
+    with socket.create_connection(("127.0.0.1", site.port), timeout=WAIT_S) as stray:
+        stray.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        while stray.recv(1000):
+            pass
+
+    assert until(lambda: site.events("connection_refused"), "the refusal in the log")[0]["detail"] == "http_request"
+    assert Agent(site).hello().ok
+
+
+def test_a_peer_that_breaks_the_protocol_is_closed_with_the_reason_in_the_log(site: Site, any_loop: str) -> None:
+    site.start()
+    agent = Agent(site)
+    agent.hello()
+
+    agent.connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+
+    assert agent.wait_for_close() == "end_of_stream"
+    assert until(lambda: site.events("connection_closed"), "the line of the closed connection")[0]["reason"] == "bad_magic"
+    assert Agent(site).hello().ok
+
+
+# What survives
+
+
+def test_a_killed_controller_forgets_its_calls_and_serves_again(site: Site, any_loop: str) -> None:
+    """The cursors were in its memory. What is in flight is denied, and what begins anew works; nothing has to be deployed."""
+    site.start()
+    agent = Agent(site)
+    agent.hello()
+    agent.ask(Register(*FRONT, "image"))
+    front = agent.start(FRONT)
+    assert site.stop(signal.SIGKILL) == -signal.SIGKILL
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        agent.invoke(front, "stock")
+
+    site.start()
+    back = Agent(site)
+    assert back.hello().ok
+    assert back.start(FRONT).reason == "unregistered"
+    assert back.ask(Register(*FRONT, "image")) == Answer(True, "allowed")
+
+    assert back.invoke(front, "stock").reason == "unknown_call"
+    assert back.start(FRONT, step="5" * 16).allowed
+
+
+def test_a_broken_connection_is_not_a_broken_call(site: Site) -> None:
+    site.start()
+    agent = Agent(site)
+    agent.hello()
+    agent.ask(Register(*FRONT, "image"))
+    front = agent.start(FRONT)
+    agent.close()
+
+    back = Agent(site)
+    back.hello()
+    back.ask(Register(*FRONT, "image"))
+
+    assert back.invoke(front, "stock").allowed
+
+
+def test_a_new_policy_is_pushed_and_a_damaged_one_changes_nothing(site: Site, any_loop: str) -> None:
+    site.start()
+    agent = Agent(site)
+    agent.hello()
+    agent.ask(Register(*FRONT, "image"))
+    file = site.path / "policies" / "shop.signed.json"
+
+    second = site.publish(2)
+    agent.wait_for(Policy("shop", second))
+    file.write_bytes(second.replace(b'"signature":"', b'"signature":"AAAA'))
+    until(lambda: site.events("policy_refused"), "the refusal in the log")
+
+    assert agent.start(FRONT).allowed  # under version 1, which drains
+    assert dict(Agent(site).hello("node1").policies) == {"shop": second}
+    assert [(line["file"], line["reason"]) for line in site.events("policy_refused")] == [("shop.signed.json", "policy.signature")]
+
+
+def test_an_old_policy_is_refused(site: Site) -> None:
+    site.publish(2)
+    site.start()
+
+    site.publish(1)
+
+    line = until(lambda: site.events("policy_refused"), "the refusal in the log")[0]
+    assert (line["reason"], line["level"]) == ("policy.version", "error")
+    agent = Agent(site)
+    assert cast(StatusAnswer, agent.ask(Status())).status.policies == {"shop": 2}
+
+
+def test_a_renewed_certificate_is_taken_without_a_restart(site: Site, any_loop: str) -> None:
+    site.start()
+    agent = Agent(site)
+    before = agent.connection.getpeercert(binary_form=True)
+    (site.path / "controller.crt").unlink()
+
+    files.issue(site.path, "controller", ("DNS:controller", "IP:127.0.0.1"), days=365, now=site.now)
+    until(lambda: site.events("certificate_loaded"), "the new certificate")
+
+    assert Agent(site).connection.getpeercert(binary_form=True) != before
+    assert agent.hello().ok
+
+
+def test_a_damaged_certificate_is_not_taken(site: Site) -> None:
+    site.start()
+
+    (site.path / "controller.key").write_bytes(b"?")
+
+    assert until(lambda: site.events("certificate_refused"), "the refusal in the log")[0]["code"] == "controller.tls"
+    assert Agent(site).hello().ok
+
+
+# How it ends
+
+
+def test_a_controller_that_is_told_to_stop_says_goodbye(site: Site, any_loop: str) -> None:
+    site.start()
+    agent = Agent(site)
+    agent.hello()
+
+    assert site.process is not None
+    site.process.send_signal(signal.SIGTERM)
+
+    assert agent.wait_for_close() == "end_of_stream"
+    assert site.process.wait(timeout=WAIT_S) == 0
+    site.process = None
+    assert [line["event"] for line in map(json.loads, site.log.read_bytes().splitlines())][-2:] == ["connection_closed", "stopped"]
+    assert site.events("connection_closed")[0]["reason"] == "shutdown"
+
+
+def test_no_token_and_no_key_is_ever_in_the_log(site: Site) -> None:
+    site.start()
+    agent = Agent(site)
+    agent.hello()
+    for origin in (FRONT, STOCK):
+        agent.ask(Register(*origin, "image"))
+    token = agent.invoke(agent.start(FRONT), "stock").token
+    agent.start(FRONT, token, step="3" * 16)
+    agent.start(STOCK, token, step="4" * 16)
+    site.stop()
+
+    text = site.log.read_text()
+
+    assert "bad_token" in text
+    assert token not in text
+    assert "PRIVATE" not in text
+    assert all(set(line) >= {"time_ms", "level", "event"} for line in map(json.loads, text.splitlines()))
+
+
+# Errors for a person: two lines on standard error, the exit code, and nothing left running
+
+
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        (lambda site, busy: site.configure(listen={"host": "127.0.0.1", "port": busy}), "error[controller.listen]: cannot listen on"),
+        (lambda site, busy: site.configure(listen={"host": "192.0.2.1", "port": 5000}), "error[controller.listen]: cannot listen on 192.0.2.1:5000"),
+        (lambda site, busy: site.configure(policies_dir="nowhere"), "error[controller.policies]: cannot read the policies in"),
+        (lambda site, busy: site.configure(operator_key="nowhere"), "error[controller.operator_key]: cannot read the operator's key"),
+        (lambda site, busy: site.configure(operator_key="ca.crt"), "error[policy.key]: cannot read the operator's key"),
+        (lambda site, busy: (site.path / "controller.key").unlink(), "error[controller.tls]: cannot use"),
+        (lambda site, busy: site.config.unlink(), "error[controller.config]: cannot read the configuration"),
+        (
+            lambda site, busy: files.issue(site.path, "controller", ("DNS:x",), days=1, now=site.now - timedelta(days=2)),
+            "error[controller.tls]: cannot use",
+        ),
+    ],
+    ids=["busy_port", "foreign_address", "no_policies", "no_operator_key", "wrong_operator_key", "no_key", "no_configuration", "expired"],
+)
+def test_what_keeps_the_controller_from_starting_is_told(
+    site: Site, capfd: pytest.CaptureFixture[str], change: Callable[[Site, int], object], first: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        change(site, other.getsockname()[1])
+
+        code = main(["controller", "serve", "--config", str(site.config)])
+
+    out, err = capfd.readouterr()
+    assert code == 3
+    assert out == ""
+    assert err.splitlines()[0].startswith(first)
+    assert err.splitlines()[1].startswith("next: ")
+    assert len(err.splitlines()) == 2
+
+
+def test_the_status_is_told_to_people_and_programs(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.start()
+    capsys.readouterr()
+
+    assert main(["controller", "status", "--config", str(site.config)]) == 0
+    assert capsys.readouterr().out.splitlines() == ["policies     shop 1", "agents       0", "calls        0", "invocations  0"]
+    assert main(["controller", "status", "--config", str(site.config), "--output", "json"]) == 0
+
+    assert json.loads(capsys.readouterr().out) == {"policies": {"shop": 1}, "agents": 0, "calls": 0, "invocations": 0}
+
+
+def test_the_status_of_a_controller_that_is_away_is_an_error(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["controller", "status", "--config", str(site.config)]) == 3
+
+    assert capsys.readouterr().err.startswith("error[controller.away]: cannot ask the controller at 127.0.0.1:")
+
+
+def test_the_status_of_a_controller_with_another_ca_is_an_error(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    """The configuration was changed, and the process was not restarted."""
+    site.start()
+    other = site.path / "other"
+    files.init(other, now=site.now)
+    files.issue(other, "controller", ("DNS:controller", "IP:127.0.0.1"), days=365, now=site.now)
+    site.configure(tls={"ca": "other/ca.crt", "cert": "other/controller.crt", "key": "other/controller.key"})
+    capsys.readouterr()
+
+    assert main(["controller", "status", "--config", str(site.config)]) == 3
+
+    assert "its certificate does not hold" in capsys.readouterr().err
+
+
+def test_a_port_that_answers_nothing_is_an_error_in_time(site: Site) -> None:
+    """Something else has the port and says nothing: the deadline is the client's own."""
+    with socket.create_server(("127.0.0.1", site.port)), pytest.raises(KaliumError, match="cannot ask the controller"):
+        status(load(site.config), timeout_s=0.2)
+
+
+# The shell's own bounds, without a process
+
+
+class Transport:
+    """Stands in for a transport: keeps what is written, and closes when told."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.written = b""
+        self.high = 0
+        self.ended = ""
+        connection.connection_made(cast(asyncio.BaseTransport, self))
+
+    def get_extra_info(self, name: str) -> Any:
+        return {"subject": ((("countryName", "XX"),), (("commonName", "agent"),))} if name == "peercert" else None
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        self.high = high
+
+    def write(self, data: bytes) -> None:
+        assert not self.ended
+        self.written += data
+
+    def close(self) -> None:
+        self.ended = self.ended or "closed"
+
+    def abort(self) -> None:
+        self.ended = "aborted"
+        self.connection.connection_lost(None)
+
+
+@dataclasses.dataclass
+class Shell:
+    """A controller in this process with one agent that has said hello."""
+
+    controller: Controller
+    transport: Transport
+    lines: list[dict[str, Any]]
+
+    @classmethod
+    def with_agent(cls) -> Shell:
+        lines: list[dict[str, Any]] = []
+        controller = Controller(log=lambda event, **fields: lines.append({"event": event, **fields}))
+        transport = Transport(Connection(controller, "127.0.0.1:1"))
+        session = ControllerSession()
+        session.ask(AgentHello("node0"))
+        transport.connection.data_received(session.data_to_send())
+        return cls(controller, transport, lines)
+
+
+def test_a_peer_that_does_not_read_is_dropped() -> None:
+    """The transport calls pause_writing at its high mark, which is the bound of the wire."""
+
+    async def story() -> Shell:
+        shell = Shell.with_agent()
+        shell.transport.connection.pause_writing()
+        return shell
+
+    shell = asyncio.run(story())
+
+    assert (shell.transport.high, shell.transport.ended) == (WRITE_BUFFER_BYTES_MAX, "aborted")
+    assert [line["reason"] for line in shell.lines if line["event"] == "connection_closed"] == ["slow_reader"]
+    assert [line["subject"] for line in shell.lines if line["event"] == "agent_connected"] == ["agent"]
+
+
+def test_leases_are_renewed_while_an_agent_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "LEASE_EVERY_MS", 1)
+
+    async def story() -> list[Frame]:
+        shell = Shell.with_agent()
+        renewing = asyncio.create_task(shell.controller.renew_leases())
+        agent = ControllerSession()
+        agent.ask(AgentHello("node0"))
+        heard: list[Frame] = []
+        while len(heard) < 3:
+            await asyncio.sleep(0.001)
+            agent.receive_data(shell.transport.written, now_ns=0)
+            shell.transport.written = b""
+            heard += [event.frame for event in agent.events()]
+        renewing.cancel()
+        return heard
+
+    heard = asyncio.run(asyncio.wait_for(story(), WAIT_S))
+
+    assert isinstance(heard[0], ControllerWelcome)
+    assert heard[1:3] == [Lease(60_000), Lease(60_000)]
+
+
+def test_connections_that_do_not_end_are_cut_when_the_controller_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "CLOSE_S", 0.01)
+
+    async def story() -> Shell:
+        shell = Shell.with_agent()
+        await shell.controller.close_all()
+        return shell
+
+    shell = asyncio.run(asyncio.wait_for(story(), WAIT_S))
+
+    assert (shell.transport.ended, shell.lines[-1]["reason"]) == ("aborted", "shutdown")
+
+
+def test_one_coroutine_that_fails_ends_all_and_is_raised() -> None:
+    ended: list[str] = []
+
+    async def lasting() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("lasting")
+
+    async def failing() -> None:
+        raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError, match="ours"):
+        asyncio.run(server.run_together(lasting(), failing(), until=asyncio.Event()))
+
+    assert ended == ["lasting"]
