@@ -95,7 +95,7 @@ const bodyBytesMax = math.MaxInt64 / 2
 // Admit reads the head at the front of b and waits until its request may be released: for the answer to the request
 // before it, for the instance, and for the controller. gone ends the waiting.
 func (in *Incoming) Admit(b []byte, gone <-chan struct{}) Admission {
-	head, n, err := http1.ParseRequest(b)
+	head, n, err := http1.ParseIncoming(b)
 	if err == wire.ErrShort {
 		return Admission{Short: true}
 	}

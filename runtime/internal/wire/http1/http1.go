@@ -43,9 +43,43 @@ type RequestHead struct {
 	Expect        bool // 100-continue
 }
 
-// ParseRequest reads the head at the front of b; n counts its bytes, the empty line included. A body follows when
-// Chunked is set or ContentLength is not 0.
+// ParseRequest reads the head of a request that a function sends, at the front of b; n counts its bytes, the empty line
+// included. A body follows when Chunked is set or ContentLength is not 0.
 func ParseRequest(b []byte) (head *RequestHead, n int, err error) {
+	head, n, err = ParseIncoming(b)
+	if err == nil {
+		err = head.misleading()
+	}
+	if err != nil {
+		return nil, 0, err
+	}
+	return head, n, nil
+}
+
+// misleading refuses what some servers take for another request than the one that was judged.
+func (h *RequestHead) misleading() error {
+	for i := range h.Fields {
+		switch name := strings.ToLower(h.Fields[i].Name); name {
+		case "x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-rewrite-url":
+			// Frameworks put these in the place of the request line.
+			return wire.Unsupported("field %s", name)
+		}
+	}
+	if !h.Chunked && h.ContentLength == 0 {
+		return nil
+	}
+	switch h.Method {
+	case "GET", "HEAD", "DELETE":
+		// RFC 9110 sections 9.3.1, 9.3.2 and 9.3.5 give the body no meaning. A server that does not read it takes it for
+		// the next request, which nobody has judged; Python's http.server is one.
+		return wire.Unsupported("a %s request with a body", h.Method)
+	}
+	return nil
+}
+
+// ParseIncoming reads the head of a request that comes to a function, as ParseRequest does. What the function makes of
+// it inside is not judged.
+func ParseIncoming(b []byte) (head *RequestHead, n int, err error) {
 	n, err = headEnd(b)
 	if err != nil {
 		if err != wire.ErrShort {
@@ -58,7 +92,7 @@ func ParseRequest(b []byte) (head *RequestHead, n int, err error) {
 	if err := head.requestLine(line); err != nil {
 		return nil, 0, err
 	}
-	if head.Fields, err = parseFields(rest); err != nil {
+	if head.Fields, err = parseFields(rest, isNameByte); err != nil {
 		return nil, 0, err
 	}
 	if err := head.judgeFields(); err != nil {
@@ -222,8 +256,8 @@ func (h *RequestHead) queryKeys(query string) error {
 	return nil
 }
 
-// parseFields reads the lines up to and with the empty one (RFC 9112 section 5).
-func parseFields(b []byte) ([]Field, error) {
+// parseFields reads the lines up to and with the empty one (RFC 9112 section 5). allowed tells the bytes of a name.
+func parseFields(b []byte, allowed func(byte) bool) ([]Field, error) {
 	fields := make([]Field, 0, 12)
 	for {
 		line, rest := cutLine(b)
@@ -240,7 +274,7 @@ func parseFields(b []byte) ([]Field, error) {
 		}
 		for _, c := range line[:colon] {
 			// Covers obs-fold (a line that begins with whitespace) and whitespace before the colon.
-			if !isToken(c) {
+			if !allowed(c) {
 				return nil, wire.Malformed("byte %#02x in a field name", c)
 			}
 		}
@@ -358,7 +392,7 @@ func isHost(host string) bool {
 	}
 	if hasPort {
 		n, ok := parseLength(port)
-		if !ok || n < 1 || n > 65535 {
+		if !ok || n < 1 || n > 65535 || port[0] == '0' {
 			return false
 		}
 	}
@@ -427,6 +461,12 @@ func appendField(dst []byte, name, value string) []byte {
 // isToken tells tchar of RFC 9110 section 5.6.2.
 func isToken(c byte) bool {
 	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0
+}
+
+// isNameByte tells the bytes of a request's field names: a part of tchar. Servers that pass fields on as variables (CGI,
+// WSGI) write '-', '_' and others all as '_', so that X_Kalium_Token would be X-Kalium-Token.
+func isNameByte(c byte) bool {
+	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '-'
 }
 
 // isPathByte tells the characters of RFC 3986 section 3.3 without escapes. ';' begins parameters that some servers

@@ -35,7 +35,7 @@ func ParseResponse(b []byte, method string) (head *ResponseHead, n int, err erro
 		return nil, 0, wire.Malformed("a status line that does not parse")
 	}
 	head.Status = status
-	if head.Fields, err = parseFields(rest); err != nil {
+	if head.Fields, err = parseFields(rest, isToken); err != nil {
 		return nil, 0, err
 	}
 	head.Close = version == "HTTP/1.0"
