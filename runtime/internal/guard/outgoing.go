@@ -280,11 +280,14 @@ func (o *Outgoing) request(data []byte) (int, []byte, Outcome, bool) {
 	return n, instead, outcome, false
 }
 
-// peerOfHost finds the peer that a Host field means; the port may only be left out where it is the protocol's own.
+const httpPort = 80 // may be left out of a Host field (RFC 9110 section 4.2.1)
+
+// peerOfHost finds the peer that a Host field means.
 func (o *Outgoing) peerOfHost(host string) (policy.Peer, bool) {
 	name, port, hasPort := strings.Cut(host, ":")
 	for _, peer := range o.peers {
-		if peer.Protocol == policy.ProtocolHTTP && name == peer.Host && (!hasPort || port == strconv.Itoa(int(peer.Port))) {
+		right := port == strconv.Itoa(int(peer.Port)) || !hasPort && peer.Port == httpPort
+		if peer.Protocol == policy.ProtocolHTTP && name == peer.Host && right {
 			return peer, true
 		}
 	}
