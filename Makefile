@@ -26,7 +26,7 @@ PYTEST = python -m pytest -p no:cacheprovider
 GO = $(shell $(PYTHON) roles/kalium_toolchain/files/find_go.py $$(sed -n 's/^go //p' runtime/go.mod))
 STATICCHECK = $(shell sed -n '/^kalium_versions_staticcheck:/,/^$$/{s/^ *module: //p;s/^ *version: /@/p}' roles/kalium_versions/defaults/main.yml | tr -d '\n')
 
-.PHONY: help reproduce test setup site reset check check-python check-go check-ansible integration site-tests developer lock clean
+.PHONY: help reproduce test setup site reset check format check-python check-go check-ansible integration site-tests developer lock clean
 .PHONY: reproduce-steps test-steps site-steps reset-steps check-steps
 
 help: ## list the targets
@@ -50,6 +50,11 @@ reset: ## remove exactly what was installed
 
 check: ## format, lint, types and unit tests of both languages
 	@.ci/privileged "make check" $(MAKE) check-steps
+
+format: developer ## bring Python and Go into their format
+	ruff format .
+	ruff check --fix .
+	$(dir $(GO))gofmt -w runtime
 
 lock: ## resolve requirements/*.in into locked *.txt anew
 	.ci/setup $(PYTHON) dev
@@ -90,7 +95,7 @@ developer:
 		ansible-playbook playbooks/developer.yml -i $(INVENTORY); fi
 
 check-python: developer
-	ruff format --check .
+	ruff format --check --output-format concise .
 	ruff check .
 	mypy
 	$(PYTEST) --quiet --junitxml=$(REPORTS)/python.xml tests/unit tests/protocol
