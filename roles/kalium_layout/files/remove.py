@@ -10,6 +10,7 @@ Runs as root under the host's own Python, from 3.6 on, with nothing but the stan
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import time
 STOP_SECONDS_MAX = 120.0
 POLL_SECONDS = 0.1
 STORAGE = "/var/lib/containers"
+NAMESPACE = re.compile(r"kal-[0-9a-f]{8}")  # as kalium/engine/network.py names an instance's
 
 
 def run(command):
@@ -77,7 +79,7 @@ def remove_functions():
 
 def remove_network(bridges):
     for path in sorted(os.listdir("/run/netns")) if os.path.isdir("/run/netns") else []:
-        if path.startswith("kalium-"):
+        if NAMESPACE.fullmatch(path):
             must(["ip", "netns", "delete", path])
     for bridge in bridges:
         if os.path.exists("/sys/class/net/" + bridge):
