@@ -150,6 +150,7 @@ class Server(ThreadingHTTPServer):
 class _Connection(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.0"  # of an unreadable request: the answer has a head all the same
     server_version = "watchdog"
     error_content_type = "application/json"
     error_message_format = '{"error":"HTTP %(code)d"}'
