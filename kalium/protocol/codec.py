@@ -43,6 +43,7 @@ from kalium.protocol.limits import (
 MAGIC = b"KL"
 _PREFIX = struct.Struct(">2sBBII")
 assert _PREFIX.size == PREFIX_BYTES
+_PACKER = msgpack.Packer()  # one for all: making one costs as much as packing a frame. It keeps nothing between calls
 
 # The closed set of what a peer can do wrong with bytes; sessions add what it can do wrong with their order.
 ERROR_CODES = (
@@ -81,7 +82,7 @@ def encode(frame_id: int, frame: Frame) -> bytes:
         raise ProtocolError("bad_id", f"{shape.frame_type.name} with id {frame_id}")
     document = shape.document(frame)
     shape.check(document)
-    payload: bytes = msgpack.packb(document)
+    payload: bytes = _PACKER.pack(document)
     if len(payload) > FRAME_BYTES_MAX:
         raise ProtocolError("oversize", f"{shape.frame_type.name} of {len(payload)} bytes, at most {FRAME_BYTES_MAX}")
     return _PREFIX.pack(MAGIC, PROTOCOL, shape.frame_type, frame_id, len(payload)) + payload
@@ -198,7 +199,7 @@ def _decode_payload(frame_type: FrameType, payload: bytes) -> Frame:
     if shape is None:
         raise _wrong_names(frame_type.name, document, list(shapes))
     shape.check(document)
-    if msgpack.packb(document) != payload:
+    if _PACKER.pack(document) != payload:
         raise ProtocolError("not_canonical", f"{frame_type.name}: a number, a length or a key is not in its one spelling")
     return cast(Frame, shape.build(document))
 
@@ -309,7 +310,10 @@ class _Shape:
         self.cls = cls
         self.frame_type = cast(FrameType, frame_type)  # None for a map inside a frame, where nobody asks
         self.names = tuple(kinds)
-        self._checks = tuple((name, _CHECKS[kind]) for name, kind in kinds.items() if kind not in _INNER)
+        # Texts, numbers and booleans are most of what is said: they are looked at in place, and by a call only when unusual.
+        self._texts = tuple(name for name, kind in kinds.items() if kind is Kind.TEXT)
+        self._ints = tuple(name for name, kind in kinds.items() if kind is Kind.INT)
+        self._checks = tuple((name, _CHECKS[kind]) for name, kind in kinds.items() if kind not in (Kind.TEXT, Kind.INT, *_INNER))
         self._maps = frozenset(name for name, kind in kinds.items() if kind in (Kind.NAMES, Kind.POLICIES, Kind.VERSIONS))
         self._inner = tuple((name, _INNER[kind]) for name, kind in kinds.items() if kind in _INNER)
         self._has_origin = set(ORIGIN) < set(self.names) and frame_type in (FrameType.START, FrameType.INVOKE, FrameType.END)
@@ -325,6 +329,14 @@ class _Shape:
 
     def check(self, document: dict[str, Any]) -> None:
         """Raise ProtocolError unless every value of `document`, which has this shape's names, may be in its field."""
+        for name in self._texts:
+            value = document[name]
+            if type(value) is not str or len(value) > TEXT_BYTES_MAX or not value.isascii():
+                _check_text(name, value)
+        for name in self._ints:
+            value = document[name]
+            if type(value) is not int or not INT_MIN <= value <= INT_MAX:
+                _check_int(name, value)
         for name, check in self._checks:
             check(name, document[name])
         for name, shape in self._inner:
