@@ -21,7 +21,8 @@ const (
 	typeOPT = 41
 
 	rcodeNXDomain = 3
-	answersMax    = 20 // 20 A records and the question stay below 512 bytes for any name
+	// The header, the longest question and so many A records of 16 bytes stay within 512 bytes.
+	answersMax = (QueryBytesMax - headerBytes - nameBytesMax - 4) / 16
 )
 
 // Query is the one question of a query.
@@ -118,7 +119,8 @@ func parseName(b []byte, at int) (string, int, error) {
 }
 
 // Answer returns the response that gives addrs (IPv4 ones; others are left out) for query, or nil when query does not
-// parse. At most 20 addresses are given, so that the response fits 512 bytes without TCP.
+// parse. At most 15 addresses are given, so that the response fits 512 bytes without TCP. A query for another type
+// than A is answered as NoData does.
 func Answer(query []byte, addrs []netip.Addr, ttl uint32) []byte {
 	return respond(query, 0, addrs, ttl)
 }
@@ -130,9 +132,12 @@ func NoData(query []byte) []byte { return respond(query, 0, nil, 0) }
 func NXDomain(query []byte) []byte { return respond(query, rcodeNXDomain, nil, 0) }
 
 func respond(query []byte, rcode byte, addrs []netip.Addr, ttl uint32) []byte {
-	_, end, err := parse(query)
+	asked, end, err := parse(query)
 	if err != nil {
 		return nil
+	}
+	if asked.Type != TypeA || asked.Class != ClassIN {
+		addrs = nil
 	}
 	out := make([]byte, 0, end+16*min(len(addrs), answersMax))
 	out = append(out, query[:end]...)

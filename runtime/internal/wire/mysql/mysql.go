@@ -249,11 +249,15 @@ func attributes(b []byte) error {
 	if !ok || length != len(b) {
 		return wire.Malformed("attributes of a handshake response")
 	}
-	for len(b) > 0 {
+	fields := 0
+	for ; len(b) > 0; fields++ {
 		if length, b, ok = lenenc(b); !ok || length > len(b) {
 			return wire.Malformed("an attribute of a handshake response")
 		}
 		b = b[length:]
+	}
+	if fields%2 != 0 {
+		return wire.Malformed("an attribute of a handshake response without a value")
 	}
 	return nil
 }

@@ -24,6 +24,8 @@ const (
 	extensionEarlyData         = 42
 	extensionSupportedVersions = 43
 	extensionECH               = 0xfe0d
+	extensionECHFirst          = 0xfe08 // the numbers of the drafts before RFC 9849 begin here
+	extensionESNI              = 0xffce // draft-ietf-tls-esni-06 and before
 )
 
 // Hello is what the guard judges of a ClientHello.
@@ -199,7 +201,9 @@ func (h *Hello) extension(kind uint16, data []byte) error {
 		}
 	case extensionEarlyData:
 		h.EarlyData = true
-	case extensionECH:
+	}
+	// A server may still speak a draft, and then the name inside is the one that counts.
+	if kind >= extensionECHFirst && kind <= extensionECH || kind == extensionESNI {
 		h.ECH = true
 	}
 	return nil
@@ -210,16 +214,18 @@ func hostName(name []byte) (string, error) {
 	if len(name) == 0 || len(name) > hostBytesMax {
 		return "", wire.Malformed("a server name of %d bytes", len(name))
 	}
-	label := 0
+	label, digits := 0, 0 // bytes of the label, and how many of them are digits
 	for _, c := range name {
 		switch {
 		case c == '.':
 			if label == 0 {
 				return "", wire.Malformed("the server name has an empty label")
 			}
-			label = 0
+			label, digits = 0, 0
 			continue
-		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == '-', c == '_':
+		case c >= '0' && c <= '9':
+			digits++
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c == '-', c == '_':
 		default:
 			return "", wire.Malformed("the server name contains byte %#02x", c)
 		}
@@ -229,6 +235,9 @@ func hostName(name []byte) (string, error) {
 	}
 	if label == 0 {
 		return "", wire.Malformed("the server name ends with a dot")
+	}
+	if digits == label { // no top-level domain is a number
+		return "", wire.Malformed("the server name is an address")
 	}
 	return strings.ToLower(string(name)), nil
 }
