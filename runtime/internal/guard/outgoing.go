@@ -97,6 +97,10 @@ func (o *Outgoing) Write(b []byte) (send []byte, outcome Outcome) {
 			outcome = Denied
 		case Marked:
 			// What enforce would have ended goes on unseen, so that the sequence up to here is the same in both modes.
+			if instead != nil {
+				out = append(append(out, data[from:at]...), instead...)
+				from = at + n
+			}
 			o.phase, at = opaque, len(data)
 		default:
 			if instead != nil {
@@ -295,45 +299,50 @@ func (o *Outgoing) peerOfHost(host string) (policy.Peer, bool) {
 }
 
 // invoke judges a request to the gateway. It has one spelling; everything else at the gateway, its administration above
-// all, is reached by nobody.
+// all, is reached by nobody. The head is written anew, in audit too: a token comes from the controller or not at all.
 func (o *Outgoing) invoke(peer policy.Peer, head *http1.RequestHead, message *policy.Message) ([]byte, Outcome) {
-	broken := func() ([]byte, Outcome) {
-		what := subject{kind: "invoke", text: "invoke by " + message.Text(), peer: peer.Name}
+	callee, spelled := strings.CutPrefix(head.Path, "/function/")
+	spelled = spelled && callee != "" && !strings.Contains(callee, "/") && head.Method == "POST" && !strings.Contains(head.Target, "?")
+	for i := range head.Fields {
+		spelled = spelled && !strings.EqualFold(head.Fields[i].Name, "X-Callback-Url")
+	}
+	var outcome Outcome
+	var token []http1.Field
+	if spelled {
+		outcome, token = o.edge(&policy.Message{Kind: policy.KindInvoke, Peer: peer.Name, Callee: callee})
+	} else {
 		s := o.g.stand()
 		reason := policy.ReasonGatewayRule
 		if s.refusal != "" {
 			reason = s.refusal
 		}
-		return nil, o.g.refuse(s, what, reason, o.g.now())
+		outcome = o.g.refuse(s, subject{kind: "invoke", text: "invoke by " + message.Text(), peer: peer.Name}, reason, o.g.now())
 	}
-	callee, spelled := strings.CutPrefix(head.Path, "/function/")
-	if !spelled || callee == "" || strings.Contains(callee, "/") || head.Method != "POST" || strings.Contains(head.Target, "?") {
-		return broken()
+	if outcome == Denied {
+		return nil, Denied
 	}
-	for i := range head.Fields {
-		if strings.EqualFold(head.Fields[i].Name, "X-Callback-Url") {
-			return broken()
-		}
-	}
-	var token string
-	edge := &policy.Message{Kind: policy.KindInvoke, Peer: peer.Name, Callee: callee}
-	outcome, _ := o.g.judge(edge, "invoke", func(inv *invocation) (policy.Verdict, error) {
+	return head.Append(nil, func(name string) bool {
+		return strings.HasPrefix(name, "x-forwarded-") || strings.HasPrefix(name, "x-kalium-")
+	}, token...), outcome
+}
+
+// edge judges an app edge: the function CFG first, which costs nothing, and then the controller.
+func (o *Outgoing) edge(m *policy.Message) (Outcome, []http1.Field) {
+	var token []http1.Field
+	outcome, _ := o.g.judge(m, "invoke", func(inv *invocation) (policy.Verdict, error) {
 		answer, err := o.g.controller.Invoke(o.g.now().Add(time.Duration(inv.policy.DeadlineMS)*time.Millisecond), &frame.Invoke{
-			Step: newStep(), Call: inv.call, Invocation: inv.id, Callee: callee, Version: inv.policy.Version,
+			Step: newStep(), Call: inv.call, Invocation: inv.id, Callee: m.Callee, Version: inv.policy.Version,
 		})
 		if err != nil {
 			return policy.Verdict{}, err
 		}
-		token = answer.Token
-		return verdictOf(answer, answer.Token != ""), nil
+		verdict := verdictOf(answer, answer.Token != "")
+		if verdict.Allowed {
+			token = []http1.Field{{Name: tokenField, Value: answer.Token}}
+		}
+		return verdict, nil
 	})
-	if outcome != Allowed {
-		return nil, outcome
-	}
-	instead := head.Append(nil, func(name string) bool {
-		return strings.HasPrefix(name, "x-forwarded-") || strings.HasPrefix(name, "x-kalium-")
-	}, http1.Field{Name: tokenField, Value: token})
-	return instead, Allowed
+	return outcome, token
 }
 
 // tokenField carries the workflow token between guards. No program reads or writes it.

@@ -402,6 +402,17 @@ func TestAuditPassesWhatEnforceRefusesAndStopsJudgingThere(t *testing.T) {
 	expect(t, stranger, "x", "x", Allowed)
 }
 
+func TestAuditPassesNoTokenOfTheFunctions(t *testing.T) {
+	g, _, _ := invoked(t, "audit")
+	out := connect(t, g, api)
+
+	send, outcome := out.Write([]byte(request("POST /function/payer", "gateway:8080", "X-Kalium-Token: forged\r\nContent-Length: 2\r\n") + "{}"))
+
+	if string(send) != request("POST /function/payer", "gateway:8080", "Content-Length: 2\r\n")+"{}" || outcome != Allowed {
+		t.Errorf("sent %q, outcome %d", send, outcome)
+	}
+}
+
 func TestAuditJudgesAsEnforceUpToTheFirstDenial(t *testing.T) {
 	sequence := []struct{ to, bytes string }{
 		{api, request("GET /a", "api.test:8080")},
