@@ -220,7 +220,10 @@ def _read(path: Path) -> bytes:
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
-    """Make `path` hold `data`, never a part of it; the file is born with the mode of a private one."""
+    """Make `path` hold `data`, never a part of it; the file is born with the mode of a private one.
+
+    A file that is replaced keeps its owner: it may have been given to the account of the program that reads it.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -230,6 +233,8 @@ def _write(path: Path, data: bytes, mode: int) -> None:
                 file.flush()
                 os.fsync(file.fileno())
                 os.fchmod(file.fileno(), mode)
+                if path.exists():
+                    os.fchown(file.fileno(), path.stat().st_uid, path.stat().st_gid)
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)

@@ -165,6 +165,18 @@ def test_a_file_of_another_certificate_is_replaced(directory: Path) -> None:
     assert issue(directory) == "it is for another name"
 
 
+def test_a_renewed_file_keeps_the_owner_that_it_was_given_to(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller does not run as root, and its key is renewed by root."""
+    issue(directory)
+    owners: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "fchown", lambda _handle, user, group: owners.append((user, group)))
+
+    issue(directory, now=NOW + timedelta(days=350))
+
+    found = (directory / "controller.key").stat()
+    assert owners == [(found.st_uid, found.st_gid)] * 2
+
+
 def test_a_key_that_does_not_fit_is_replaced_with_its_certificate(directory: Path) -> None:
     """A run that was cut between the two files leaves this behind."""
     issue(directory)
