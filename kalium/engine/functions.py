@@ -1,0 +1,316 @@
+"""What is deployed, and what keeps it running: replaces instances that end, rolls from one deployment to the next, scales, removes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from kalium.engine.config import Runtime
+from kalium.engine.deployment import NAMESPACE, OURS, Deployment, Refused
+from kalium.engine.host import Host, Instance, NotReady
+from kalium.engine.limits import DRAIN_SECONDS_MAX, ERROR_CHARACTERS_MAX, FUNCTIONS_MAX, REPLICAS_MAX, RESTART_PAUSE_SECONDS, STEADY_SECONDS
+from kalium.engine.log import LogLine
+from kalium.engine.slots import Slots
+from kalium.engine.store import Store
+
+ADDRESS_ANNOTATION = OURS + "address"  # "ip:port[,...]" of the ready instances
+REASON_ANNOTATION = OURS + "reason"  # why there is no ready instance
+
+
+# Told of every task that ended: an exception in one is a mistake of ours, and stops the engine.
+Observe = Callable[["asyncio.Task[None]"], object]
+
+
+class Replica:
+    """Keeps one instance of a deployment alive until it is stopped."""
+
+    def __init__(self, function: Function, deployment: Deployment, image: str, runtime: Runtime) -> None:
+        self._function = function
+        self._deployment = deployment
+        self._image = image  # "" when it is looked up anew for each instance
+        self._runtime = runtime
+        self._task: asyncio.Task[None] | None = None
+        self._is_stopping = False
+        self.instance: Instance | None = None
+
+    def start(self, first: Instance | None = None) -> None:
+        """Begin, with an instance that is prepared already or by preparing one."""
+        assert self._task is None, "a replica is started once"
+        self._task = asyncio.get_running_loop().create_task(self._keep(first))
+        self._task.add_done_callback(self._function.observe)
+
+    async def stop(self, drain_seconds: float = 0.0) -> None:
+        """Return when its instance is gone. A request in it gets `drain_seconds` to end. Stopping twice is stopping at once."""
+        assert self._task is not None, "it was started"
+        if self.instance is not None:
+            self._function.slots.withdraw(self.instance)
+            await self._function.slots.drained(self.instance, drain_seconds)
+        if not self._is_stopping:  # a second cancellation would end the removal and not the replica
+            self._is_stopping = True
+            self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _keep(self, instance: Instance | None) -> None:
+        function, host, log = self._function, self._function.host, self._function.log
+        pause = RESTART_PAUSE_SECONDS[0]
+        while True:
+            begin = ready = time.monotonic()
+            is_ready = False
+            try:
+                if instance is None:
+                    image = self._image or await host.image_of(self._deployment)
+                    instance = Instance(self._deployment, image, self._runtime)
+                    await host.prepare(instance)
+                self.instance = instance
+                await host.start(instance)
+                await host.until_ready(instance)
+                is_ready, ready = True, time.monotonic()
+                log(
+                    "instance_ready", function=self._deployment.name, instance=instance.id, container=instance.container[:12],
+                    runtime=self._deployment.runtime, app=self._deployment.app, address=instance.host(), seconds=round(ready - begin, 3),
+                )  # fmt: skip
+                await self._attend(instance)
+            except (Refused, NotReady) as error:
+                function.reason = str(error)[:ERROR_CHARACTERS_MAX]
+                event = "instance_ended" if is_ready else "instance_failed"
+                log(event, function=self._deployment.name, instance=instance.id if instance else "", detail=function.reason)
+            finally:
+                if instance is not None:
+                    function.slots.withdraw(instance)
+                    await asyncio.shield(host.remove(instance))
+                self.instance = instance = None
+            if is_ready and time.monotonic() - ready > STEADY_SECONDS:
+                pause = RESTART_PAUSE_SECONDS[0]
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, RESTART_PAUSE_SECONDS[1])
+
+    async def _attend(self, instance: Instance) -> None:
+        """Offer a ready instance to requests for as long as it works. Raises NotReady."""
+        function = self._function
+        while True:
+            function.slots.add(instance)
+            function.is_ready(self)
+            await instance.alarm.wait()
+            function.slots.suspend(instance)
+            if not instance.has_ended:
+                function.log("instance_suspected", function=self._deployment.name, instance=instance.id)
+            await function.host.until_ready(instance)
+
+
+class Function:
+    """A deployed function: its current replicas, and those of the deployment before while nothing new is ready."""
+
+    def __init__(self, host: Host, runtimes: Mapping[str, Runtime], log: LogLine, observe: Observe, deployment: Deployment, created: str) -> None:
+        self.host = host
+        self.log = log
+        self.observe = observe
+        self.deployment = deployment
+        self.created = created
+        self.slots = Slots()
+        self.invocations = 0
+        self.reason = "its first instance is being made"
+        self._runtimes = runtimes
+        self._image = ""
+        self._replicas: list[Replica] = []
+        self._outgoing: list[Replica] = []
+        self._retiring: dict[asyncio.Task[None], Replica] = {}
+
+    @property
+    def wanted(self) -> int:
+        """How many replicas there should be."""
+        return len(self._replicas)
+
+    def renew(self, deployment: Deployment, image: str, replicas: int, first: Instance | None) -> None:
+        """Begin with `replicas` of a new deployment. Ready instances of the one before take requests until one of these does."""
+        old = [*self._outgoing, *self._replicas]
+        self.deployment, self._image = deployment, image
+        self.reason = "its first instance is being made"
+        self._outgoing = [replica for replica in old if replica.instance in self.slots.ready()]
+        for replica in old:
+            if replica not in self._outgoing:
+                self._retire(replica, 0.0)
+        self._replicas = [self._replica() for _ in range(replicas)]
+        for index, replica in enumerate(self._replicas):
+            replica.start(first if index == 0 else None)
+
+    def _replica(self) -> Replica:
+        return Replica(self, self.deployment, self._image, self._runtimes[self.deployment.runtime])
+
+    def _retire(self, replica: Replica, drain_seconds: float) -> None:
+        if replica.instance is not None:
+            self.slots.withdraw(replica.instance)
+        task = asyncio.get_running_loop().create_task(replica.stop(drain_seconds))
+        self._retiring[task] = replica
+        task.add_done_callback(self._retiring.pop)
+        task.add_done_callback(self.observe)
+
+    def is_ready(self, replica: Replica) -> None:
+        """A replica has an instance that takes requests: what was kept of the deployment before may go."""
+        if replica not in self._replicas:
+            return
+        self.reason = ""
+        outgoing, self._outgoing = self._outgoing, []
+        for old in outgoing:
+            self._retire(old, DRAIN_SECONDS_MAX)
+
+    async def scale(self, replicas: int) -> None:
+        """Have `replicas`; return when those too many are gone. New ones are not ready yet."""
+        gone, self._replicas = self._replicas[replicas:], self._replicas[:replicas]
+        while len(self._replicas) < replicas:
+            replica = self._replica()
+            self._replicas.append(replica)
+            replica.start()
+        if not replicas:
+            self.reason = "it is scaled to 0 replicas"
+            gone, self._outgoing = gone + self._outgoing, []
+        await asyncio.gather(*(replica.stop(DRAIN_SECONDS_MAX) for replica in gone))
+
+    async def stop(self) -> None:
+        """Return when no instance is left, also none of earlier deployments. Requests in them are cut off."""
+        replicas, self._replicas, self._outgoing = [*self._replicas, *self._outgoing, *self._retiring.values()], [], []
+        await asyncio.gather(*(replica.stop() for replica in replicas))
+        if self._retiring:
+            await asyncio.wait(list(self._retiring))
+
+    def ready(self) -> list[Instance]:
+        """The instances of the current deployment that take requests, in the order of their addresses."""
+        current = (instance for instance in self.slots.ready() if instance.deployment is self.deployment)
+        return sorted(current, key=lambda instance: instance.id)
+
+    def status(self, *, with_usage: bool = False) -> dict[str, Any]:
+        """The function as OpenFaaS's FunctionStatus."""
+        ready, document = self.ready(), self.deployment.document()
+        annotations = dict(self.deployment.annotations)
+        if ready:
+            annotations[ADDRESS_ANNOTATION] = ",".join(f"{instance.host()}:{self.host.function_port}" for instance in ready)
+        elif self.reason:
+            annotations[REASON_ANNOTATION] = self.reason
+        kept = {key: value for key, value in document.items() if value and key not in ("service", "annotations")}
+        status = {
+            **kept,
+            "name": document["service"],
+            "namespace": NAMESPACE,
+            "annotations": annotations,
+            "replicas": self.wanted,
+            "availableReplicas": len(ready),
+            "invocationCount": self.invocations,
+            "createdAt": self.created,
+        }
+        return status | ({"usage": usage(ready)} if with_usage else {})
+
+
+def usage(instances: list[Instance]) -> dict[str, float]:
+    """What sandboxes use: memory that is resident now, and processor time since their start as thousandths of a processor."""
+    ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+    uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
+    cpu = memory = 0.0
+    for instance in instances:
+        try:
+            numbers = Path(f"/proc/{instance.pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        user, system, started, resident = int(numbers[11]), int(numbers[12]), int(numbers[19]), int(numbers[21])
+        cpu += 1000 * (user + system) / ticks / max(uptime - started / ticks, 0.01)
+        memory += resident * page
+    return {"cpu": round(cpu, 3), "totalMemoryBytes": memory}
+
+
+class Functions:
+    """All deployed functions. Changes of one function come one after the other, those of several at the same time."""
+
+    def __init__(self, host: Host, store: Store, runtimes: Mapping[str, Runtime], log: LogLine, observe: Observe) -> None:
+        self._host = host
+        self._observe = observe
+        self._store = store
+        self._runtimes = runtimes
+        self._log = log
+        self._table: dict[str, Function] = {}
+        self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+
+    @property
+    def port(self) -> int:
+        """Where every instance listens."""
+        return self._host.function_port
+
+    def _turn(self, name: str) -> asyncio.Lock:
+        return self._turns.setdefault(name, asyncio.Lock())
+
+    def find(self, name: str) -> Function | None:
+        return self._table.get(name)
+
+    def get(self, name: str) -> Function:
+        """The function of that name. Raises Refused."""
+        function = self._table.get(name)
+        if function is None:
+            raise Refused(404, f"there is no function {name}")
+        return function
+
+    def all(self) -> list[Function]:
+        """Every function, by name."""
+        return [self._table[name] for name in sorted(self._table)]
+
+    async def deploy(self, deployment: Deployment, *, must_exist: bool) -> None:
+        """Deploy or update. When this returns, an instance has its container and its identity, and is being started.
+
+        Raises Refused, with everything as it was before.
+        """
+        name = deployment.name
+        async with self._turn(name):
+            function = self.get(name) if must_exist else self.find(name)
+            if function is None and len(self._table) >= FUNCTIONS_MAX:
+                raise Refused(400, f"there are {FUNCTIONS_MAX} functions already")
+            image = await self._host.image_of(deployment)
+            first = Instance(deployment, image, self._runtimes[deployment.runtime])
+            await self._host.prepare(first)
+            created = function.created if function else datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+            try:
+                self._store.save(deployment, replicas=deployment.replicas, created=created)
+            except OSError as error:
+                await self._host.remove(first)
+                raise Refused(500, f"cannot save the deployment: {error}") from error
+            event = "function_updated" if function else "function_deployed"
+            if function is None:
+                function = self._table[name] = Function(self._host, self._runtimes, self._log, self._observe, deployment, created)
+            function.renew(deployment, image, deployment.replicas, first)
+            self._log(event, function=name, image=deployment.image, runtime=deployment.runtime, app=deployment.app, replicas=deployment.replicas)
+
+    async def scale(self, name: str, replicas: int) -> None:
+        """Have so many replicas of a function. Raises Refused."""
+        if not 0 <= replicas <= REPLICAS_MAX:
+            raise Refused(400, f"replicas is {replicas}: this gateway has 0 to {REPLICAS_MAX}")
+        async with self._turn(name):
+            function = self.get(name)
+            self._store.save(function.deployment, replicas=replicas, created=function.created)
+            await function.scale(replicas)
+            self._log("function_scaled", function=name, replicas=replicas)
+
+    async def remove(self, name: str) -> None:
+        """Remove a function; return when its instances are gone. Raises Refused."""
+        async with self._turn(name):
+            function = self.get(name)
+            self._store.forget(name)
+            await function.stop()
+            del self._table[name]
+            self._log("function_removed", function=name)
+
+    def restore(self) -> None:
+        """Begin with what was deployed when the engine ran last; images are looked up again."""
+        for found in self._store.load(self._runtimes):
+            if len(found) == 2:
+                path, reason = found
+                self._log("function_unreadable", path=str(path), detail=reason)
+                continue
+            _, deployment, replicas, created = found
+            function = self._table[deployment.name] = Function(self._host, self._runtimes, self._log, self._observe, deployment, created)
+            function.renew(deployment, "", replicas, None)
+            self._log("function_deployed", function=deployment.name, image=deployment.image, runtime=deployment.runtime, replicas=replicas)
+
+    async def stop(self) -> None:
+        """Return when no instance is left. What is deployed stays so, for the next engine."""
+        await asyncio.gather(*(function.stop() for function in self.all()))

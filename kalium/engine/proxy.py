@@ -1,0 +1,140 @@
+"""The data path: one invocation from the client's request to the function's answer."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+from kalium import __version__
+from kalium.engine import upstream
+from kalium.engine.deployment import NAMESPACE, Refused
+from kalium.engine.functions import Function, Functions
+from kalium.engine.host import Instance
+from kalium.engine.limits import BODY_BYTES_MAX, INVOCATION_SECONDS_MAX, RETRY_AFTER_SECONDS
+from kalium.engine.log import LogLine
+from kalium.engine.slots import Busy, NoInstance
+
+PREFIX = "/function/"
+SERVED_BY = f"kalium-engine/{__version__}"
+
+# RFC 9110, 7.6.1: fields that concern one connection, and are not passed on.
+HOP_BY_HOP = frozenset(
+    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding upgrade".split()  # noqa: SIM905
+)
+FRAMING = frozenset({"content-length", "expect", "host"})  # written anew
+OURS_UP = frozenset({"x-call-id", "x-start-time", "x-forwarded-for", "x-forwarded-host"})
+OURS_DOWN = frozenset({"x-start-time", "x-served-by"})
+
+
+def split_target(target: str) -> tuple[str, str]:
+    """The function's name in `/function/NAME[.openfaas-fn][/PATH][?QUERY]`, and what it is asked for. Nothing is unescaped."""
+    rest = target[len(PREFIX) :]
+    end = min((index for index in (rest.find("/"), rest.find("?")) if index >= 0), default=len(rest))
+    name, tail = rest[:end], rest[end:]
+    return name.removesuffix("." + NAMESPACE), tail if tail.startswith("/") else "/" + tail
+
+
+def end_to_end(fields: Iterable[tuple[str, str]], without: frozenset[str]) -> Iterator[tuple[str, str]]:
+    """The fields that are passed on: neither `without`, nor of one connection, nor named by Connection."""
+    fields = list(fields)
+    dropped = set(HOP_BY_HOP | without)
+    for name, value in fields:
+        if name.lower() == "connection":
+            dropped.update(token.strip().lower() for token in value.split(","))
+    return ((name, value) for name, value in fields if name.lower() not in dropped)
+
+
+async def read_body(request: web.BaseRequest, bytes_max: int) -> bytes:
+    """The request's whole body. Raises Refused beyond `bytes_max`."""
+    if (request.content_length or 0) > bytes_max:
+        raise Refused(413, f"the body has more than {bytes_max} bytes")
+    if not request.body_exists:
+        return b""
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > bytes_max:
+            raise Refused(413, f"the body has more than {bytes_max} bytes")
+    return bytes(body)
+
+
+class Proxy:
+    """Passes requests on to free instances, and their answers back."""
+
+    def __init__(self, functions: Functions, log: LogLine) -> None:
+        self._functions = functions
+        self._log = log
+
+    async def invoke(self, request: web.BaseRequest) -> web.Response:
+        """Answer `/function/...`. Raises Refused."""
+        start = str(time.time_ns())
+        name, target = split_target(request.raw_path)
+        function = self._functions.get(name)
+        if "X-Callback-Url" in request.headers:
+            raise Refused(400, "X-Callback-Url: this gateway calls nobody back")
+        body = await read_body(request, BODY_BYTES_MAX)
+        own = [("X-Start-Time", start), ("X-Served-By", SERVED_BY)]
+        call = request.headers.get("X-Call-Id")
+        if not call:
+            call = str(uuid.uuid4())
+            own.append(("X-Call-Id", call))
+        sent = upstream.Request(request.method, target, self._fields(request, call, start), body)
+        try:
+            answer, seconds = await self._pass_on(function, sent)
+        except NoInstance:
+            return _text(503, f"No endpoints available for: {name}.", own)
+        except Busy as error:
+            return _text(503, f"{name} is busy: {error}", [*own, ("Retry-After", str(RETRY_AFTER_SECONDS))])
+        except upstream.UpstreamTimeout as error:
+            self._log("invocation_failed", function=name, call=call[:64], status=504, detail=str(error))
+            return _text(504, f"{name} did not answer: {error}", own)
+        except upstream.UpstreamError as error:
+            self._log("invocation_failed", function=name, call=call[:64], status=502, detail=str(error))
+            return _text(502, f"{name} did not answer: {error}", own)
+        if answer.field("x-duration-seconds") is None:  # a watchdog's own is the better one
+            own.append(("X-Duration-Seconds", f"{seconds:.6f}"))
+        return _passed_back(request.method, answer, own)
+
+    async def _pass_on(self, function: Function, request: upstream.Request) -> tuple[upstream.Answer, float]:
+        """Send the request to one instance, once: a request that a function may have seen is never sent again."""
+        instance: Instance = await function.slots.take()
+        try:
+            function.invocations += 1
+            begin = time.perf_counter()
+            host, port = instance.host(), self._functions.port
+            answer = await upstream.exchange(host, port, request, instance.breaker, seconds_max=INVOCATION_SECONDS_MAX)
+            return answer, time.perf_counter() - begin
+        except upstream.UpstreamError:
+            # It gets no further request before it answers its health path again.
+            (function.slots.withdraw if instance.has_ended else function.slots.suspend)(instance)
+            instance.alarm.set()
+            raise
+        finally:
+            function.slots.give_back(instance)
+
+    def _fields(self, request: web.BaseRequest, call: str, start: str) -> list[tuple[str, str]]:
+        headers = request.headers
+        return [
+            *end_to_end(headers.items(), OURS_UP | FRAMING),
+            ("X-Call-Id", call),
+            ("X-Start-Time", start),
+            ("X-Forwarded-For", headers.get("X-Forwarded-For") or request.remote or ""),
+            ("X-Forwarded-Host", headers.get("X-Forwarded-Host") or request.host),
+        ]
+
+
+def _text(status: int, text: str, fields: list[tuple[str, str]]) -> web.Response:
+    return web.Response(status=status, text=text, headers=CIMultiDict(fields))
+
+
+def _passed_back(method: str, answer: upstream.Answer, own: list[tuple[str, str]]) -> web.Response:
+    """The function's answer with our fields in place of its own of the same names."""
+    dropped = OURS_DOWN | {name.lower() for name, _ in own} | (frozenset() if method == "HEAD" else {"content-length"})
+    fields = CIMultiDict([*end_to_end(answer.fields, dropped), *own])
+    return web.Response(status=answer.status, body=answer.body, headers=fields)
