@@ -133,6 +133,15 @@ def command_line(pid, proc="/proc"):
         return ""
 
 
+def is_marked(pid, proc="/proc"):
+    """Whether kalium_service started it: what it runs for is in its environment, which is root's to read."""
+    try:
+        with open(os.path.join(proc, str(pid), "environ"), "rb") as file:
+            return any(pair.startswith(b"KALIUM_REVISION=") for pair in file.read().split(b"\0"))
+    except OSError:
+        return False
+
+
 def parent(pid, proc="/proc"):
     try:
         with open(os.path.join(proc, str(pid), "stat")) as file:
@@ -142,9 +151,9 @@ def parent(pid, proc="/proc"):
 
 
 def is_ours(pid, own, proc="/proc"):
-    """Whether the process or one that started it names one of our folders: a service of a site that stands already."""
+    """Whether the process or one that started it is a service of a site that stands already: it is marked, or names one of our folders."""
     while pid > 1:
-        if any(folder in command_line(pid, proc) for folder in own):
+        if is_marked(pid, proc) or any(folder in command_line(pid, proc) for folder in own):
             return True
         pid = parent(pid, proc)
     return False
