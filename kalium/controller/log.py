@@ -40,7 +40,6 @@ FIELDS = frozenset(
         "function",
         "instance",
         "invocation",
-        "invocations",
         "label",
         "node",
         "peer",
