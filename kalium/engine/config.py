@@ -109,10 +109,10 @@ class _Reader:
 
     def take(self, record: Mapping[str, Any], name: str, kind: type[_Kind], where: str = "") -> _Kind:
         value: Any = record[name]
-        if type(value) is not kind or value == "" or (isinstance(value, str) and "\0" in value):
+        is_bad_text = kind is str and (not value or "\0" in str(value))
+        if type(value) is not kind or is_bad_text:
             raise self.refuse(f"{where}{name} is {value!r}, and not a {kind.__name__}")
-        kept: _Kind = value
-        return kept
+        return value
 
     def port(self, record: Mapping[str, Any], name: str, where: str = "", least: int = 0) -> int:
         port = self.take(record, name, int, where)

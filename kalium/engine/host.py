@@ -193,7 +193,7 @@ class Host:
         pause, pause_max = PROBE_PAUSE_SECONDS
         while True:
             instance.alarm.clear()
-            found = await self._probe(instance)
+            found = "nothing" if instance.has_ended else await self._probe_or_alarm(instance)
             if instance.has_ended:
                 raise NotReady(await self.told(instance, "its process ended"))
             if found == "200":
@@ -203,6 +203,16 @@ class Host:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(instance.alarm.wait(), pause)
             pause = min(pause * 1.5, pause_max)
+
+    async def _probe_or_alarm(self, instance: Instance) -> str:
+        """What the probe found; cut short by an alarm, because nothing answers from where a sandbox was."""
+        tasks = asyncio.ensure_future(self._probe(instance)), asyncio.ensure_future(instance.alarm.wait())
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return tasks[0].result() if tasks[0].done() else "nothing"
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def _probe(self, instance: Instance) -> str:
         """One body-less GET of the health path: the status as text, or why there is none."""
@@ -262,14 +272,8 @@ class Host:
         """Remove what an engine that did not end by itself left on this bridge. Raises KaliumError engine.leftovers."""
         try:
             containers = await self.podman.leftovers()
-            for instance in sorted({*containers, *await self.network.instances()}):
-                if instance in containers:
-                    await self.podman.remove(containers[instance])
-                    with suppress(AgentUnavailable):  # the same holds as above, and the agent may not be up yet
-                        await self.agent.unregister(containers[instance])
-                if instance:
-                    await self.network.detach(instance)
-                self._log("leftover_removed", instance=instance, container=containers.get(instance, ""))
+            instances = sorted({*containers, *await self.network.instances()})
+            await asyncio.gather(*(self._remove_leftover(instance, containers.get(instance, "")) for instance in instances))
         except CommandFailed as error:
             raise KaliumError(
                 "engine.leftovers",
@@ -277,3 +281,12 @@ class Host:
                 str(error),
                 "see `podman ps --all` and `ip netns`, then start it again",
             ) from error
+
+    async def _remove_leftover(self, instance: str, container: str) -> None:
+        if container:
+            await self.podman.remove(container)
+            with suppress(AgentUnavailable):  # as in `_remove`, and the agent may not be up yet
+                await self.agent.unregister(container)
+        await self.network.detach(instance)
+        self.podman.pid_file(instance).unlink(missing_ok=True)
+        self._log("leftover_removed", instance=instance, container=container)

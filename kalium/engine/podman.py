@@ -130,6 +130,8 @@ class Podman:
 
     async def leftovers(self) -> dict[str, str]:
         """Containers that an engine of ours left, whoever made them: id of the instance -> name of the container."""
-        output = await self._podman("ps", "--all", "--filter", f"label={ENGINE_LABEL}={self._surroundings.engine}", "--format", "json")
+        # Both labels are ours together: a container that somebody labelled as the engine's alone is left where it is.
+        labels = (f"label={ENGINE_LABEL}={self._surroundings.engine}", f"label={INSTANCE_LABEL}")
+        output = await self._podman("ps", "--all", *(word for label in labels for word in ("--filter", label)), "--format", "json")
         entries = json.loads(output or b"[]") or []
-        return {str((entry.get("Labels") or {}).get(INSTANCE_LABEL, "")): str(entry["Id"]) for entry in entries}
+        return {str(entry["Labels"][INSTANCE_LABEL]): str(entry["Id"]) for entry in entries}

@@ -132,7 +132,7 @@ class Engine:
                 self._functions.restore()
                 servers = [web.Server(handler, access_log=None, auto_decompress=False) for handler in (admin, Data(proxy, self._log))]
                 sockets = (admin_socket, data_socket)
-                listeners = [await loop.create_server(server, sock=bound) for server, bound in zip(servers, sockets, strict=True)]
+                listeners = [await loop.create_server(server, sock=bound, backlog=BACKLOG) for server, bound in zip(servers, sockets, strict=True)]
                 names = [":".join(map(str, bound.getsockname())) for bound in sockets]
                 self._log("listening", address=names[0], data_address=names[1], functions=len(self._functions.all()))
                 await self._stopped.wait()
