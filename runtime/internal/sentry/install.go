@@ -72,8 +72,8 @@ func refuseIf(err error, rule func(arch.SyscallArguments) bool) wrapper {
 	}
 }
 
-// newNetwork tells clone and unshare that make a network namespace. This gVisor does not check the right to move an
-// interface into one (see docs/topics/design.md of gVisor's revision), and a guarded sandbox has no use for any.
+// newNetwork tells clone and unshare that make a network namespace. The linked gVisor does not check the right to move
+// an interface into one, and there the program would have every capability.
 func newNetwork(a arch.SyscallArguments) bool { return a[0].Uint()&linux.CLONE_NEWNET != 0 }
 
 // clone3Call is clone3(2), whose flags are in memory. gVisor's own function would read them again after a check of

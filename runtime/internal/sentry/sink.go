@@ -97,7 +97,7 @@ func text(config map[string]any, name string) (string, error) {
 	value, _ := config[name].(string)
 	if value == "" {
 		return "", failed("runtime.pod_init", "read the pod-init configuration", "no text `"+name+"` for sink "+sinkName,
-			"write it as docs/reference/runtime.md shows")
+			"write it as runtime/README.md shows")
 	}
 	return value, nil
 }
