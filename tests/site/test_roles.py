@@ -1,0 +1,245 @@
+"""The roles set up a real remote host: ordinary user with sudo, systemd, the distribution's Python, a host key known beforehand.
+
+The services are asked from this side of the link, as other hosts of a site ask them, with keys and roots read from the host over SSH.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import ssl
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pymysql
+import pytest
+import yaml
+from conftest import ROOT, Ansible, Outcome
+from nspawn import Host, host_running, make_key
+
+PLAYBOOK = "playbooks/services.yml"
+GROUPS_OF_THE_HOST = ("function_nodes", "controller", "images", "database")
+IMAGE_BYTES = 122_620
+IMAGE_NAME = "images.kalium.test"
+UNITS = ("kalium-controller", "kalium-agent", "kalium-imageserver", "kalium-mailsink", "kalium-database", "kalium-pebble", "kalium-challtestsrv")
+# The application's user and tables, as the benchmark publishes them.
+SCHEMA, USER, PASSWORD = "helloRetail", "abc", "xyz"
+TABLES = 8
+ANSWER_S_MAX = 20
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A host after the first run of the playbook."""
+
+    host: Host
+    folder: Path
+    inventory: Path
+    first: Outcome
+
+    def file(self, path: str) -> Path:
+        """A copy of a file that only root may read there."""
+        copy = self.folder / Path(path).name
+        answer = self.host.run("sudo cat", path)
+        assert answer.returncode == 0, answer.stderr
+        copy.write_text(answer.stdout, encoding="utf-8")
+        return copy
+
+
+def inventory_of(host: Host) -> dict[str, object]:
+    """The site's inventory: this machine builds, the host is everything else; functions would run on Kubernetes, so no engine is set up."""
+    form = {
+        "kalium_site": "nspawn",
+        "kalium_engine": "kubernetes",
+        "kalium_service_manager": "systemd",
+        # As in inventory/cloudlab: other hosts ask these services.
+        **{f"kalium_{service}_address": "0.0.0.0" for service in ("controller", "database", "imageserver", "mail")},
+    }
+    empty: dict[str, object] = {"hosts": {}}
+    return {
+        "all": {
+            "hosts": {host.name: host.inventory_variables(), "localhost": {"ansible_connection": "local"}},
+            "vars": form,
+            "children": {
+                "build": {"hosts": {"localhost": {}}},
+                **{group: {"hosts": {host.name: {}}} for group in GROUPS_OF_THE_HOST},
+                "kube_control": empty,
+                "client": empty,
+            },
+        }
+    }
+
+
+@pytest.fixture(scope="module")
+def standing(ansible: Ansible) -> Iterator[Standing]:
+    with tempfile.TemporaryDirectory(prefix="kalium-site-") as name:
+        folder = Path(name)
+        with host_running(folder) as host:
+            inventory = folder / "hosts.yml"
+            inventory.write_text(yaml.safe_dump(inventory_of(host)), encoding="utf-8")
+            first = ansible.play(PLAYBOOK, inventory)
+            assert first.status == 0, first.end()
+            yield Standing(host, folder, inventory, first)
+            ansible.close()
+
+
+def status_of_the_controller(standing: Standing, **tls: Path) -> subprocess.CompletedProcess[str]:
+    """`kalium controller status`, run on this machine against the host's port 5000."""
+    config = {
+        "listen": {"host": standing.host.address, "port": 5000},
+        "tls": {name: str(path) for name, path in tls.items()},
+        "operator_key": str(standing.file("/etc/kalium/operator/operator.pub")),
+        "policies_dir": str(standing.folder),
+    }
+    path = standing.folder / "controller.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    command = [sys.executable, "-m", "kalium.cli.main", "controller", "status", "--config", str(path), "--output", "json"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+
+
+def image_over_https(standing: Standing, context: ssl.SSLContext) -> http.client.HTTPResponse:
+    """GET /image.jpg from the host, which is asked for by the name in its certificate."""
+    address, port = standing.host.address, 4443
+
+    class ByName(http.client.HTTPSConnection):
+        """Connects to the host's address whatever the name leads to: nobody's name server knows it."""
+
+        def connect(self) -> None:
+            http.client.HTTPConnection.connect(self)
+            self.sock = context.wrap_socket(self.sock, server_hostname=IMAGE_NAME)
+
+    connection = ByName(address, port, timeout=ANSWER_S_MAX)
+    connection.request("GET", "/image.jpg", headers={"Host": f"{IMAGE_NAME}:{port}"})
+    return connection.getresponse()
+
+
+def tables_seen_by_the_application(standing: Standing) -> int:
+    connected = pymysql.connect(host=standing.host.address, port=3306, connect_timeout=ANSWER_S_MAX, user=USER, password=PASSWORD, database=SCHEMA)
+    with closing(connected) as connection, connection.cursor() as cursor:
+        cursor.execute("select count(*) from information_schema.tables where table_schema = %s", (SCHEMA,))
+        row = cursor.fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def test_the_first_run_sets_the_host_up_and_changes_it(standing: Standing) -> None:
+    counts = standing.first.counts(standing.host.name)
+
+    assert counts["failed"] == counts["unreachable"] == 0
+    assert counts["changed"] > 0
+
+
+def test_every_service_is_a_unit_of_systemd_and_active(standing: Standing) -> None:
+    asked = standing.host.run("systemctl is-active", *UNITS)
+
+    assert asked.stdout.split() == ["active"] * len(UNITS), standing.host.run("systemctl --no-pager --lines=5 status", *UNITS).stdout
+
+
+def test_the_controller_answers_who_has_a_certificate_of_the_site(standing: Standing) -> None:
+    """STATUS over TLS from another machine; the node's agent is connected and the three policies are served."""
+    ca, cert, key = (standing.file(f"/etc/kalium/pki/{name}") for name in ("ca.crt", "agent.crt", "agent.key"))
+
+    answer = status_of_the_controller(standing, ca=ca, cert=cert, key=key)
+
+    assert answer.returncode == 0, answer.stderr
+    status = json.loads(answer.stdout)
+    assert status["agents"] == 1
+    assert set(status["policies"]) == {"hello-retail", "hello-retail-audit", "hello-retail-strict"}
+
+
+def test_the_controller_refuses_a_certificate_of_another_site(standing: Standing) -> None:
+    """The certificate is right in everything but who signed it."""
+    other = standing.folder / "other-pki"
+    for words in (("init",), ("issue", "--name", "agent")):
+        made = [sys.executable, "-m", "kalium.cli.main", "pki", words[0], "--dir", str(other), *words[1:]]
+        subprocess.run(made, cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+    answer = status_of_the_controller(standing, ca=standing.file("/etc/kalium/pki/ca.crt"), cert=other / "agent.crt", key=other / "agent.key")
+
+    assert answer.returncode == 3, answer.stdout
+    assert answer.stderr.startswith("error[controller."), answer.stderr
+
+
+def test_the_image_comes_over_https_and_its_certificate_holds(standing: Standing) -> None:
+    """Exactly the bytes of the benchmark, under the root of the ACME server that issued the certificate."""
+    context = ssl.create_default_context(cafile=str(standing.file("/var/lib/kalium/www/roots.pem")))
+
+    answer = image_over_https(standing, context)
+    body = answer.read()
+
+    assert answer.status == 200
+    assert len(body) == IMAGE_BYTES
+    assert body[:3] == b"\xff\xd8\xff"  # a JPEG file begins so
+
+
+def test_the_images_certificate_does_not_hold_for_whom_it_is_a_stranger(standing: Standing) -> None:
+    """Without the test's own root the same request fails: the one above really verified."""
+    with pytest.raises(ssl.SSLCertVerificationError):
+        image_over_https(standing, ssl.create_default_context())
+
+
+def test_the_database_answers_the_applications_user(standing: Standing) -> None:
+    assert tables_seen_by_the_application(standing) == TABLES
+
+
+def test_both_runtimes_run_on_the_host_and_are_the_ones_built_here(standing: Standing) -> None:
+    """Built on this machine, copied, and the same gVisor."""
+    stock, guarded = (standing.host.run(f"/opt/kalium/bin/{name}", "--version") for name in ("runsc-stock", "runsc-kalium"))
+
+    assert stock.returncode == guarded.returncode == 0, stock.stderr + guarded.stderr
+    assert stock.stdout.splitlines()[0].startswith("runsc version ")
+    assert guarded.stdout.splitlines()[0] == stock.stdout.splitlines()[0]
+
+
+def test_the_hosts_own_python_is_still_the_only_one_on_its_path(standing: Standing) -> None:
+    """The services' environment stands beside it, below /opt/kalium."""
+    assert set(standing.host.run("which -a python3").stdout.split()) == {"/usr/bin/python3", "/bin/python3"}
+    assert standing.host.run("dpkg --search $(realpath /usr/bin/python3)").stdout.startswith("python3.")
+
+
+def test_private_keys_are_for_those_who_need_them(standing: Standing) -> None:
+    """An ordinary user of the host reads neither the CA's key nor the one that signs policies."""
+    for path in ("/etc/kalium/pki/ca.key", "/etc/kalium/operator/operator.key", "/etc/kalium/pki/agent.key"):
+        assert standing.host.run("test -r", path).returncode == 1, path
+        assert standing.host.run("sudo test -r", path).returncode == 0, path
+
+
+def test_a_changed_host_key_is_refused_and_nothing_is_done(standing: Standing, ansible: Ansible) -> None:
+    """An open connection of the first run must not carry this one."""
+    ansible.close()
+    strange = standing.folder / "strange_known_hosts"
+    strange.write_text(f"{standing.host.address} {make_key(standing.folder / 'strange_key')}\n", encoding="utf-8")
+    inventory = standing.folder / "strange.yml"
+    inventory.write_text(yaml.safe_dump(inventory_of(replace(standing.host, known_hosts=strange))), encoding="utf-8")
+
+    refused = ansible.play(PLAYBOOK, inventory)
+
+    assert refused.status == 2, refused.end()
+    assert "Host key verification failed" in refused.text
+    assert f"error[preflight.unreachable]: cannot reach it on {standing.host.name}" in refused.text, refused.end()
+    assert "known_hosts" in refused.text
+    assert refused.changed_tasks() == []
+
+
+def test_the_second_run_changes_nothing(standing: Standing, ansible: Ansible) -> None:
+    second = ansible.play(PLAYBOOK, standing.inventory)
+
+    assert second.status == 0, second.end()
+    assert second.changed_tasks() == [], second.text
+    assert {second.counts(host)["changed"] for host in (standing.host.name, "localhost")} == {0}
+
+
+def test_the_services_come_back_with_the_host(standing: Standing, ansible: Ansible) -> None:
+    """After a restart of the host nobody has to run Ansible."""
+    ansible.close()
+
+    standing.host.reboot()
+
+    active = standing.host.run("systemctl is-active", *UNITS)
+    assert active.stdout.split() == ["active"] * len(UNITS), standing.host.run("systemctl --no-pager --lines=5 status", *UNITS).stdout
+    assert tables_seen_by_the_application(standing) == TABLES
