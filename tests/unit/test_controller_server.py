@@ -15,7 +15,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, cast
@@ -26,10 +26,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from kalium.cli.main import main
-from kalium.controller import server
+from kalium.controller import server, tls
 from kalium.controller.client import status
 from kalium.controller.config import load
-from kalium.controller.server import Connection, Controller
+from kalium.controller.server import Connection, Controller, Door
 from kalium.errors import KaliumError
 from kalium.pki import files
 from kalium.policy.envelope import sign
@@ -367,6 +367,15 @@ def test_a_new_policy_is_pushed_and_a_damaged_one_changes_nothing(site: Site, an
     assert [(line["file"], line["reason"]) for line in site.events("policy_refused")] == [("shop.signed.json", "policy.signature")]
 
 
+def test_a_damaged_policy_does_not_keep_the_controller_from_starting_with_the_others(site: Site) -> None:
+    (site.path / "policies" / "bad.signed.json").write_bytes(b"?")
+
+    site.start()
+
+    assert [line["file"] for line in site.events("policy_loaded")] == ["shop.signed.json"]
+    assert [(line["file"], line["reason"]) for line in site.events("policy_refused")] == [("bad.signed.json", "policy.malformed")]
+
+
 def test_an_old_policy_is_refused(site: Site) -> None:
     site.publish(2)
     site.start()
@@ -610,6 +619,74 @@ def test_connections_that_do_not_end_are_cut_when_the_controller_stops(monkeypat
     shell = asyncio.run(asyncio.wait_for(story(), WAIT_S))
 
     assert (shell.transport.ended, shell.lines[-1]["reason"]) == ("aborted", "shutdown")
+
+
+async def knock(site: Site, context: ssl.SSLContext | None) -> bytes:
+    """Connect to the site's port, without TLS for None, and return the first byte of the controller; b"" when it closes."""
+    session = ControllerSession()
+    session.ask(Status())
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.port, ssl=context, server_hostname="127.0.0.1" if context else None)
+        if context is not None:
+            writer.write(session.data_to_send())
+        first = await reader.read(1)
+        writer.close()
+    except OSError:  # and ssl.SSLError, which is one
+        return b""
+    return first
+
+
+def with_a_door(site: Site, story: Callable[[Door], Coroutine[Any, Any, None]]) -> list[dict[str, Any]]:
+    """Run `story` in this process beside a door on the site's port, and return the lines of the log."""
+    lines: list[dict[str, Any]] = []
+
+    def log(event: str, **fields: Any) -> None:
+        lines.append({"event": event, **fields})
+
+    async def play() -> None:
+        config = load(site.config)
+        with server.listen(config) as listener:
+            door = Door(listener, tls.server_context(config.tls), Controller(log=log), log=log)
+            accepting = asyncio.create_task(door.accept())
+            await story(door)
+            accepting.cancel()
+            await asyncio.gather(accepting, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(play(), WAIT_S))
+    return lines
+
+
+def test_peers_that_never_shake_hands_hold_up_the_others_for_the_handshakes_deadline_only(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HANDSHAKES_MAX", 2)
+    monkeypatch.setattr(server, "HANDSHAKE_S", 0.2)
+
+    async def story(_door: Door) -> None:
+        silent = [asyncio.create_task(knock(site, None)) for _ in range(2)]
+        assert await knock(site, site.context()) == b"K"
+        assert await asyncio.gather(*silent) == [b"", b""]
+
+    lines = with_a_door(site, story)
+
+    assert [(line["event"], line["reason"]) for line in lines] == [("connection_refused", "lost")] * 2
+
+
+def test_one_connection_too_many_is_closed_and_the_next_one_after_an_end_is_not(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "CONNECTIONS_MAX", 1)
+
+    async def story(door: Door) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.port, ssl=site.context(), server_hostname="127.0.0.1")
+        session = ControllerSession()
+        session.ask(Status())
+        writer.write(session.data_to_send())
+        assert await reader.read(1) == b"K"
+        assert await knock(site, None) == b""
+        writer.close()
+        while await knock(site, site.context()) != b"K":
+            pass  # until the end of the first one has been seen
+
+    lines = with_a_door(site, story)
+
+    assert (lines[0]["event"], lines[0]["reason"], lines[0]["detail"]) == ("connection_refused", "not_admitted", "1 connections are open")
 
 
 def test_one_coroutine_that_fails_ends_all_and_is_raised() -> None:
