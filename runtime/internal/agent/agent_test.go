@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/tls"
@@ -468,6 +469,17 @@ func TestARegistrationIsRefusedForAReason(t *testing.T) {
 	}
 }
 
+func TestBeforeTheFirstConnectionARegistrationMayBeTriedAgain(t *testing.T) {
+	s := newSite(t)
+	s.start()
+
+	answer := s.ask(registerLine("c1", "shop", "pay"))
+
+	if !strings.Contains(answer, `"error":"controller_unavailable"`) {
+		t.Errorf("%s", answer)
+	}
+}
+
 func TestARegistrationThatTheControllerDropsIsRefused(t *testing.T) {
 	s := newSite(t)
 	s.controller.silent = true
@@ -646,15 +658,11 @@ func TestAGuardThatDoesNotReadHoldsUpNobody(t *testing.T) {
 	s := newSite(t)
 	s.startConnected()
 	stuck, live := s.guard("c1", "pay"), s.guard("c2", "pay")
-	large := func(version int) []byte { // about 75 KB
-		text := string(compiled("shop", version))
-		peers := strings.Builder{}
-		for i := range 250 {
-			fmt.Fprintf(&peers, `,"z%d":{"host":"%s%d","port":1,"protocol":"https"}`, i, strings.Repeat("h", 240), i)
-		}
-		return []byte(strings.Replace(text, `"protocol":"https"}}`, `"protocol":"https"}`+peers.String()+`}`, 1))
+	large := func(version int) []byte {
+		text := compiled("shop", version)
+		return append(text, bytes.Repeat([]byte(" "), 700*1024-len(text))...)
 	}
-	versions := 60
+	versions := 14 // about 12 MB in all
 	go func() {
 		for version := 2; version <= versions; version++ {
 			s.controller.push(&frame.Policy{App: "shop", Policy: s.sign(large(version))})

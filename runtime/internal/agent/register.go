@@ -130,8 +130,11 @@ func (a *Agent) register(i *instance) result {
 		policy.Printable(i.image, imageBytesMax) != i.image {
 		return refusal(codeBadRequest, "register takes container, app, function and image, printable and bounded")
 	}
+	unavailable := refusal(string(policy.ReasonControllerUnavailable), "no connection to the controller")
 	known, refused := a.reserve(i)
 	switch {
+	case refused != nil && refused.Error == codeUnknownApp && a.link.current() == nil:
+		return a.refused(i, unavailable) // the controller may yet bring a policy, so the engine should ask again
 	case refused != nil:
 		return a.refused(i, *refused)
 	case known:
@@ -141,7 +144,7 @@ func (a *Agent) register(i *instance) result {
 	answered := make(chan *frame.Answer, 1)
 	if c == nil || !c.ask(i.frame(), questionsMax, func(answer *frame.Answer) { answered <- answer }) {
 		a.release(i)
-		return a.refused(i, refusal(string(policy.ReasonControllerUnavailable), "no connection to the controller"))
+		return a.refused(i, unavailable)
 	}
 	timer := time.NewTimer(registerTimeout)
 	defer timer.Stop()

@@ -69,6 +69,12 @@ func (s *sender) drain() error {
 	var spare []byte
 	for {
 		s.mu.Lock()
+		if s.err == nil && len(s.pending) == 0 {
+			// A deadline that has passed would also refuse what attempt does.
+			if err := s.conn.SetWriteDeadline(time.Time{}); err != nil {
+				s.fail(err)
+			}
+		}
 		if s.err != nil || len(s.pending) == 0 {
 			s.writing = false
 			defer s.mu.Unlock()
