@@ -52,7 +52,7 @@ def fetch(url: str) -> bytes:
     return answer.content
 
 
-def post(url: str, body: object) -> Any:
+def post(url: str, body: Any) -> Any:
     """The JSON that `url` answers to `body`. Raises Failure when it cannot be reached or answers anything but 2xx JSON."""
     try:
         with _session() as session:

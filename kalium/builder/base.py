@@ -186,14 +186,19 @@ def unpack(archive: Path, root: Path) -> None:
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE, stderr=errors)
         assert process.stdout is not None
-        with process, tarfile.open(fileobj=process.stdout, mode="r|") as tar:
-            for entry in tar:
-                _take_out(tar, entry, root)
+        unreadable = ""
+        with process:
+            try:
+                with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
+                    for entry in tar:
+                        _take_out(tar, entry, root)
+            except tarfile.TarError as error:
+                unreadable = str(error)
             while process.stdout.read(65536):
                 pass  # padding behind the tar's end: the program must not die of a closed pipe
-        if process.returncode != 0:
+        if process.returncode != 0 or unreadable:
             errors.seek(0)
-            said = errors.read().decode("utf-8", "replace").strip()
+            said = errors.read().decode("utf-8", "replace").strip() or unreadable
             raise KaliumError("builder.package", f"cannot read {archive.name}", said, AGAIN, EXIT_ENVIRONMENT)
 
 
@@ -242,8 +247,8 @@ def _settle(root: Path) -> None:
 
 def in_root(root: Path, command: Iterable[str], *, code: str, attempted: str, next_step: str) -> str:
     """Run a program of the base. It is of this machine's distribution and architecture, so a change of root is all it needs."""
-    # Without a random seed for hashes, compiled files come out the same each time.
-    environment = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": "", "PYTHONHOME": "", "LD_PRELOAD": "", "LD_LIBRARY_PATH": ""}
+    # A fixed seed for hashes: before Python 3.11 the order of a set in a compiled file depends on it. The rest is not for this program.
+    environment = {"PYTHONHASHSEED": "0", "PYTHONPATH": "", "PYTHONHOME": "", "LD_PRELOAD": "", "LD_LIBRARY_PATH": ""}
     return run(
         ["chroot", str(root), *command], code=code, attempted=attempted, next_step=next_step,
         environment={**environment, "PATH": SYSTEM_PATH},
@@ -253,7 +258,7 @@ def in_root(root: Path, command: Iterable[str], *, code: str, attempted: str, ne
 def _versions(root: Path) -> tuple[str, str]:
     program = "import os, sys; print('%d.%d' % sys.version_info[:2], os.confstr('CS_GNU_LIBC_VERSION').split()[1])"
     said = in_root(
-        root, ["/usr/bin/python3", "-I", "-c", program],
+        root, ["/usr/bin/python3", "-s", "-B", "-c", program],
         code="builder.base", attempted="cannot run the base's Python", next_step=REPORT,
     )  # fmt: skip
     python, glibc = said.split()
@@ -267,6 +272,6 @@ def compile_python(root: Path, folder: str, *, appears_as: str = "") -> None:
     """
     shown = ["-s", f"/{folder}", "-p", f"/{appears_as}"] if appears_as else []
     in_root(
-        root, ["/usr/bin/python3", "-I", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", *shown, f"/{folder}"],
+        root, ["/usr/bin/python3", "-s", "-B", "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash", *shown, f"/{folder}"],
         code="builder.compile", attempted=f"cannot compile the modules of /{appears_as or folder}", next_step="correct the file that is named above",
     )  # fmt: skip

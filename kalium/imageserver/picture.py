@@ -51,9 +51,7 @@ def _ridge(chance: random.Random, height: int, roughness: float) -> list[tuple[f
     while len(heights) < 65:
         roughness *= 0.55
         heights = [
-            value
-            for left, right in itertools.pairwise(heights)
-            for value in (left, (left + right) / 2 + chance.uniform(-roughness, roughness))
+            value for left, right in itertools.pairwise(heights) for value in (left, (left + right) / 2 + chance.uniform(-roughness, roughness))
         ] + heights[-1:]
     return [(index * WIDTH / (len(heights) - 1), value) for index, value in enumerate(heights)]
 
