@@ -20,7 +20,7 @@ from kalium.engine.slots import Slots
 from kalium.engine.store import Store
 
 ADDRESS_ANNOTATION = OURS + "address"  # "ip:port[,...]" of the ready instances
-REASON_ANNOTATION = OURS + "reason"  # why there is no ready instance
+REASON_ANNOTATION = OURS + "reason"  # why there is no ready instance; not while the first is being made
 
 
 # Told of every task that ended: an exception in one is a mistake of ours, and stops the engine.
@@ -114,7 +114,7 @@ class Function:
         self.created = created
         self.slots = Slots()
         self.invocations = 0
-        self.reason = "its first instance is being made"
+        self.reason = ""
         self._runtimes = runtimes
         self._image = ""
         self._replicas: list[Replica] = []
@@ -130,7 +130,7 @@ class Function:
         """Begin with `replicas` of a new deployment. Ready instances of the one before take requests until one of these does."""
         old = [*self._outgoing, *self._replicas]
         self.deployment, self._image = deployment, image
-        self.reason = "its first instance is being made"
+        self.reason = ""
         self._outgoing = [replica for replica in old if replica.instance in self.slots.ready()]
         for replica in old:
             if replica not in self._outgoing:
