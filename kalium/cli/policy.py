@@ -6,6 +6,7 @@ import argparse
 import collections
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,6 +25,7 @@ from kalium.policy.source import Finding, Severity
 
 KEY_BYTES_MAX = 64 * 1024
 VERDICTS = Path("/var/log/kalium/verdicts.jsonl")
+POLL_SECONDS = 0.1
 
 EXAMPLES = """\
 examples:
@@ -89,6 +91,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--function", help="of this function only")
     parser.add_argument("--denied", action="store_true", help="denials only, and what audit would have denied")
     parser.add_argument("--last", type=_count, default=20, metavar="N", help="the last N that fit (default: %(default)s)")
+    parser.add_argument("--wait", type=_count, default=0, metavar="SECONDS", help="wait so long for one that fits: the agent writes a moment later")
 
 
 def _count(text: str) -> int:
@@ -261,7 +264,9 @@ def run_schema(_: argparse.Namespace) -> int:
 
 def run_explain(arguments: argparse.Namespace) -> int:
     """Print the last verdicts that fit."""
-    fitting = collections.deque((record for record in _verdicts(arguments.log) if _fits(record, arguments)), maxlen=arguments.last)
+    deadline = time.monotonic() + arguments.wait
+    while not (fitting := _fitting(arguments)) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
     if arguments.output == "json":
         _print_json(list(fitting))
     else:
@@ -270,6 +275,10 @@ def run_explain(arguments: argparse.Namespace) -> int:
         if not fitting:
             print(f"no verdict in {arguments.log} fits", file=sys.stderr)
     return EXIT_DONE if fitting else EXIT_NO
+
+
+def _fitting(arguments: argparse.Namespace) -> collections.deque[dict[str, Any]]:
+    return collections.deque((record for record in _verdicts(arguments.log) if _fits(record, arguments)), maxlen=arguments.last)
 
 
 def _verdicts(path: Path) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -335,6 +336,18 @@ def test_explain_chooses(kalium: Run, log: Path, options: list[str], count: int)
     code, out, _ = kalium("policy", "explain", "--log", log, "--output", "json", *options)
 
     assert (len(json.loads(out)), code) == (count, 0 if count else 1)
+
+
+def test_explain_waits_for_the_first_that_fits(kalium: Run, log: Path) -> None:
+    """The agent writes a moment after the function has its answer."""
+    late = threading.Timer(0.2, lambda: log.write_text(json.dumps({**VERDICT, "app": "late"}) + "\n", encoding="ascii"))
+    late.start()
+    try:
+        code, out, _ = kalium("policy", "explain", "--log", log, "--app", "late", "--wait", "30")
+    finally:
+        late.join()
+
+    assert (code, " late/buy denied: " in out) == (0, True)
 
 
 def test_explain_of_a_damaged_log_names_the_line(kalium: Run, log: Path) -> None:
