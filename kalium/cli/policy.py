@@ -314,7 +314,7 @@ def _fits(record: dict[str, Any], arguments: argparse.Namespace) -> bool:
 
 
 def explanation(record: dict[str, Any]) -> Sequence[str]:
-    """A verdict as two or three lines: when and what, then why, then what the policy would have accepted."""
+    """A verdict as one to three lines: when and what, then why, then what the policy would have accepted."""
     moment = datetime.fromtimestamp(float(record.get("time_ms", 0)) / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
     outcome = "would deny" if record.get("would_deny") else "allowed" if record.get("allowed") else "denied"
     message, peer = str(record.get("message")), record.get("peer")
@@ -322,8 +322,7 @@ def explanation(record: dict[str, Any]) -> Sequence[str]:
     lines = [f"{moment} {record.get('app')}/{record.get('function')} {outcome}: {message}{to}"]
     line = record.get("line")
     if outcome == "allowed":
-        lines.append(f"    by line {line} of policy version {record.get('policy_version')}" if line else f"    {record.get('reason')}")
-        return lines
+        return [*lines, f"    by line {line} of policy version {record.get('policy_version')}"] if line else lines
     elsewhere = f"; line {line} of the policy allows it at another place" if line else ""
     lines.append(f"    why: {record.get('reason')}{elsewhere}")
     expected = record.get("expected") or []
