@@ -62,14 +62,14 @@ class ImageServer:
         self._access = access
         self._log = log
         self.certificate = Certificate(config.certificate, config.key)
+        self._logged: set[int] = set()  # requests that have their line and whose answer is not sent yet
         self._web = web.Server(self._answer, access_log_class=self._unread_logger(), handler_cancellation=False)
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         response = self._response(request)
         size = len(response.body) if isinstance(response.body, bytes) and request.method != "HEAD" else 0
         self._log_request(request, response.status, size)
-        # For the logger of requests that never get here.
-        request["logged"] = True
+        self._logged.add(id(request))
         return response
 
     def _response(self, request: web.BaseRequest) -> web.Response:
@@ -99,7 +99,9 @@ class ImageServer:
             """What could not be parsed, and so was answered without us, is a line all the same."""
 
             def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:  # noqa: ARG002
-                if "logged" not in request:
+                if id(request) in server._logged:
+                    server._logged.remove(id(request))
+                else:
                     server._log_request(request, response.status, response.body_length)
 
         return UnreadLogger

@@ -314,3 +314,19 @@ def test_every_locked_requirement_has_hashes_and_no_index_address() -> None:
     assert sorted(pins) == sorted(re.findall(r"^([a-z0-9-]+)==", text, re.MULTILINE))
     assert {"pymysql", "requests"} <= set(pins)
     assert "://" not in text
+
+
+def test_the_tables_first_state_has_the_published_shape_and_can_be_applied_again() -> None:
+    """Eight tables, one row each; the stored picture is 63,594 numbers in 225,637 characters."""
+    text = (ROOT / "roles" / "kalium_database" / "files" / "schema.sql").read_text(encoding="utf-8")
+
+    tables = [re.findall(rf"^{words} (\w+)", text, re.MULTILINE) for words in ("CREATE TABLE IF NOT EXISTS", "DELETE FROM", "INSERT INTO")]
+    stored = re.search(r"CONCAT\((.*)\)\);", text, re.DOTALL)
+    assert stored
+    pieces = re.findall(r"REPEAT\('([^']*)', (\d+)\)|'([^']*)'", stored[1])
+    value = "".join(repeated * int(count) if count else plain for repeated, count, plain in pieces)
+
+    assert tables[0] == tables[1] == tables[2]
+    assert len(set(tables[0])) == 8
+    assert text.index("START TRANSACTION;") < text.index("DELETE FROM") < text.index("COMMIT;")
+    assert (len(value), len(json.loads(value)["Body"]["data"])) == (225_637, 63_594)
