@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kalium.engine.deadline import within
 from kalium.engine.limits import AGENT_LINE_BYTES_MAX, AGENT_SECONDS_MAX, ERROR_CHARACTERS_MAX
 
 
@@ -49,7 +50,7 @@ class Agent:
 
     async def _ask(self, question: dict[str, str]) -> dict[str, Any]:
         try:
-            line = await asyncio.wait_for(self._exchange(json.dumps(question).encode("utf-8") + b"\n"), AGENT_SECONDS_MAX)
+            line = await within(AGENT_SECONDS_MAX, self._exchange(json.dumps(question).encode("utf-8") + b"\n"))
             answer = json.loads(line)
         except asyncio.TimeoutError as error:
             raise AgentUnavailable(f"{self._socket} did not answer within {AGENT_SECONDS_MAX:.0f} s") from error

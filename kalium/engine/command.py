@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
+from kalium.engine.deadline import within
 from kalium.engine.limits import ERROR_CHARACTERS_MAX
 from kalium.errors import KaliumError
 
@@ -71,7 +72,7 @@ async def run_program(argv: Sequence[str], *, seconds_max: float, stdin: bytes =
         except OSError as failure:
             raise CommandFailed(argv, f"cannot be run: {failure.strerror or failure}") from failure
         try:
-            code = await asyncio.wait_for(process.wait(), seconds_max)
+            code = await within(seconds_max, process.wait())
         except asyncio.TimeoutError as failure:
             raise CommandFailed(argv, f"did not end within {seconds_max:.0f} s") from failure
         finally:

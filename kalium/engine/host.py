@@ -16,6 +16,7 @@ from kalium.engine import upstream
 from kalium.engine.agent import Agent, AgentUnavailable, RegistrationRefused
 from kalium.engine.command import CommandFailed
 from kalium.engine.config import Runtime
+from kalium.engine.deadline import within
 from kalium.engine.deployment import Deployment, Refused
 from kalium.engine.limits import (
     LOG_LINES_TOLD,
@@ -201,7 +202,7 @@ class Host:
             if time.monotonic() > deadline:
                 raise NotReady(await self.told(instance, f"{self._health_path} answered {found} after {READY_SECONDS_MAX:.0f} s"))
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(instance.alarm.wait(), pause)
+                await within(pause, instance.alarm.wait())
             pause = min(pause * 1.5, pause_max)
 
     async def _probe_or_alarm(self, instance: Instance) -> str:

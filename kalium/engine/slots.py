@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+from kalium.engine.deadline import within
 from kalium.engine.host import Instance
 from kalium.engine.limits import QUEUE_REQUESTS_MAX, QUEUE_SECONDS_MAX
 
@@ -95,7 +96,7 @@ class Slots:
         while instance in self._busy:
             self._freed.clear()
             try:
-                await asyncio.wait_for(self._freed.wait(), deadline - asyncio.get_running_loop().time())
+                await within(deadline - asyncio.get_running_loop().time(), self._freed.wait())
             except asyncio.TimeoutError:
                 return False
         return True

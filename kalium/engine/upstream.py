@@ -10,7 +10,9 @@ import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
+from kalium.engine.deadline import within
 from kalium.engine.limits import BODY_BYTES_MAX, CONNECT_SECONDS_MAX, HEAD_BYTES_MAX, HEAD_FIELDS_MAX
 
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [^\r\n]*)?")
@@ -208,12 +210,24 @@ class _Exchange(asyncio.Protocol):
     def __init__(self, request: bytes, parser: Parser) -> None:
         self._request = request
         self._parser = parser
-        self._transport: asyncio.BaseTransport | None = None
+        self._transport: asyncio.Transport | None = None
         self.done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
-        transport.write(self._request)  # type: ignore[attr-defined]
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one without saying so
+        if self.done.done():  # too late: the breaker or the deadline was faster
+            self._transport.abort()
+        else:
+            self._transport.write(self._request)
+
+    def abandon(self) -> None:
+        """End the connection, if there is one or will be: the answer is whole, or of no use."""
+        if not self.done.done():
+            self.done.cancel()
+        elif not self.done.cancelled():
+            self.done.exception()  # it may be that nobody waits for it any more
+        if self._transport is not None:
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -276,22 +290,17 @@ class Breaker:
 async def exchange(host: str, port: int, request: Request, breaker: Breaker, *, seconds_max: float) -> Answer:
     """Send `request` and return the whole answer. Raises UpstreamTimeout at the deadline, UpstreamError otherwise."""
     loop = asyncio.get_running_loop()
-    data, parser = request.encode(f"{host}:{port}"), Parser(request.method)
-    deadline = loop.time() + seconds_max
+    protocol = _Exchange(request.encode(f"{host}:{port}"), Parser(request.method))
+    deadline = loop.call_later(seconds_max, protocol.fail, UpstreamTimeout(f"no whole answer within {seconds_max:.0f} s"))
+    breaker.enter(protocol)
     try:
-        connecting = loop.create_connection(lambda: _Exchange(data, parser), host, port)
-        transport, protocol = await asyncio.wait_for(connecting, min(CONNECT_SECONDS_MAX, seconds_max))
+        await within(min(CONNECT_SECONDS_MAX, seconds_max), loop.create_connection(lambda: protocol, host, port))
+        return await protocol.done
     except asyncio.TimeoutError as error:
         raise UpstreamError("no connection to it within the time") from error
     except OSError as error:
         raise UpstreamError(f"no connection to it: {error.strerror or error}") from error
-    breaker.enter(protocol)
-    try:
-        return await asyncio.wait_for(protocol.done, deadline - loop.time())
-    except asyncio.TimeoutError as error:
-        raise UpstreamTimeout(f"no whole answer within {seconds_max:.0f} s") from error
     finally:
+        deadline.cancel()
         breaker.leave(protocol)
-        transport.abort()  # the answer is whole or of no use: nothing that is still to be written matters
-        if protocol.done.done() and not protocol.done.cancelled():
-            protocol.done.exception()  # looked at, also when we were cancelled at the same moment
+        protocol.abandon()
