@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,20 @@ def aggregate(analysis: Analysis) -> list[tuple[str, str, str, str, str]]:
     return lines
 
 
+def gateway_lines(gateway: Analysis, direct: Analysis | None) -> list[tuple[str, str, str, str, str]]:
+    """What the gateway adds under stock (median over entries of the difference of medians), and the ratios without it."""
+    if direct is None:
+        return []
+    through = {row.entry: row.median_s for row in gateway.rows if row.system == "stock"}
+    past = {row.entry: row.median_s for row in direct.rows if row.system == "stock"}
+    added = statistics.median(through[entry] - past[entry] for entry in past)
+    lines = [("gateway_added_median", f"{added:.6f}", "s", "", "")]
+    for system, interval in direct.geomean.items():
+        if system != "stock":
+            lines.append((f"{system.replace('-', '_')}_direct_geomean", *_with_unit(interval)))
+    return lines
+
+
 def _with_unit(interval: Interval) -> tuple[str, str, str, str]:
     value, low, high = _bounds(interval)
     return value, "ratio", low, high
@@ -89,7 +104,7 @@ def derive(run: RunPaths) -> None:
             _write(path, SUMMARY_COLUMNS, map(_line, found.rows))
     warm_analysis = analysis_of(run)
     assert warm_analysis is not None, "a complete run has warm samples"
-    _write(run.aggregate, AGGREGATE_COLUMNS, aggregate(warm_analysis))
+    _write(run.aggregate, AGGREGATE_COLUMNS, aggregate(warm_analysis) + gateway_lines(warm_analysis, analysis_of(run, via="direct")))
 
 
 def table(run: RunPaths) -> str:
@@ -109,4 +124,6 @@ def table(run: RunPaths) -> str:
         for system, interval in warm_analysis.geomean.items()
         if system != "stock"
     ]
+    for name, value, unit, low, high in gateway_lines(warm_analysis, analysis_of(run, via="direct")):
+        lines.append(f"{name}: {float(value) * 1e3:.2f} ms" if unit == "s" else f"{name}: {value} [{low}, {high}]")
     return "\n".join(lines)

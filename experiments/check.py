@@ -32,7 +32,7 @@ def check(site: Site) -> str:
             seconds = gateway.deploy_all([stack.function(SUCCESS, system)])
             answer = gateway.invoke(SUCCESS, sample_input(site, SUCCESS), call_id=f"check-{system.name}", seconds_max=ANSWER_SECONDS_MAX)
             problem = problem_with(answer.status, answer.body, json.loads(json.dumps(entry.expect)))
-            verdicts = log.until(lambda gathered: bool(gathered)) if system.is_guarded else []
+            verdicts = log.until(bool) if system.is_guarded else []
         finally:
             gateway.remove(SUCCESS)
         if problem:

@@ -114,7 +114,9 @@ def generate(host: Host, series: Sequence[Series], *, seconds_max: float) -> lis
     try:
         output = _run_here(plan, whole) if host.connection == "local" else _run_there(host, plan, whole)
     except (subprocess.TimeoutExpired, CommandTimedOut) as error:
-        raise ExperimentError("client.timeout", attempted, f"not done after {whole:.0f} s", "see the gateway's log for requests without answer") from error
+        raise ExperimentError(
+            "client.timeout", attempted, f"not done after {whole:.0f} s", "see the gateway's log for requests without answer"
+        ) from error
     except (OSError, EOFError, paramiko.SSHException) as error:
         raise ExperimentError(
             "client.failed", attempted, f"{type(error).__name__}: {error}",
@@ -139,6 +141,9 @@ def parse(output: str, planned: int, attempted: str) -> list[Sample]:
     stopped = bool(samples and samples[-1].problem)
     if not stopped and not (ended and len(samples) == planned):
         raise RunRefused(
-            "client.lost", attempted, f"{len(samples)} samples arrived{'' if ended else ' and no end line'}", "run it again; a run with lost samples is not used"
+            "client.lost",
+            attempted,
+            f"{len(samples)} samples arrived{'' if ended else ' and no end line'}",
+            "run it again; a run with lost samples is not used",
         )
     return samples

@@ -42,7 +42,11 @@ class E1Parameters:
         if profile == "full":
             return cls(profile="full", blocks=10, warm_requests=20, direct_requests=5)
         raise ExperimentError(
-            "e1.profile", f"use profile {profile!r}", f"the profiles are {', '.join(PROFILES)}", "name one of them with --profile", exit_code=EXIT_USAGE
+            "e1.profile",
+            f"use profile {profile!r}",
+            f"the profiles are {', '.join(PROFILES)}",
+            "name one of them with --profile",
+            exit_code=EXIT_USAGE,
         )
 
 
@@ -88,7 +92,7 @@ class E1:
         )  # fmt: skip
         run = RunPaths.create("e1", results=self.results)
         run.write_record(record)
-        order = random.Random(parameters.seed)
+        order = random.Random(parameters.seed)  # noqa: S311 - the order of a run is to be repeatable, not secret
         try:
             with SampleFile(run.samples) as file:
                 for block in range(parameters.blocks):
@@ -104,9 +108,7 @@ class E1:
         finally:
             self.gateway.remove_all(FUNCTIONS)
         self.resetter.reset()
-        run.write_record(
-            {**record, "end": utc_now(), "complete": True, "judged_messages": dict(self.judged), "deploy_s": self.deploy_s}
-        )
+        run.write_record({**record, "end": utc_now(), "complete": True, "judged_messages": dict(self.judged), "deploy_s": self.deploy_s})
         run.seal()
         analysis.derive(run)
         figures.draw(run)
@@ -119,9 +121,7 @@ class E1:
         self.resetter.reset()
         seconds = self.gateway.deploy_all([self.stack.function(name, system) for name in FUNCTIONS])
         self.deploy_s[system.name].append(round(seconds, 3))
-        samples = client.generate(
-            self.site.client, self.plan(block, system, entries, run.stamp), seconds_max=self.parameters.request_seconds_max
-        )
+        samples = client.generate(self.site.client, self.plan(block, system, entries, run.stamp), seconds_max=self.parameters.request_seconds_max)
         verdicts = log.settled()
         self.refuse_if_wrong(block, system, samples, verdicts, run)
         self.gateway.remove_all(FUNCTIONS)
@@ -158,9 +158,7 @@ class E1:
             ]
         return series
 
-    def refuse_if_wrong(
-        self, block: int, system: System, samples: Sequence[client.Sample], verdicts: Sequence[Verdict], run: RunPaths
-    ) -> None:
+    def refuse_if_wrong(self, block: int, system: System, samples: Sequence[client.Sample], verdicts: Sequence[Verdict], run: RunPaths) -> None:
         """Refuse the run when an answer is wrong, when a message was denied, or when the guard that should judge did not."""
         denials = [verdict for verdict in verdicts if verdict.denied]
         if denials:
@@ -183,4 +181,3 @@ class E1:
                 "e1.unjudged", attempted, f"{len(samples)} requests were answered, but the agent logged {len(verdicts)} verdicts of {system.app}",
                 "the functions ran without a judging guard: see the agent's log, then run `fab run-e1` again",
             )  # fmt: skip
-

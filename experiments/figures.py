@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib as mpl
 
-matplotlib.use("Agg")  # no display is asked for, on any machine
+mpl.use("Agg")  # no display is asked for, on any machine
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure

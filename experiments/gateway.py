@@ -171,7 +171,7 @@ class Gateway:
         """`ip:port` of one ready instance of `name`, or None on an engine that does not tell."""
         annotations = (self.describe(name) or {}).get("annotations") or {}
         addresses = str(annotations.get(ADDRESS_ANNOTATION) or "")
-        return addresses.split(",")[0] or None
+        return addresses.split(",", maxsplit=1)[0] or None
 
     def invoke(self, name: str, body: Mapping[str, Any], *, path: str = "", call_id: str = "", seconds_max: float = CALL_SECONDS_MAX) -> Answer:
         """`POST /function/NAME[path]` with `body` as JSON; any status is an answer."""

@@ -83,7 +83,9 @@ class LogTail:
         """Whole lines written since the last call, oldest first; a line still being written is left for the next call."""
         if size(self.path) < self.offset:
             raise ExperimentError(
-                "hostfiles.log_cut", f"follow {self.path}", "it became shorter while it was read",
+                "hostfiles.log_cut",
+                f"follow {self.path}",
+                "it became shorter while it was read",
                 "run the task again; nothing may rotate or empty the service's logs during a run",
             )
         data = read_from(self.path, self.offset)

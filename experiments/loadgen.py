@@ -1,4 +1,4 @@
-# ruff: noqa: UP006, UP035 - this file runs on the client host with that host's own python3, from 3.6 on
+# ruff: noqa: UP006, UP032, UP035 - this file runs on the client host with that host's own python3, from 3.6 on
 """The load generator: one self-contained program that needs nothing but Python's standard library.
 
 It reads a plan (one JSON object) on standard input, sends the planned requests one after the other, each on a connection

@@ -58,7 +58,11 @@ class RunPaths:
         if not (folder / "run.json").is_file():
             found = "there is no complete run yet" if run is None else f"{folder} holds no run.json"
             raise ExperimentError(
-                "run.absent", f"read a run of {experiment}", found, f"run `fab run-{experiment}` first, or name a run with --run", exit_code=EXIT_USAGE
+                "run.absent",
+                f"read a run of {experiment}",
+                found,
+                f"run `fab run-{experiment}` first, or name a run with --run",
+                exit_code=EXIT_USAGE,
             )
         return cls(folder.resolve())
 

@@ -96,7 +96,9 @@ def _field(record: Mapping[str, Any], name: str, kind: type, where: Path) -> Any
     value = record.get(name)
     if not isinstance(value, kind):
         raise ExperimentError(
-            "site.field", f"read {where}", f"field {name!r} is {'absent' if value is None else f'{value!r}, not {kind.__name__}'}",
+            "site.field",
+            f"read {where}",
+            f"field {name!r} is {'absent' if value is None else f'{value!r}, not {kind.__name__}'}",
             "set the site up again with `make site`; it writes this file",
         )
     return value
@@ -169,7 +171,9 @@ def load_site(inventory: str | None = None, *, checkout: Path = CHECKOUT) -> Sit
         )  # fmt: skip
     how = f"ansible-playbook site.yml -i {wanted or 'inventory/local'}"
     if not where.is_file():
-        raise ExperimentError("site.absent", f"find the site in {where.relative_to(checkout)}", "no site was set up from this checkout", f"run `{how}`")
+        raise ExperimentError(
+            "site.absent", f"find the site in {where.relative_to(checkout)}", "no site was set up from this checkout", f"run `{how}`"
+        )
     try:
         record = json.loads(where.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

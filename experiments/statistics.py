@@ -120,9 +120,7 @@ def analyse(samples: Samples, entries: Iterable[str], systems: Iterable[str], *,
                     mean_s=float(values.mean()),
                     p95_s=float(np.percentile(values, 95)),
                     ratio_mean=_interval(float(values.mean() / pooled[BASELINE].mean()), replicate_ratios),
-                    ratio_median=_interval(
-                        float(np.median(values) / np.median(pooled[BASELINE])), _medians(groups[system], draws) / base_medians
-                    ),
+                    ratio_median=_interval(float(np.median(values) / np.median(pooled[BASELINE])), _medians(groups[system], draws) / base_medians),
                 )
             )
     point = {system: np.array([row.ratio_mean.value for row in rows if row.system == system]) for system in systems}

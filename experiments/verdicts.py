@@ -81,7 +81,10 @@ class VerdictLog:
                 record = json.loads(line)
             except ValueError as error:
                 raise RunRefused(
-                    "verdicts.malformed", f"read a line of {self._tail.path}", f"{error}: {line[:200]!r}", "report it: the agent writes one JSON object a line"
+                    "verdicts.malformed",
+                    f"read a line of {self._tail.path}",
+                    f"{error}: {line[:200]!r}",
+                    "report it: the agent writes one JSON object a line",
                 ) from error
             if isinstance(record, dict) and record.get("event") == "verdict":
                 verdicts.append(Verdict(record))

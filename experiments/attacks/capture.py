@@ -62,16 +62,23 @@ class Capture:
         dropped = sum(int(count) for count in re.findall(rb"(\d+) packets? dropped by kernel", self._said))
         if dropped and error is None:
             raise RunRefused(
-                "capture.dropped", f"capture on {self.interface}", f"{dropped} packets were lost, so absence proves nothing", "run it on an idle machine"
+                "capture.dropped",
+                f"capture on {self.interface}",
+                f"{dropped} packets were lost, so absence proves nothing",
+                "run it on an idle machine",
             )
 
     def _failed(self, found: str) -> ExperimentError:
         return ExperimentError(
-            "capture.failed", f"capture on {self.interface} with tcpdump", found, "install tcpdump with `make site`; run `sudo -v` first, or the task as root"
+            "capture.failed",
+            f"capture on {self.interface} with tcpdump",
+            found,
+            "install tcpdump with `make site`; run `sudo -v` first, or the task as root",
         )
 
     def _read_said(self, seconds_max: float) -> None:
-        assert self._process is not None and self._process.stderr is not None
+        assert self._process is not None
+        assert self._process.stderr is not None
         ready, _, _ = select.select([self._process.stderr], [], [], seconds_max)
         if ready:
             self._said += self._process.stderr.read1(65536)  # type: ignore[attr-defined]

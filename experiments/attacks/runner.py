@@ -104,7 +104,8 @@ def receiver(site: Site, log: Path) -> Iterator[None]:
     command = [sys.executable, "-m", "experiments.attacks.receiver", site.bridge_address, str(RECEIVER_PORT), str(log)]
     process = subprocess.Popen(command, cwd=site.checkout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         if process.stdout.readline() != "listening\n":
             raise ExperimentError(
                 "attacks.receiver", f"listen on {site.bridge_address}:{RECEIVER_PORT}", process.stderr.read().strip()[-300:] or "it ended at once",
@@ -129,7 +130,10 @@ class FinishedRun:
         if failed:
             print(lines, flush=True)
             raise RunRefused(
-                "attacks.failed", f"block every case of run attacks/{self.paths.stamp}", "; ".join(failed), f"see {self.paths.cases} and observations.json beside it"
+                "attacks.failed",
+                f"block every case of run attacks/{self.paths.stamp}",
+                "; ".join(failed),
+                f"see {self.paths.cases} and observations.json beside it",
             )
         return lines
 
@@ -192,7 +196,10 @@ class Attacks:
         problem = self.benign(system, "before")
         if problem:
             raise RunRefused(
-                "attacks.benign", f"send a benign request under {system.name} before the attacks", problem, "the suite concludes nothing until `fab check` passes"
+                "attacks.benign",
+                f"send a benign request under {system.name} before the attacks",
+                problem,
+                "the suite concludes nothing until `fab check` passes",
             )
         logs = Logs(self.site, run)
         observations = []
@@ -297,11 +304,7 @@ def judge(run: RunPaths) -> list[Judged]:
     judged = []
     for case in CASES:
         stock, enforced = observations[case.name, STOCK.name], observations[case.name, KALIUM_STRICT.name]
-        judged.append(
-            Judged(
-                case, stock, enforced, *(wire_evidence(data, entry.marker, record["service_ports"]) for entry in (stock, enforced))
-            )
-        )
+        judged.append(Judged(case, stock, enforced, *(wire_evidence(data, entry.marker, record["service_ports"]) for entry in (stock, enforced))))
     return judged
 
 
@@ -364,11 +367,16 @@ def failures(run: RunPaths) -> list[str]:
 
 def table(run: RunPaths) -> str:
     """The suite's outcome for the screen: the same numbers as in summary.csv and cases.csv."""
-    lines = [f"run attacks/{run.stamp}: what receivers saw of each marker", f"{'case':<16} {'stock':>16} {'kalium':>10}  {'outcome':<8} benign  denied by"]
+    lines = [
+        f"run attacks/{run.stamp}: what receivers saw of each marker",
+        f"{'case':<16} {'stock':>16} {'kalium':>10}  {'outcome':<8} benign  denied by",
+    ]
     for entry in judge(run):
         stock = max(entry.stock.receiver_bytes, entry.stock_wire[0])
         denial = Verdict(dict(entry.enforced.denial)) if entry.enforced.denial else None
-        reason = "no verdict" if denial is None else f"{denial.reason}: {denial.kind} {denial.message!r}, policy line {denial.record.get('line') or '-'}"
+        reason = (
+            "no verdict" if denial is None else f"{denial.reason}: {denial.kind} {denial.message!r}, policy line {denial.record.get('line') or '-'}"
+        )
         lines.append(
             f"{entry.case.name:<16} {f'{stock} bytes':>16} {f'{entry.received} bytes':>10}  {entry.outcome:<8}"
             f" {'broken' if entry.enforced.benign_problem else 'works ':<6}  {reason}"

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,9 +124,7 @@ def test_a_forged_token_is_refused_even_at_an_entry(gateway: Gateway, deployed: 
     assert (forged.status, honest.status) == (403, 200)
 
 
-def test_an_exploited_function_cannot_reach_a_stranger(
-    gateway: Gateway, deployed: Any, sample: Any, verdicts: Lines, receiver: Receiver
-) -> None:
+def test_an_exploited_function_cannot_reach_a_stranger(gateway: Gateway, deployed: Any, sample: Any, verdicts: Lines, receiver: Receiver) -> None:
     """On stock gVisor the bytes arrive; under enforcement not even a connection does."""
     delivered, blocked = secrets.token_hex(16), secrets.token_hex(16)
     code = SEND_AWAY.format(host=ATTACKER[0], port=ATTACKER[1], marker="{}")
@@ -144,9 +143,7 @@ def test_an_exploited_function_cannot_reach_a_stranger(
     assert blocked.encode() not in receiver.received
 
 
-def test_a_dead_controller_stops_starts_and_its_return_heals(
-    gateway: Gateway, deployed: Any, sample: Any, image_requests: Lines
-) -> None:
+def test_a_dead_controller_stops_starts_and_its_return_heals(gateway: Gateway, deployed: Any, sample: Any, image_requests: Lines) -> None:
     """Default deny: without a controller no invocation begins, and nothing has to be redeployed afterwards."""
     deployed(MICROBENCH, runtime="kalium", app="hello-retail")
     assert gateway.invoke(MICROBENCH, sample(MICROBENCH)).status == 200
@@ -167,26 +164,23 @@ def test_a_dead_controller_stops_starts_and_its_return_heals(
 
 def test_a_broken_policy_changes_nothing(gateway: Gateway, deployed: Any, sample: Any) -> None:
     """The last good policy stays in force when its file is damaged."""
-    path = "/etc/kalium/policies/hello-retail.signed.json"
-    with open(path, "rb") as file:
-        good = file.read()
+    path = Path("/etc/kalium/policies/hello-retail.signed.json")
+    good = path.read_bytes()
     deployed(SUCCESS, runtime="kalium", app="hello-retail")
 
     try:
-        with open(path, "wb") as file:
-            file.write(good.replace(b'"signature":"', b'"signature":"AAAA', 1))
-        log = Lines(__import__("pathlib").Path("/var/log/kalium/controller.log"))
+        path.write_bytes(good.replace(b'"signature":"', b'"signature":"AAAA', 1))
+        log = Lines(Path("/var/log/kalium/controller.log"))
         until(lambda: b"policy" in log.path.read_bytes()[log.offset :], "the controller to notice", 15)
         assert gateway.invoke(SUCCESS, sample(SUCCESS)).status == 200
     finally:
-        with open(path, "wb") as file:
-            file.write(good)
+        path.write_bytes(good)
 
 
 def test_a_sandbox_without_a_guard_sends_nothing(receiver: Receiver) -> None:
     """The guarded runtime, started by hand without a configuration, has no way out; stock has."""
     instance, address = "kalium-test-bare", "10.137.0.251"
-    image = json.load(open("/var/lib/kalium/images/images.json", encoding="utf-8"))[SUCCESS]["image"]
+    image = json.loads(Path("/var/lib/kalium/images/images.json").read_text(encoding="utf-8"))[SUCCESS]["image"]
     code = SEND_AWAY.format(host=ATTACKER[0], port=ATTACKER[1], marker="bare")
 
     def run(runtime: str) -> int:

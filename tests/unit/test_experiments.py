@@ -48,7 +48,9 @@ def write_samples(run: RunPaths, *, factors: Mapping[str, float] = FACTORS, stat
                             system,
                             block,
                             [
-                                Sample(entry, via, seq, status, value, not (via == "gateway" and seq == 0), f"{block}-{system}-{entry}-{via}-{seq}", "")
+                                Sample(
+                                    entry, via, seq, status, value, not (via == "gateway" and seq == 0), f"{block}-{system}-{entry}-{via}-{seq}", ""
+                                )
                                 for seq, value in enumerate(seconds)
                             ],
                         )
@@ -139,13 +141,23 @@ def test_summaries_have_the_columns_and_names_that_programs_read(run: RunPaths) 
     assert len(summary) == 1 + len(ENTRIES) * len(FACTORS)
     assert summary[4].startswith("microbenchmark,kalium-enforce,6,3,") and ",1.2500,1.2500,1.2500," in summary[4]
     assert aggregate == {
-        "entries": "2", "systems": "4", "stock_b_geomean": "1.0000", "kalium_audit_geomean": "1.1000",
-        "kalium_enforce_geomean": "1.2500", "kalium_enforce_max": "1.2500",
-    }  # fmt: skip
+        "entries": "2",
+        "systems": "4",
+        "stock_b_geomean": "1.0000",
+        "kalium_audit_geomean": "1.1000",
+        "kalium_enforce_geomean": "1.2500",
+        "kalium_enforce_max": "1.2500",
+        "gateway_added_median": "0.001500",
+        "stock_b_direct_geomean": "1.0000",
+        "kalium_audit_direct_geomean": "1.1000",
+        "kalium_enforce_direct_geomean": "1.2500",
+    }
 
 
 def test_cold_and_direct_samples_stay_apart_from_warm_ones(run: RunPaths) -> None:
-    warm, cold, direct = (analysis.analysis_of(run, via=via, warm=is_warm) for via, is_warm in (("gateway", True), ("gateway", False), ("direct", True)))
+    warm, cold, direct = (
+        analysis.analysis_of(run, via=via, warm=is_warm) for via, is_warm in (("gateway", True), ("gateway", False), ("direct", True))
+    )
 
     assert warm is not None and cold is not None and direct is not None
     assert [found.rows[0].n for found in (warm, cold, direct)] == [6, 3, 3]
@@ -296,7 +308,9 @@ def test_asking_for_a_run_that_is_not_there_says_what_to_do(tmp_path: Path) -> N
 
 
 def test_a_sample_that_did_not_arrive_is_noticed() -> None:
-    line = json.dumps({"type": "sample", "entry": "e", "via": "gateway", "seq": 0, "status": 200, "seconds": 0.1, "warm": False, "call_id": "c", "problem": ""})
+    line = json.dumps(
+        {"type": "sample", "entry": "e", "via": "gateway", "seq": 0, "status": 200, "seconds": 0.1, "warm": False, "call_id": "c", "problem": ""}
+    )
 
     with pytest.raises(RunRefused, match="1 samples arrived"):
         client.parse(f'{line}\n{{"type": "end", "samples": 2}}\n', 2, "send 2 requests")
@@ -366,7 +380,9 @@ def test_a_site_that_is_absent_broken_or_changed_is_refused(tmp_path: Path, prep
     assert "site.yml" in caught.value.next_step or "make site" in caught.value.next_step
 
 
-@pytest.mark.parametrize(("changes", "code"), [({"schema": "kalium-site/v2"}, "site.schema"), ({"gateway": None}, "site.field"), ({"hosts": {}}, "site.client")])
+@pytest.mark.parametrize(
+    ("changes", "code"), [({"schema": "kalium-site/v2"}, "site.schema"), ({"gateway": None}, "site.field"), ({"hosts": {}}, "site.client")]
+)
 def test_a_record_that_this_checkout_cannot_read_is_refused(tmp_path: Path, changes: dict[str, Any], code: str) -> None:
     with pytest.raises(ExperimentError) as caught:
         load_site(checkout=make_checkout(tmp_path, **changes))

@@ -207,7 +207,10 @@ def sealed(tmp_path: Path, *, stock: int = 50, enforced: int = 0, denied: bool =
     every = [
         entry
         for case in CASES
-        for entry in (observation(case, "stock", received=stock), observation(case, "kalium-enforce", received=enforced, denied=denied, benign=benign))
+        for entry in (
+            observation(case, "stock", received=stock),
+            observation(case, "kalium-enforce", received=enforced, denied=denied, benign=benign),
+        )
     ]
     run.observations.write_text(json.dumps([asdict(entry) for entry in every]), encoding="utf-8")
     run.capture.write_bytes(pcap(*(frames or ((segment(FUNCTION, GATEWAY, 1, MARKER.encode()),) if stock else ()))))
@@ -228,7 +231,9 @@ def test_nothing_received_a_denial_and_a_delivery_under_stock_is_blocked(tmp_pat
     assert run.aggregate.read_text(encoding="utf-8").splitlines() == [
         "name,value,unit", "cases,5,count", "invalid,0,count", "kalium_enforce_missed_within_scope,0,count", "benign_broken,0,count",
     ]  # fmt: skip
-    assert run.summary.read_text(encoding="utf-8").splitlines()[0] == "case,class,system,expected,verdict,marker,stock_delivered,received_bytes,evidence"
+    assert (
+        run.summary.read_text(encoding="utf-8").splitlines()[0] == "case,class,system,expected,verdict,marker,stock_delivered,received_bytes,evidence"
+    )
     assert "policy line 31" in runner.table(run)
 
 

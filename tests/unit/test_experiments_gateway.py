@@ -94,7 +94,10 @@ def gateway(fake: FakeGateway, password: str = PASSWORD) -> Gateway:
 
 
 def test_functions_are_deployed_together_and_waited_for(fake: FakeGateway) -> None:
-    functions = [Function("a", "image-a", {"kalium.io/runtime": "kalium"}, {"kalium.io/app": "app"}, {"DB_HOST": "database"}), Function("b", "image-b")]
+    functions = [
+        Function("a", "image-a", {"kalium.io/runtime": "kalium"}, {"kalium.io/app": "app"}, {"DB_HOST": "database"}),
+        Function("b", "image-b"),
+    ]
 
     seconds = gateway(fake).deploy_all(functions)
 

@@ -82,14 +82,28 @@ def test_a_line_that_is_not_json_is_not_skipped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("record", "denied"),
-    [({"allowed": True}, False), ({"allowed": True, "would_deny": False}, False), ({"allowed": True, "would_deny": True}, True), ({"allowed": False}, True), ({}, True)],
+    [
+        ({"allowed": True}, False),
+        ({"allowed": True, "would_deny": False}, False),
+        ({"allowed": True, "would_deny": True}, True),
+        ({"allowed": False}, True),
+        ({}, True),
+    ],
 )
 def test_a_verdict_that_does_not_say_allowed_is_a_denial(record: dict[str, bool], denied: bool) -> None:
     assert Verdict(dict(record)).denied is denied
 
 
 def test_a_verdict_tells_reason_expectation_and_policy_line() -> None:
-    record = {"function": "f", "kind": "mysql", "message": "mysql begin", "peer": "database", "reason": "out_of_order", "expected": ["https GET"], "line": 31}
+    record = {
+        "function": "f",
+        "kind": "mysql",
+        "message": "mysql begin",
+        "peer": "database",
+        "reason": "out_of_order",
+        "expected": ["https GET"],
+        "line": 31,
+    }
 
     assert Verdict(dict(record)).sentence() == "f: mysql 'mysql begin' to database: out_of_order (expected: https GET, policy line 31)"
 

@@ -71,10 +71,7 @@ def test_a_package_imports_only_what_stands_below_it(package: str) -> None:
 def test_the_deciding_packages_open_no_socket_and_read_no_clock(package: str) -> None:
     """The same inputs give the same verdict; time comes in as an argument."""
     impure = {
-        f"{path.relative_to(ROOT)}: {name}"
-        for path in modules_under(package)
-        for name in imports_of(path)
-        if name.split(".")[0] in IMPURE_MODULES
+        f"{path.relative_to(ROOT)}: {name}" for path in modules_under(package) for name in imports_of(path) if name.split(".")[0] in IMPURE_MODULES
     }
 
     assert impure == set()
@@ -83,10 +80,7 @@ def test_the_deciding_packages_open_no_socket_and_read_no_clock(package: str) ->
 def test_the_product_does_not_know_the_experiments_or_their_tools() -> None:
     """Experiments import the product, never the other way round."""
     known = {
-        f"{path.relative_to(ROOT)}: {name}"
-        for path in modules_under("kalium")
-        for name in imports_of(path)
-        if name.split(".")[0] in PRODUCT_NEVER
+        f"{path.relative_to(ROOT)}: {name}" for path in modules_under("kalium") for name in imports_of(path) if name.split(".")[0] in PRODUCT_NEVER
     }
 
     assert known == set()
@@ -104,9 +98,7 @@ def test_every_package_says_what_belongs_there(package: str) -> None:
     assert silent == []
 
 
-@pytest.mark.parametrize(
-    "folder", ["playbooks", "inventory", "roles", "functions", "results", "policies", "tests", "docs", "runtime", "experiments"]
-)
+@pytest.mark.parametrize("folder", ["playbooks", "inventory", "roles", "functions", "results", "policies", "tests", "docs", "runtime", "experiments"])
 def test_every_folder_has_a_paragraph_about_itself(folder: str) -> None:
     """Folders that are not packages say it in a README."""
     text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
