@@ -41,7 +41,7 @@ class Table:
             self.close()
             raise LookupError(f"the database has no table {name}")
 
-    def __enter__(self) -> Table:  # noqa: PYI034  typing.Self is newer than the oldest Python
+    def __enter__(self) -> Table:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
