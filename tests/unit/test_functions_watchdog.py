@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from functions_world import served
+from loopback import free_port
 
 from kalium.builder.stack import TEMPLATE
 
@@ -185,8 +186,7 @@ def test_a_function_that_is_told_to_stop_answers_what_it_has_begun(tmp_path: Pat
     for path in TEMPLATE.glob("*.py"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "handler.py").write_text(HANDLER)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen([sys.executable, str(tmp_path)], env={**os.environ, "PORT": str(port)})
     try:
         idle = http.client.HTTPConnection("127.0.0.1", port, timeout=10)

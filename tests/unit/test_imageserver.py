@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.client
 import io
@@ -16,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from loopback import InThread, free_port
 from PIL import Image
 
 from kalium.cli.main import main
@@ -71,21 +72,16 @@ def config(tmp_path: Path) -> Config:
     return made
 
 
-class Running:
+class Running(InThread):
     """A server in a thread, and what it logged."""
 
     def __init__(self, config: Config) -> None:
+        super().__init__()
         self.config = config
         self.access = io.StringIO()
-        self.log = io.StringIO()
         self.looked = 0  # how often the certificate's files were looked at
-        self._ready = threading.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
-    async def _serve(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+    def service(self) -> AbstractAsyncContextManager[tuple[str, int]]:
         made = ImageServer(self.config, access=server.log_to(self.access), log=server.log_to(self.log))
         reload = made.certificate.reload
 
@@ -94,28 +90,18 @@ class Running:
             return reload()
 
         made.certificate.reload = counted  # type: ignore[method-assign]
-        async with made.running() as (_, port):
-            self.config = replace(self.config, port=port)
-            self._ready.set()
-            await self._stop.wait()
+        return made.running()
 
-    def __enter__(self) -> Running:  # noqa: PYI034  typing.Self is newer than the oldest Python
-        self._thread.start()
-        assert self._ready.wait(10)
+    def __enter__(self) -> Running:
+        self.start()
+        self.config = replace(self.config, port=self.port)
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._loop is not None
-        assert self._stop is not None
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(20)
-        assert not self._thread.is_alive()
+        self.stop()
 
     def requests(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.access.getvalue().splitlines()]
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        return [line for line in map(json.loads, self.log.getvalue().splitlines()) if line["event"] == name]
 
     def client(self, version: ssl.TLSVersion | None = None) -> http.client.HTTPSConnection:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -439,12 +425,6 @@ def test_check_knows_another_certificate(running: Running, tmp_path: Path) -> No
         check(replace(running.config, certificate=tmp_path / "another.pem"), "/image.jpg")
 
     assert error.value.exit_code == EXIT_NO
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def test_check_of_a_server_that_is_not_there_is_the_environments_failure(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import io
 import json
 import os
 import signal
 import smtplib
-import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 
 import pytest
 from aiosmtpd.smtp import SMTP
+from loopback import InThread, free_port
 
 from kalium.cli.main import main
 from kalium.errors import EXIT_ENVIRONMENT, EXIT_NO, KaliumError
@@ -35,41 +34,26 @@ from kalium.pki.authority import issue, new_ca
 MAIL = "Subject: photos wanted\r\n\r\nDear abcd,\r\n.\r\nMerchantA\r\n"
 
 
-class Running:
+class Running(InThread):
     """A mail sink in a thread, and what it logged."""
 
     def __init__(self, config: Config) -> None:
+        super().__init__()
         self.config = config
-        self.log = io.StringIO()
-        self._ready = threading.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
-    async def _serve(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        async with MailSink(self.config, server.log_to(self.log)).running() as (_, port):
-            self.config = replace(self.config, port=port)
-            self._ready.set()
-            await self._stop.wait()
+    def service(self) -> AbstractAsyncContextManager[tuple[str, int]]:
+        return MailSink(self.config, server.log_to(self.log)).running()
 
-    def __enter__(self) -> Running:  # noqa: PYI034  typing.Self is newer than the oldest Python
-        self._thread.start()
-        assert self._ready.wait(10)
+    def __enter__(self) -> Running:
+        self.start()
+        self.config = replace(self.config, port=self.port)
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._loop is not None
-        assert self._stop is not None
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(20)
-        assert not self._thread.is_alive()
+        self.stop()
 
     def client(self) -> smtplib.SMTP:
         return smtplib.SMTP("127.0.0.1", self.config.port, timeout=10)
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        return [line for line in map(json.loads, self.log.getvalue().splitlines()) if line["event"] == name]
 
     def kept(self) -> list[bytes]:
         return [path.read_bytes() for path in sorted((self.config.maildir / "new").iterdir())]
@@ -241,12 +225,6 @@ def test_check_of_a_sink_that_refuses_is_a_no(running: Running, monkeypatch: pyt
         check(running.config)
 
     assert error.value.exit_code == EXIT_NO
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def test_check_of_a_sink_that_is_not_there_is_the_environments_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
