@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "kalium.mailsink": {"kalium.mailsink"},
 }
 # Every package may use these: the error shape for people, and the version.
-COMMON = {"kalium", "kalium.errors"}
+COMMON = {"kalium", "kalium.__version__", "kalium.errors"}
 # A policy is decided and a frame is parsed without a socket, a clock or randomness.
 PURE = ("kalium.policy", "kalium.protocol")
 IMPURE_MODULES = {"socket", "ssl", "asyncio", "time", "subprocess", "threading", "random", "aiohttp", "requests"}
