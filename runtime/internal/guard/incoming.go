@@ -259,7 +259,11 @@ func refusal(reason policy.Reason, detail string) Admission {
 // Denied: the rest is not, and the connection must be ended.
 func (in *Incoming) Answer(b []byte) (n int, outcome Outcome) {
 	if in.free.Load() {
-		return len(b), Allowed
+		// Audit may have become enforce since the connection was marked.
+		if s := in.g.stand(); s.lenient() {
+			return len(b), Allowed
+		}
+		return 0, in.refuse("bytes on a connection that was not judged", policy.ReasonConnectionDead, true)
 	}
 	in.mu.Lock()
 	x := in.exchange

@@ -73,7 +73,11 @@ func (o *Outgoing) Write(b []byte) (send []byte, outcome Outcome) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.phase == opaque {
-		return b, Allowed
+		// Audit may have become enforce since the connection was marked.
+		if s := o.g.stand(); s.lenient() {
+			return b, Allowed
+		}
+		o.phase = dead
 	}
 	data := b
 	if len(o.held) > 0 {
@@ -84,7 +88,7 @@ func (o *Outgoing) Write(b []byte) (send []byte, outcome Outcome) {
 	var out []byte // nil as long as data[:at] leaves as it is
 	from, at := 0, 0
 	outcome = Allowed
-	for at < len(data) && outcome == Allowed {
+	for at < len(data) {
 		n, instead, result, short := o.unit(data[at:])
 		if short {
 			if len(data)-at <= o.holdMax() {
@@ -92,22 +96,18 @@ func (o *Outgoing) Write(b []byte) (send []byte, outcome Outcome) {
 			}
 			result = o.refuse("", policy.ReasonTooLarge)
 		}
-		switch result {
-		case Denied:
+		if result == Denied {
 			outcome = Denied
-		case Marked:
+			break
+		}
+		if instead != nil {
+			out = append(append(out, data[from:at]...), instead...)
+			from = at + n
+		}
+		at += n
+		if result == Marked {
 			// What enforce would have ended goes on unseen, so that the sequence up to here is the same in both modes.
-			if instead != nil {
-				out = append(append(out, data[from:at]...), instead...)
-				from = at + n
-			}
 			o.phase, at = opaque, len(data)
-		default:
-			if instead != nil {
-				out = append(append(out, data[from:at]...), instead...)
-				from = at + n
-			}
-			at += n
 		}
 	}
 	if outcome == Denied {

@@ -402,6 +402,24 @@ func TestAuditPassesWhatEnforceRefusesAndStopsJudgingThere(t *testing.T) {
 	expect(t, stranger, "x", "x", Allowed)
 }
 
+func TestAMarkedConnectionEndsWhenAuditBecomesEnforce(t *testing.T) {
+	g, c := newGuard(t, "audit")
+	stranger := connect(t, g, "10.9.9.9:9")
+	in, _ := g.Accept(9000, client)
+	expect(t, stranger, "x", "x", Allowed)
+	answer(t, in, "x", 1, Allowed)
+
+	if err := g.SetPolicy("shop", guardtest.Signed(t, "enforce", "4")); err != nil {
+		t.Fatal(err)
+	}
+
+	expect(t, stranger, "x", "", Denied)
+	if r := c.Last(t); r.Reason != "connection_dead" {
+		t.Errorf("verdict %+v", r)
+	}
+	answer(t, in, "x", 0, Denied)
+}
+
 func TestAuditPassesNoTokenOfTheFunctions(t *testing.T) {
 	g, _, _ := invoked(t, "audit")
 	out := connect(t, g, api)
