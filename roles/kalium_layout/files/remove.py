@@ -18,7 +18,8 @@ import time
 
 STOP_SECONDS_MAX = 120.0
 POLL_SECONDS = 0.1
-STORAGE = "/var/lib/containers"
+# Folders that podman makes itself when it first runs: its images, and the lock of its networks.
+PODMANS = {"/var/lib/containers", "/etc/cni"}
 NAMESPACE = re.compile(r"kal-[0-9a-f]{8}")  # as kalium/engine/network.py names an instance's
 
 
@@ -94,21 +95,21 @@ def remove_users(users):
             print("removed account " + user)
 
 
-def goes_with(package):
-    """Every package that purging `package` would remove."""
-    text = must(["apt-get", "--simulate", "purge", package])
+def goes_with(packages):
+    """Every package that purging `packages` would remove."""
+    text = must(["apt-get", "--simulate", "purge", *packages])
     return {line.split()[1] for line in text.splitlines() if line.startswith(("Remv ", "Purg "))}
 
 
 def remove_packages(packages):
     _, text = run(["dpkg-query", "--show", "--showformat", "${db:Status-Status} ${Package}\\n", *packages])
     there = [line.split()[1] for line in text.splitlines() if line.startswith(("installed ", "config-files "))]
-    ours, gone = set(packages), []
-    for package in there:
-        if goes_with(package) <= ours:
-            gone.append(package)
-        else:
-            print("left package %s: something else needs it by now" % package)
+    ours, gone = set(packages), there
+    if not goes_with(there) <= ours:  # one of them is needed: each is asked for, which takes apt a good half second
+        gone = [package for package in there if goes_with([package]) <= ours]
+        for package in there:
+            if package not in gone:
+                print("left package %s: something else needs it by now" % package)
     if gone:
         must(["apt-get", "--quiet=2", "--yes", "purge", *gone])
         print("removed packages " + " ".join(gone))
@@ -135,9 +136,9 @@ def main(path, opt, etc):
         return
     stop_supervisor(opt, etc)
     stop_units(record["paths"])
-    keep = set() if remove_functions() else {STORAGE}
-    if keep & set(record["paths"]):
-        print("left %s: podman holds containers or images that are not ours" % STORAGE)
+    keep = set() if remove_functions() else PODMANS & set(record["paths"])
+    if keep:
+        print("left %s: podman holds containers or images that are not ours" % " and ".join(sorted(keep)))
     remove_network(record["bridges"])
     remove_users(record["users"])
     if record["packages"]:
