@@ -20,6 +20,7 @@ from kalium.policy.compile import compile_policy, first_error
 from kalium.policy.envelope import SIGNED_FORMAT
 from kalium.policy.limits import ENVELOPE_BYTES_MAX
 from kalium.policy.lint import lint, lint_compiled
+from kalium.policy.message import Reason
 from kalium.policy.schema import published
 from kalium.policy.source import Finding, Severity
 
@@ -325,7 +326,7 @@ def explanation(record: dict[str, Any]) -> Sequence[str]:
         return [*lines, f"    by line {line} of policy version {record.get('policy_version')}"] if line else lines
     elsewhere = f"; line {line} of the policy allows it at another place" if line else ""
     lines.append(f"    why: {record.get('reason')}{elsewhere}")
-    expected = record.get("expected") or []
-    if expected:
-        lines.append(f"    expected: {'; '.join(str(entry) for entry in expected)}")
+    expected = "; ".join(str(entry) for entry in record.get("expected") or [])
+    if expected or record.get("reason") in (Reason.OUT_OF_ORDER.value, Reason.NOT_IN_POLICY.value):
+        lines.append(f"    expected: {expected or 'no further message'}")
     return lines

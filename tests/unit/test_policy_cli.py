@@ -325,6 +325,7 @@ def test_explain_says_why_and_what_was_expected(kalium: Run, log: Path) -> None:
         "    by line 36 of policy version 7\n"
         "2023-11-14 22:13:20.123 shop-audit/buy would deny: mysql insert write t to database\n"
         "    why: out_of_order\n"
+        "    expected: no further message\n"
     )
 
 
