@@ -282,7 +282,7 @@ def test_a_reset_removes_what_the_list_says_and_nothing_else(
 
     assert [ours.exists(), beside.exists(), path.exists()] == [False, True, False]
     assert "--quiet=2 --yes purge ours\n" in purged.read_text(encoding="utf-8")
-    assert "purge ours shared" not in purged.read_text(encoding="utf-8")
+    assert "--yes purge ours shared" not in purged.read_text(encoding="utf-8")
     assert "rm --force c1\n" in removed.read_text(encoding="utf-8")
     assert "rm --force c2" not in removed.read_text(encoding="utf-8")
     assert "left package shared" in capsys.readouterr().out
