@@ -24,6 +24,8 @@ AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --non-interactive env PATH="$(PA
 PYTEST = python -m pytest -p no:cacheprovider
 
 GO = $(shell $(PYTHON) roles/kalium_toolchain/files/find_go.py $$(sed -n 's/^go //p' runtime/go.mod))
+# The linters read what roles/kalium_runtime builds, so gVisor is compiled once for both.
+AS_BUILT = CGO_ENABLED=0 GOFLAGS=-trimpath
 STATICCHECK = $(shell sed -n '/^kalium_versions_staticcheck:/,/^$$/{s/^ *module: //p;s/^ *version: /@/p}' roles/kalium_versions/defaults/main.yml | tr -d '\n')
 
 .PHONY: help reproduce test setup site reset check format check-python check-go check-ansible integration site-tests developer lock clean
@@ -106,8 +108,8 @@ check-ansible: developer
 
 check-go: developer
 	@test -z "$$($(dir $(GO))gofmt -l runtime)" || { echo "not formatted:"; $(dir $(GO))gofmt -l runtime; exit 1; }
-	cd runtime && $(GO) vet ./...
-	cd runtime && $(GO) run $(STATICCHECK) ./...
+	cd runtime && $(AS_BUILT) $(GO) vet ./...
+	cd runtime && $(AS_BUILT) $(GO) run $(STATICCHECK) ./...
 	cd runtime && $(GO) test -race -json ./... | $(PYTHON) ../.ci/report.py go $(REPORTS)/go.json
 
 site-tests: developer
