@@ -31,6 +31,8 @@ UNITS = ("kalium-controller", "kalium-agent", "kalium-imageserver", "kalium-mail
 SCHEMA, USER, PASSWORD = "helloRetail", "abc", "xyz"
 TABLES = 8
 ANSWER_S_MAX = 20
+# What any installation or removal of packages writes, whoever asks for it: package lists and records, logs, caches, the system's own state.
+NOT_OURS = ("/proc", "/sys", "/dev", "/run", "/tmp", "/home", "/var/lib/apt", "/var/lib/dpkg", "/var/lib/systemd", "/var/log", "/var/cache", "/root")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Standing:
     host: Host
     folder: Path
     inventory: Path
+    before: frozenset[str]
     first: Outcome
 
     def file(self, path: str) -> Path:
@@ -75,6 +78,17 @@ def inventory_of(host: Host) -> dict[str, object]:
     }
 
 
+def footprint(host: Host) -> frozenset[str]:
+    """Every installed package, account, enabled unit and path of the host, except what stands in NOT_OURS."""
+    pruned = " -o ".join(f"-path {path}" for path in NOT_OURS)
+    asked = host.run(
+        "dpkg-query --show --showformat 'package ${db:Status-Status} ${Package}\\n'; getent passwd; getent group;"
+        f" sudo find / -xdev \\( {pruned} \\) -prune -o -name __pycache__ -prune -o -print"
+    )
+    assert asked.returncode == 0, asked.stderr
+    return frozenset(asked.stdout.splitlines())
+
+
 @pytest.fixture(scope="module")
 def standing(ansible: Ansible) -> Iterator[Standing]:
     with tempfile.TemporaryDirectory(prefix="kalium-site-") as name:
@@ -82,9 +96,10 @@ def standing(ansible: Ansible) -> Iterator[Standing]:
         with host_running(folder) as host:
             inventory = folder / "hosts.yml"
             inventory.write_text(yaml.safe_dump(inventory_of(host)), encoding="utf-8")
+            before = footprint(host)
             first = ansible.play(PLAYBOOK, inventory)
             assert first.status == 0, first.end()
-            yield Standing(host, folder, inventory, first)
+            yield Standing(host, folder, inventory, before, first)
             ansible.close()
 
 
@@ -243,3 +258,13 @@ def test_the_services_come_back_with_the_host(standing: Standing, ansible: Ansib
     active = standing.host.run("systemctl is-active", *UNITS)
     assert active.stdout.split() == ["active"] * len(UNITS), standing.host.run("systemctl --no-pager --lines=5 status", *UNITS).stdout
     assert tables_seen_by_the_application(standing) == TABLES
+
+
+def test_reset_leaves_the_host_as_it_was_found(standing: Standing, ansible: Ansible) -> None:
+    """Packages, accounts and files that the site brought are gone, and nothing else is. This machine, which builds, is left alone."""
+    removed = ansible.play("reset.yml", standing.inventory, "--limit", standing.host.name)
+
+    assert removed.status == 0, removed.end()
+    after = footprint(standing.host)
+    assert sorted(after - standing.before) == []
+    assert sorted(standing.before - after) == []
