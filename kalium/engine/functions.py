@@ -232,6 +232,7 @@ class Functions:
         self._log = log
         self._table: dict[str, Function] = {}
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._is_stopping = False
 
     @property
     def port(self) -> int:
@@ -262,6 +263,8 @@ class Functions:
         """
         name = deployment.name
         async with self._turn(name):
+            if self._is_stopping:
+                raise Refused(503, "the gateway is stopping")
             function = self.get(name) if must_exist else self.find(name)
             if function is None and len(self._table) >= FUNCTIONS_MAX:
                 raise Refused(400, f"there are {FUNCTIONS_MAX} functions already")
@@ -312,5 +315,9 @@ class Functions:
             self._log("function_deployed", function=deployment.name, image=deployment.image, runtime=deployment.runtime, replicas=replicas)
 
     async def stop(self) -> None:
-        """Return when no instance is left. What is deployed stays so, for the next engine."""
+        """Return when no instance is left and no change is under way. What is deployed stays so, for the next engine."""
+        self._is_stopping = True
+        for turn in list(self._turns.values()):
+            async with turn:  # a change that was cut off undoes what it did before it lets go
+                pass
         await asyncio.gather(*(function.stop() for function in self.all()))

@@ -16,7 +16,7 @@ from kalium.engine.api import Admin, Data
 from kalium.engine.command import Run, require_program, run_program
 from kalium.engine.config import Bridge, Config, Listener
 from kalium.engine.functions import Functions
-from kalium.engine.host import Host
+from kalium.engine.host import Host, Watch
 from kalium.engine.log import LogLine
 from kalium.engine.network import AddressPool, Network
 from kalium.engine.podman import Podman, Surroundings
@@ -72,7 +72,7 @@ def require_runtimes(config: Config) -> None:
 class Engine:
     """A running gateway. `serve` lasts until it is told to stop, or until a mistake of ours shows."""
 
-    def __init__(self, config: Config, log: LogLine, run: Run = run_program) -> None:
+    def __init__(self, config: Config, log: LogLine, run: Run = run_program, watch: Watch | None = None) -> None:
         self._config = config
         self._log = log
         self._run = run
@@ -92,6 +92,7 @@ class Engine:
             function_port=config.function_port,
             health_path=config.health_path,
             read_secrets=self._store.secrets_of,
+            watch=watch,
         )
         self._functions = Functions(self._host, self._store, config.runtimes, log, self._observe)
 
@@ -111,42 +112,49 @@ class Engine:
         require_runtimes(config)
         await require_program(self._run, [*config.podman, "--version"], "install podman (3.4 or newer), or correct `podman` in the configuration")
         self._store.open()
-        await self._network.up()
-        with listen(config.admin, "admin") as admin_socket, listen(config.data, "data") as data_socket:
-            await self._host.remove_leftovers()
-            proxy = Proxy(self._functions, self._log)
-            admin = Admin(
-                proxy=proxy,
-                functions=self._functions,
-                store=self._store,
-                podman=self._podman,
-                runtimes=dict(config.runtimes),
-                user=config.user,
-                password=password,
-                log=self._log,
-            )
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.stop)
-            try:
-                self._functions.restore()
-                servers = [web.Server(handler, access_log=None, auto_decompress=False) for handler in (admin, Data(proxy, self._log))]
-                sockets = (admin_socket, data_socket)
-                listeners = [await loop.create_server(server, sock=bound, backlog=BACKLOG) for server, bound in zip(servers, sockets, strict=True)]
-                names = [":".join(map(str, bound.getsockname())) for bound in sockets]
-                self._log("listening", address=names[0], data_address=names[1], functions=len(self._functions.all()))
-                await self._stopped.wait()
-                self._log("stopping")
-                for listener in listeners:
-                    listener.close()
-                await asyncio.gather(*(server.shutdown(FINISH_SECONDS_MAX) for server in servers))
-            finally:
-                await self._functions.stop()
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    loop.remove_signal_handler(number)
+        try:
+            await self._network.up()
+            with listen(config.admin, "admin") as admin_socket, listen(config.data, "data") as data_socket:
+                await self._serve_on(admin_socket, data_socket, password)
+        finally:
+            self._store.close()
         self._log("stopped")
         if self._mistake is not None:
             raise self._mistake
+
+    async def _serve_on(self, admin_socket: socket.socket, data_socket: socket.socket, password: str) -> None:
+        config = self._config
+        await self._host.remove_leftovers()
+        proxy = Proxy(self._functions, self._log)
+        admin = Admin(
+            proxy=proxy,
+            functions=self._functions,
+            store=self._store,
+            podman=self._podman,
+            runtimes=dict(config.runtimes),
+            user=config.user,
+            password=password,
+            log=self._log,
+        )
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        try:
+            self._functions.restore()
+            servers = [web.Server(handler, access_log=None, auto_decompress=False) for handler in (admin, Data(proxy, self._log))]
+            sockets = (admin_socket, data_socket)
+            listeners = [await loop.create_server(server, sock=bound, backlog=BACKLOG) for server, bound in zip(servers, sockets, strict=True)]
+            names = [":".join(map(str, bound.getsockname())) for bound in sockets]
+            self._log("listening", address=names[0], data_address=names[1], functions=len(self._functions.all()))
+            await self._stopped.wait()
+            self._log("stopping")
+            for listener in listeners:
+                listener.close()
+            await asyncio.gather(*(server.shutdown(FINISH_SECONDS_MAX) for server in servers))
+        finally:
+            await self._functions.stop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
 
 
 def open_log(path: Path) -> int:

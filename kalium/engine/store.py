@@ -43,13 +43,14 @@ class Store:
         self._lock: IO[str] | None = None
 
     def open(self) -> None:
-        """Make the folders, and hold the store until this process ends. Raises KaliumError engine.state or engine.running."""
+        """Make the folders, and hold the store until `close` or the end of this process. Raises KaliumError engine.state or engine.running."""
         try:
             for folder in (self.root, self.pid_files, self._functions, self._secrets):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = (self.root / "lock").open("w", encoding="ascii")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self.close()
             raise KaliumError(
                 "engine.running", f"cannot use {self.root}", "an engine is running with it", "stop that one first, or give this one another state_dir"
             ) from error
@@ -57,6 +58,12 @@ class Store:
             raise KaliumError(
                 "engine.state", f"cannot use {self.root}", str(error), "run the engine as root; `site.yml` makes this folder"
             ) from error
+
+    def close(self) -> None:
+        """Let another engine have it. Closing what is not open is no error."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     # Deployments
 
