@@ -51,9 +51,7 @@ class Slots:
         self._stop_offering(instance)
         if self._is_empty():
             while self._waiting:
-                waiting = self._waiting.popleft()
-                if not waiting.done():
-                    waiting.set_exception(NoInstance())
+                self._waiting.popleft().set_exception(NoInstance())
 
     async def take(self) -> Instance:
         """A free instance, which is the caller's until `give_back`. Raises NoInstance or Busy."""
@@ -68,17 +66,21 @@ class Slots:
         waiting: asyncio.Future[Instance] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiting)
         try:
-            done, _ = await asyncio.wait([waiting], timeout=QUEUE_SECONDS_MAX)
+            await asyncio.wait([waiting], timeout=QUEUE_SECONDS_MAX)
         except asyncio.CancelledError:
-            if waiting.done() and waiting.exception() is None:  # it was given one at the same moment
+            if self._leave(waiting) and waiting.exception() is None:  # it was given one at the same moment
                 self.give_back(waiting.result())
-            waiting.cancel()
             raise
-        if done:
+        if self._leave(waiting):
             return waiting.result()
-        waiting.cancel()
-        self._waiting.remove(waiting)
         raise Busy(f"no instance was free within {QUEUE_SECONDS_MAX:.0f} s")
+
+    def _leave(self, waiting: asyncio.Future[Instance]) -> bool:
+        """Wait no longer; whether there was an answer."""
+        if waiting.done():
+            return True
+        self._waiting.remove(waiting)
+        return False
 
     def give_back(self, instance: Instance) -> None:
         """End the use of an instance."""
@@ -112,8 +114,6 @@ class Slots:
 
     def _serve(self) -> None:
         while self._free and self._waiting:
-            waiting = self._waiting.popleft()
-            if not waiting.done():
-                instance = self._free.popleft()
-                self._busy.add(instance)
-                waiting.set_result(instance)
+            instance = self._free.popleft()
+            self._busy.add(instance)
+            self._waiting.popleft().set_result(instance)
