@@ -92,7 +92,7 @@ test-steps:
 
 developer:
 	.ci/setup $(PYTHON) dev
-	@if ! $(PYTHON) roles/kalium_toolchain/files/find_go.py "$$(sed -n 's/^go //p' runtime/go.mod)" >/dev/null || ! command -v gcc sshd systemd-nspawn >/dev/null; then \
+	@if ! $(PYTHON) roles/kalium_toolchain/files/find_go.py "$$(sed -n 's/^go //p' runtime/go.mod)" >/dev/null || ! PATH="$$PATH:/usr/sbin" type -P gcc sshd systemd-nspawn mmdebstrap slirp4netns >/dev/null; then \
 		echo "ansible-playbook playbooks/developer.yml -i $(INVENTORY)"; \
 		ansible-playbook playbooks/developer.yml -i $(INVENTORY); fi
 
@@ -113,7 +113,7 @@ check-go: developer
 	cd runtime && $(GO) test -race -json ./... | $(PYTHON) ../.ci/report.py go $(REPORTS)/go.json
 
 site-tests: developer
-	$(AS_ROOT) $(PYTEST) --quiet --junitxml=$(REPORTS)/site.xml tests/site
+	$(PYTEST) --quiet --junitxml=$(REPORTS)/site.xml tests/site
 
 integration: developer
 	$(AS_ROOT) $(PYTEST) --quiet --junitxml=$(REPORTS)/integration.xml tests/integration

@@ -163,7 +163,6 @@ def host_running(folder: Path) -> Iterator[Host]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            start_new_session=True,  # a Ctrl-C is for the test, which then closes the standard input
         )
     assert root_half.stdin is not None and root_half.stdout is not None
     try:
@@ -400,6 +399,7 @@ def network(place: Path) -> Iterator[Path]:
             pass_fds=[write_end],
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
+            start_new_session=True,
         )
         os.close(write_end)
         with os.fdopen(read_end, "rb") as ready:
@@ -444,6 +444,7 @@ def machine(root: Path, namespace: Path, folder: Path) -> Iterator[subprocess.Po
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         yield booted
@@ -492,6 +493,8 @@ def serve(folder: Path) -> None:
 def main() -> int:
     """`nspawn.py FOLDER`, as root in a mount namespace of its own; exit 0 when the test's half ended it, 3 when the host could not be had."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    # A Ctrl-C is for the test's half, which then closes our input. A session of our own is no way: sudo remembers its answer for one session.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         serve(Path(sys.argv[1]))
     except HostError as error:
