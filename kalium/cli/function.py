@@ -127,7 +127,7 @@ def deployments(stack: Path, only: str | None, images: Path) -> list[dict[str, A
     try:
         document = yaml.safe_load(read_file(stack, FILE_BYTES_MAX))
     except yaml.YAMLError as error:
-        raise wrong(f"it is no YAML: {error}", "correct it") from error
+        raise wrong(f"it is no YAML: {' '.join(str(error).split())}", "correct it") from error
     functions = document.get("functions") if isinstance(document, dict) else None
     if not isinstance(functions, dict) or not functions or not all(isinstance(entry, dict) for entry in functions.values()):
         raise wrong("it has no `functions` with an entry each")

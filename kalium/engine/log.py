@@ -22,7 +22,6 @@ EVENTS = {
     "instance_failed": "warning",
     "instance_left": "error",
     "instance_ready": "info",
-    "instance_removed": "info",
     "instance_suspected": "warning",
     "invocation_failed": "warning",
     "leftover_removed": "warning",
