@@ -32,7 +32,21 @@ SCHEMA, USER, PASSWORD = "helloRetail", "abc", "xyz"
 TABLES = 8
 ANSWER_S_MAX = 20
 # What any installation or removal of packages writes, whoever asks for it: package lists and records, logs, caches, the system's own state.
-NOT_OURS = ("/proc", "/sys", "/dev", "/run", "/tmp", "/home", "/var/lib/apt", "/var/lib/dpkg", "/var/lib/systemd", "/var/log", "/var/cache", "/root")
+NOT_OURS = (
+    "/proc",
+    "/sys",
+    "/dev",
+    "/run",
+    "/tmp",
+    "/home",
+    "/var/lib/apt",
+    "/var/lib/dpkg",
+    "/var/lib/systemd",
+    "/var/log",
+    "/var/cache",
+    "/var/tmp",
+    "/root",
+)
 
 
 @dataclass(frozen=True)
@@ -266,5 +280,5 @@ def test_reset_leaves_the_host_as_it_was_found(standing: Standing, ansible: Ansi
 
     assert removed.status == 0, removed.end()
     after = footprint(standing.host)
-    assert sorted(after - standing.before) == []
-    assert sorted(standing.before - after) == []
+    left, lost = sorted(after - standing.before), sorted(standing.before - after)
+    assert (left, lost) == ([], []), "\n".join([*(f"left: {thing}" for thing in left), *(f"lost: {thing}" for thing in lost)])

@@ -18,8 +18,8 @@ import time
 
 STOP_SECONDS_MAX = 120.0
 POLL_SECONDS = 0.1
-# Folders that podman makes itself when it first runs: its images, and the lock of its networks.
-PODMANS = {"/var/lib/containers", "/etc/cni"}
+# Folders that podman makes itself when it first runs: its images, the lock of its networks and their addresses.
+PODMANS = {"/var/lib/containers", "/etc/cni", "/var/lib/cni"}
 NAMESPACE = re.compile(r"kal-[0-9a-f]{8}")  # as kalium/engine/network.py names an instance's
 
 
