@@ -59,11 +59,11 @@ class Instance:
         """The container's name."""
         return f"kal-{self.deployment.name}-{self.id}"
 
-    def end(self) -> None:
-        """Take note that its process is gone, and with it the answer to a request that is still in it: a dead sandbox closes nothing."""
+    def end(self, reason: str) -> None:
+        """Take note that it is gone, and with it the answer to a request that is still in it: a dead sandbox closes nothing."""
         self.has_ended = True
         self.alarm.set()
-        self.breaker.trip("its process ended")
+        self.breaker.trip(reason)
 
     def host(self) -> str:
         """The address that requests go to."""
@@ -83,11 +83,11 @@ class Watch:
             instance.pid = int(pid_file.read_text(encoding="ascii"))
             handle = os.pidfd_open(instance.pid)
         except (OSError, ValueError):  # no such process any more, or podman had nothing to write down
-            instance.end()
+            instance.end("its process ended")
             return
         if instance.container not in _command_line(instance.pid):  # the number belongs to another process by now
             os.close(handle)
-            instance.end()
+            instance.end("its process ended")
             return
         self._handles[instance] = handle
         asyncio.get_running_loop().add_reader(handle, self._ended, instance)
@@ -101,7 +101,7 @@ class Watch:
 
     def _ended(self, instance: Instance) -> None:
         self.stop(instance)
-        instance.end()
+        instance.end("its process ended")
 
 
 def _command_line(pid: int) -> str:
@@ -240,7 +240,7 @@ class Host:
         the next engine removes it at its start.
         """
         self._watch.stop(instance)
-        instance.end()
+        instance.end("its instance was removed")
         for attempt in range(REMOVE_ATTEMPTS_MAX):
             if attempt:
                 await asyncio.sleep(REMOVE_PAUSE_SECONDS)

@@ -354,6 +354,29 @@ def test_a_request_in_a_sandbox_that_dies_fails_at_once(tmp_path: Path) -> None:
     play(story())
 
 
+def test_a_request_in_a_function_that_is_removed_fails_at_once(tmp_path: Path) -> None:
+    async def story() -> None:
+        never = asyncio.Event()
+
+        async def hang(head: str, body: str) -> bytes:
+            await never.wait()
+            return b""
+
+        async with world(tmp_path) as site:
+            site.machine.answering = hang
+            await site.deploy()
+            await site.ready()
+            asking = asyncio.ensure_future(site.invoke())
+            await until(lambda: site.machine.requests, "the request at the function")
+
+            assert (await site.call("DELETE", "/system/functions", {"functionName": "echo"}))[0] == 202
+
+            assert (await asking)[:2] == (502, "echo did not answer: its instance was removed")
+            never.set()
+
+    play(story())
+
+
 # Updating
 
 
