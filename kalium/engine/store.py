@@ -49,6 +49,8 @@ class Store:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = (self.root / "lock").open("w", encoding="ascii")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for stale in self.pid_files.iterdir():  # the numbers of an engine that was killed are somebody else's by now
+                stale.unlink()
         except BlockingIOError as error:
             self.close()
             raise KaliumError(

@@ -233,9 +233,11 @@ def test_a_new_engine_removes_what_a_killed_one_left_and_deploys_anew(tmp_path: 
         machine.namespaces["kal-00000000"] = ""
         machine.links["kv00000000"] = {"master": BRIDGE, "namespace": "kal-00000000"}
         machine.namespaces["kal-strange1"] = ""
+        (tmp_path / "state" / "pids" / "00000000.pid").write_text("1", encoding="ascii")
 
         async with world(tmp_path, machine) as site:
             assert {line["instance"] for line in site.events("leftover_removed")} == {*ids, "00000000"}
+            assert not list((tmp_path / "state" / "pids").iterdir())
             assert not ids & {container.labels["kalium.io/instance"] for container in machine.containers.values()}
             assert machine.namespaces.pop("kal-strange1") == "", "what is not on our bridge is not ours"
             assert (await site.ready())["labels"] == GUARDED
