@@ -7,6 +7,7 @@ import asyncio
 import base64
 import ipaddress
 import json
+import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -24,7 +25,7 @@ from kalium.engine.server import Engine
 
 STORY_S = 20.0
 BRIDGE = "kaltest0"
-PORT = 18080
+PORT = 20_000 + os.getpid() % 10_000  # two runs on one machine do not meet
 IMAGE_ID = "sha256:" + "5" * 64
 APP = {"kalium.io/app": "shop"}
 GUARDED = {"kalium.io/runtime": "kalium"}

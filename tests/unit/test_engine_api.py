@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_world import APP, GUARDED, Machine, World, play, until, world
+from engine_world import APP, GUARDED, PORT, Machine, World, play, until, world
 
 from kalium.engine.limits import ADMIN_BYTES_MAX, REPLICAS_MAX, SECRET_BYTES_MAX
 
@@ -30,7 +30,7 @@ def test_a_function_is_deployed_listed_described_invoked_and_removed(tmp_path: P
                 "image": "shop/echo:1",
                 "envVars": {"A": "1"},
                 "labels": {"tier": "t1"},
-                "annotations": {"note": "n", "kalium.io/address": "127.66.0.10:18080"},
+                "annotations": {"note": "n", "kalium.io/address": f"127.66.0.10:{PORT}"},
                 "replicas": 1,
                 "availableReplicas": 1,
                 "invocationCount": 0,
