@@ -159,7 +159,7 @@ def is_ours(pid, own, proc="/proc"):
     return False
 
 
-def check_ports(spec, report, proc="/proc"):
+def check_ports(spec, report, proc="/proc", is_root=os.geteuid() == 0):
     listening = {protocol: list(sockets(protocol, proc)) for protocol in ("tcp", "udp")}
     for wanted in spec["ports"]:
         ours, number = socket.inet_aton(wanted["address"]), int(wanted["port"])
@@ -170,6 +170,9 @@ def check_ports(spec, report, proc="/proc"):
                     continue
                 pid = holder(inode, proc)
                 if pid is not None and is_ours(pid, spec["own"], proc):
+                    continue
+                if pid is None and not is_root:
+                    report.notes.append("whether busy ports are our own services' cannot be seen without root")
                     continue
                 who = "a process of another user" if pid is None else "process %d (%s)" % (pid, command_line(pid, proc)[:80] or "?")
                 report.problem(
