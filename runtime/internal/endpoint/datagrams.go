@@ -89,6 +89,9 @@ func (d *Datagrams) GetRemoteAddress() (tcpip.FullAddress, tcpip.Error) {
 func (d *Datagrams) Write(p tcpip.Payloader, o tcpip.WriteOptions) (int64, tcpip.Error) {
 	d.write.Lock()
 	defer d.write.Unlock()
+	// An interface beside the address would have the stack look for a loopback destination on a wire. The socket layer of
+	// the linked gVisor passes none on; one that does must not open a way.
+	o.ControlMessages.HasIPv6PacketInfo = false
 	var to tcpip.FullAddress
 	switch {
 	case o.To != nil:
