@@ -123,6 +123,16 @@ func (inv *invocation) bind(out *Outgoing) bool {
 	return true
 }
 
+// over tells that nothing more may leave for the invocation. No invocation is one that is over.
+func (inv *invocation) over() bool {
+	if inv == nil {
+		return true
+	}
+	inv.mu.Lock()
+	defer inv.mu.Unlock()
+	return inv.ended
+}
+
 func (inv *invocation) unbind(out *Outgoing) {
 	inv.mu.Lock()
 	defer inv.mu.Unlock()

@@ -30,7 +30,7 @@ const (
 	inHead               // of an HTTP request
 	inBody
 	inPackets // of MySQL
-	inTLS     // after the ClientHello: bytes flow as long as the invocation lasts
+	inTLS     // after the ClientHello: records flow as long as the invocation lasts
 	opaque    // a connection that enforce would have ended: bytes flow
 	dead
 )
@@ -50,7 +50,8 @@ type Outgoing struct {
 	body    *http1.Body
 	clients []*mysql.Client // one for each peer until the handshake tells them apart
 	peer    policy.Peer     // of mysql and TLS, once it is known
-	inv     *invocation     // that a TLS connection belongs to
+	records *tlshello.Records
+	inv     *invocation // that a TLS connection or the body of a request belongs to
 }
 
 func newOutgoing(g *Guard, peers []policy.Peer) *Outgoing {
@@ -181,20 +182,11 @@ func (o *Outgoing) unit(data []byte) (n int, instead []byte, outcome Outcome, sh
 	case inHead:
 		return o.request(data)
 	case inBody:
-		n, done, err := o.body.Feed(data)
-		if err != nil {
-			// A stream violation: the head has left. What of this write belongs to the body and came before the fault
-			// stays behind, too.
-			return 0, nil, o.refuse("a body: "+err.Error(), reasonOf(err)), false
-		}
-		if done {
-			o.phase, o.body = inHead, nil
-		}
-		return n, nil, Allowed, false
+		return o.content(data)
 	case inPackets:
 		return o.packet(data)
 	case inTLS:
-		if o.peer.Protocol == "" {
+		if o.records == nil {
 			return o.hello(data)
 		}
 		return o.record(data)
@@ -276,12 +268,30 @@ func (o *Outgoing) request(data []byte) (int, []byte, Outcome, bool) {
 	if peer.Gateway {
 		instead, outcome = o.invoke(peer, head, message)
 	} else {
-		outcome, _ = o.g.judge(message, "http", nil)
+		outcome, o.inv = o.g.judge(message, "http", nil)
 	}
 	if outcome == Allowed && (head.Chunked || head.ContentLength > 0) {
 		o.phase, o.body = inBody, http1.NewBody(head.ContentLength, head.Chunked, false, bound)
 	}
 	return n, instead, outcome, false
+}
+
+// content passes the body of a request. It ends with the invocation that its head belongs to: what a later request brings
+// must not leave on the path of an earlier one.
+func (o *Outgoing) content(data []byte) (int, []byte, Outcome, bool) {
+	if o.inv.over() {
+		return 0, nil, o.refuse("a body beyond its invocation", policy.ReasonNoInvocation), false
+	}
+	n, done, err := o.body.Feed(data)
+	if err != nil {
+		// A stream violation: the head has left. What of this write belongs to the body and came before the fault stays
+		// behind, too.
+		return 0, nil, o.refuse("a body: "+err.Error(), reasonOf(err)), false
+	}
+	if done {
+		o.phase, o.body = inHead, nil
+	}
+	return n, nil, o.support("http", "http body"), false
 }
 
 const httpPort = 80 // may be left out of a Host field (RFC 9110 section 4.2.1)
@@ -329,7 +339,7 @@ func (o *Outgoing) invoke(peer policy.Peer, head *http1.RequestHead, message *po
 // edge judges an app edge: the function CFG first, which costs nothing, and then the controller.
 func (o *Outgoing) edge(m *policy.Message) (Outcome, []http1.Field) {
 	var token []http1.Field
-	outcome, _ := o.g.judge(m, "invoke", func(inv *invocation) (policy.Verdict, error) {
+	outcome, inv := o.g.judge(m, "invoke", func(inv *invocation) (policy.Verdict, error) {
 		answer, err := o.g.controller.Invoke(o.g.now().Add(time.Duration(inv.policy.DeadlineMS)*time.Millisecond), &frame.Invoke{
 			Step: newStep(), Call: inv.call, Invocation: inv.id, Callee: m.Callee, Version: inv.policy.Version,
 		})
@@ -342,6 +352,7 @@ func (o *Outgoing) edge(m *policy.Message) (Outcome, []http1.Field) {
 		}
 		return verdict, nil
 	})
+	o.inv = inv
 	return outcome, token
 }
 
@@ -431,7 +442,7 @@ func (o *Outgoing) hello(data []byte) (int, []byte, Outcome, bool) {
 		if inv == nil || !inv.bind(o) {
 			return 0, nil, o.refuse("a connection beyond its invocation", policy.ReasonNoInvocation), false
 		}
-		o.inv = inv
+		o.inv, o.records = inv, tlshello.NewRecords(&hello)
 	}
 	return n, nil, outcome, false
 }
@@ -439,11 +450,15 @@ func (o *Outgoing) hello(data []byte) (int, []byte, Outcome, bool) {
 // record passes what follows the hello. The connection ends with its invocation; a write that comes at the same moment
 // is refused here.
 func (o *Outgoing) record(data []byte) (int, []byte, Outcome, bool) {
-	o.inv.mu.Lock()
-	ended := o.inv.ended
-	o.inv.mu.Unlock()
-	if ended {
+	if o.inv.over() {
 		return 0, nil, o.refuse("a connection beyond its invocation", policy.ReasonNoInvocation), false
 	}
-	return len(data), nil, o.support("https", "https records"), false
+	n, err := o.records.Next(data)
+	if err == wire.ErrShort {
+		return 0, nil, Denied, true
+	}
+	if err != nil {
+		return 0, nil, o.refuse(err.Error(), reasonOf(err)), false
+	}
+	return n, nil, o.support("https", "https records"), false
 }

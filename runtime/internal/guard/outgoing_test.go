@@ -310,9 +310,10 @@ func TestATLSConnectionIsJudgedByItsHello(t *testing.T) {
 	out := connect(t, g, images)
 	hello := guardtest.ClientHello("images.test")
 	expect(t, out, hello[:50], "", Allowed)
-	expect(t, out, hello[50:]+"\x14record", hello+"\x14record", Allowed)
+	expect(t, out, hello[50:]+change+"\x17\x03\x03", hello+change, Allowed)
 
-	expect(t, out, "more", "more", Allowed)
+	expect(t, out, "\x00\x06mo", "\x17\x03\x03\x00\x06mo", Allowed)
+	expect(t, out, "re..", "re..", Allowed)
 
 	if r := c.Last(t); r.Kind != "https" || r.Judging != "tls=connection" || r.Peer != "images" || !r.Allowed {
 		t.Errorf("verdict %+v", r)
@@ -336,6 +337,31 @@ func TestAHelloThatHidesItsNameIsDenied(t *testing.T) {
 	}
 }
 
+const change = "\x14\x03\x03\x00\x01\x01" // a ChangeCipherSpec, which every client sends between hello and data
+
+func TestASecondHelloForAnotherServerIsDenied(t *testing.T) {
+	for _, between := range []string{"", change} {
+		g, c, _ := invoked(t, "enforce")
+		out := connect(t, g, images)
+		hello, other := guardtest.ClientHello("images.test"), guardtest.ClientHello("elsewhere.test")
+		expect(t, out, hello+between, hello+between, Allowed)
+
+		expect(t, out, other, "", Denied)
+
+		if r := c.Last(t); r.Reason != "sni_mismatch" || r.Peer != "images" {
+			t.Errorf("verdict %+v", r)
+		}
+	}
+}
+
+func TestBytesBehindAHelloThatAreNoRecordsAreDenied(t *testing.T) {
+	g, _, _ := invoked(t, "enforce")
+	out := connect(t, g, images)
+	hello := guardtest.ClientHello("images.test")
+
+	expect(t, out, hello+"GET / HTTP/1.1\r\n", hello, Denied)
+}
+
 func TestATLSConnectionEndsWithItsInvocation(t *testing.T) {
 	g, _, in := invoked(t, "enforce")
 	out := connect(t, g, images)
@@ -349,7 +375,27 @@ func TestATLSConnectionEndsWithItsInvocation(t *testing.T) {
 	if severed != 1 {
 		t.Errorf("the connection was severed %d times", severed)
 	}
-	expect(t, out, "a later request", "", Denied)
+	expect(t, out, "\x17\x03\x03\x00\x01x", "", Denied)
+}
+
+func TestABodyEndsWithItsInvocationAndWithTheLease(t *testing.T) {
+	head := request("POST /b", "api.test:8080", "Content-Length: 10\r\n")
+	for what, finish := range map[string]func(*Guard, *Incoming){
+		"no_invocation": func(_ *Guard, in *Incoming) { in.Answer([]byte("HTTP/1.1 204 No Content\r\n\r\n")) },
+		"lease_expired": func(g *Guard, _ *Incoming) { g.Renew(0) },
+	} {
+		g, c, in := invoked(t, "enforce")
+		g.live.cursor = atState(g, 3)
+		out := connect(t, g, api)
+		expect(t, out, head+"01234", head+"01234", Allowed)
+
+		finish(g, in)
+
+		expect(t, out, "56789", "", Denied)
+		if r := c.Last(t); r.Reason != what {
+			t.Errorf("verdict %+v, want %s", r, what)
+		}
+	}
 }
 
 func TestHeldBytesThatWaitTooLongAreDenied(t *testing.T) {
