@@ -92,6 +92,9 @@ type Admission struct {
 // bodyBytesMax does not bound the body of a released request: it stays between the gateway and the program.
 const bodyBytesMax = math.MaxInt64 / 2
 
+// probeAnswerMax bounds the body of the answer to a probe, which nobody has a use for.
+const probeAnswerMax = 16 << 10
+
 // Admit reads the head at the front of b and waits until its request may be released: for the answer to the request
 // before it, for the instance, and for the controller. gone ends the waiting.
 func (in *Incoming) Admit(b []byte, gone <-chan struct{}) Admission {
@@ -106,6 +109,13 @@ func (in *Incoming) Admit(b []byte, gone <-chan struct{}) Admission {
 	select {
 	case <-idle:
 	case <-gone:
+		return Admission{Gone: true}
+	}
+	// Nobody could answer: a start would only use up the request's token.
+	in.mu.Lock()
+	over := in.over
+	in.mu.Unlock()
+	if over {
 		return Admission{Gone: true}
 	}
 	g := in.g
@@ -161,9 +171,19 @@ func (in *Incoming) Broken(err error) Outcome {
 	return outcome
 }
 
-// isProbe tells a health check: it carries no work, so it is no invocation.
+// isProbe tells a health check by who runs the instance: it carries no work, so it is no invocation. A gateway passes a
+// client's request for the same path on, too; that one has fields that say so.
 func isProbe(head *http1.RequestHead, healthPath string) bool {
-	return healthPath != "" && head.Method == "GET" && head.Target == healthPath && head.ContentLength == 0 && !head.Chunked
+	if healthPath == "" || head.Method != "GET" || head.Target != healthPath || head.ContentLength != 0 || head.Chunked {
+		return false
+	}
+	for i := range head.Fields {
+		switch name := strings.ToLower(head.Fields[i].Name); {
+		case name == "x-call-id", name == "x-start-time", name == "forwarded", strings.HasPrefix(name, "x-forwarded-"):
+			return false
+		}
+	}
+	return true
 }
 
 func (in *Incoming) release(head *http1.RequestHead, n int, inv *invocation) Admission {
@@ -378,7 +398,11 @@ func (x *exchange) feed(b []byte) (n int, done bool, err error) {
 			return n, true, nil
 		default:
 			x.toClose = head.UntilClose
-			x.body = http1.NewBody(head.ContentLength, head.Chunked, head.UntilClose, bodyBytesMax)
+			bound := int64(bodyBytesMax)
+			if x.inv == nil {
+				bound = probeAnswerMax
+			}
+			x.body = http1.NewBody(head.ContentLength, head.Chunked, head.UntilClose, bound)
 			if taken, done, err := x.body.Feed(nil); err != nil || done {
 				return n + taken, done, err
 			}

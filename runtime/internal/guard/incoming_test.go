@@ -136,6 +136,42 @@ func TestAProbePassesWithoutAnInvocationInEveryMode(t *testing.T) {
 	}
 }
 
+// The gateway passes any path on to a function, so a client could otherwise speak to one that is no entry.
+func TestARequestThatWasPassedOnIsNoProbe(t *testing.T) {
+	for _, field := range []string{"X-Call-Id: 1", "x-forwarded-for: 10.0.0.1", "X-Forwarded-Host: gateway", "Forwarded: for=10.0.0.1", "X-Start-Time: 1"} {
+		g, c := newGuard(t, "enforce")
+
+		released(t, accept(t, g).Admit([]byte("GET /_/health HTTP/1.1\r\nHost: f\r\n"+field+"\r\n\r\n"), nil))
+
+		if len(c.Started()) != 1 {
+			t.Errorf("with %q it was taken for a probe", field)
+		}
+	}
+}
+
+func TestAnAnswerToAProbeIsShort(t *testing.T) {
+	g, _ := newGuard(t, "enforce")
+	in := accept(t, g)
+	released(t, in.Admit([]byte("GET /_/health HTTP/1.1\r\nHost: f\r\n\r\n"), nil))
+	head := "HTTP/1.0 200 OK\r\n\r\n"
+
+	answer(t, in, head+strings.Repeat("x", probeAnswerMax), len(head)+probeAnswerMax, Allowed)
+	answer(t, in, "x", 0, Denied)
+}
+
+func TestAConnectionWhoseAnswersEndedAsksForNoFurtherStart(t *testing.T) {
+	_, c, in := invoked(t, "enforce")
+	in.Close()
+
+	if a := in.Admit([]byte(postRequest), nil); !a.Gone {
+		t.Errorf("admitted: %+v", a)
+	}
+
+	if n := len(c.Started()); n != 1 {
+		t.Errorf("%d starts", n)
+	}
+}
+
 func TestARequestWithABodyIsNoProbe(t *testing.T) {
 	for _, m := range []string{
 		"GET /_/health HTTP/1.1\r\nHost: f\r\nContent-Length: 1\r\n\r\n",
