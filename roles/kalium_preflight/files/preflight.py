@@ -159,7 +159,8 @@ def is_ours(pid, own, proc="/proc"):
     return False
 
 
-def check_ports(spec, report, proc="/proc", is_root=os.geteuid() == 0):
+def check_ports(spec, report, proc="/proc", is_root=None):
+    is_root = os.geteuid() == 0 if is_root is None else is_root
     listening = {protocol: list(sockets(protocol, proc)) for protocol in ("tcp", "udp")}
     for wanted in spec["ports"]:
         ours, number = socket.inet_aton(wanted["address"]), int(wanted["port"])
