@@ -393,6 +393,8 @@ func (x *exchange) feed(b []byte) (n int, done bool, err error) {
 		n += length - known
 		x.head = nil
 		switch {
+		case head.Interim && x.inv == nil:
+			return n, false, wire.Malformed("an interim answer to a probe")
 		case head.Interim: // another head follows
 		case head.NoBody:
 			return n, true, nil

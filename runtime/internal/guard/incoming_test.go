@@ -157,6 +157,12 @@ func TestAnAnswerToAProbeIsShort(t *testing.T) {
 
 	answer(t, in, head+strings.Repeat("x", probeAnswerMax), len(head)+probeAnswerMax, Allowed)
 	answer(t, in, "x", 0, Denied)
+
+	in = accept(t, g)
+	released(t, in.Admit([]byte("GET /_/health HTTP/1.1\r\nHost: f\r\n\r\n"), nil))
+	if _, outcome := in.Answer([]byte("HTTP/1.1 103 Early Hints\r\nX: y\r\n\r\n")); outcome != Denied {
+		t.Error("interim answers have no end")
+	}
 }
 
 func TestAConnectionWhoseAnswersEndedAsksForNoFurtherStart(t *testing.T) {
