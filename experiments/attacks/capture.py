@@ -87,8 +87,8 @@ class Capture:
         assert self._process is not None, "it was started"
         process = self._process
         if process.poll() is None:
-            # With sudo in between the process is root's: only root may end it.
-            subprocess.run(as_root(["kill", "-INT", str(process.pid)]), check=False, timeout=STOP_SECONDS_MAX)
+            # With sudo in between the process is root's: only root may end it. The shell's own `kill`: a small host has no program of that name.
+            subprocess.run(as_root(["sh", "-c", f"kill -INT {process.pid}"]), check=False, timeout=STOP_SECONDS_MAX)
         with contextlib.suppress(subprocess.TimeoutExpired):
             _, rest = process.communicate(timeout=STOP_SECONDS_MAX)
             self._said += rest
