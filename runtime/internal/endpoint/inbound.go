@@ -163,7 +163,7 @@ func (s *Stream) keep() {
 	}
 	// The callback may run with the inner endpoint's lock held, so it looks at the state only, which takes none.
 	entry := waiter.NewFunctionEntry(waiter.ReadableEvents|waiter.EventHUp|waiter.EventErr|waiter.EventRdHUp, func(waiter.EventMask) {
-		if !connected(s.inner.State()) {
+		if gone(s.inner.State()) {
 			s.rx.end()
 		}
 		s.rx.nudge()

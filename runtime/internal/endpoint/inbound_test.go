@@ -203,6 +203,24 @@ func TestTheEndOfTheConnectionComesBehindTheRequests(t *testing.T) {
 	}
 }
 
+func TestABodyIsReadToItsEndAfterTheProgramsOwn(t *testing.T) {
+	n := newNet(t, "enforce")
+	gateway, program := n.served()
+	head := "POST / HTTP/1.1\r\nHost: f\r\nContent-Length: 4\r\n\r\n"
+	gateway.write(head + "{}")
+	program.read(head + "{}")
+	program.write(noContent)
+	must(t, program.Shutdown(tcpip.ShutdownWrite))
+	gateway.read(noContent)
+
+	gateway.write("ab")
+	must(t, gateway.Shutdown(tcpip.ShutdownWrite))
+
+	if got, end := program.end(); got != "ab" || !isEOF(end) {
+		t.Errorf("the program read %q and then %v", got, end)
+	}
+}
+
 func TestAResetEndsTheInvocation(t *testing.T) {
 	n := newNet(t, "enforce")
 	gateway, program := n.working()

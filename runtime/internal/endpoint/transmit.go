@@ -19,6 +19,13 @@ func connected(state uint32) bool {
 	return s == tcp.StateEstablished || s == tcp.StateCloseWait
 }
 
+// gone tells that the connection failed or that both sides have ended it for good. Before that there may be bytes to read,
+// also when the program has ended its own side.
+func gone(state uint32) bool {
+	s := tcp.EndpointState(state)
+	return s == tcp.StateError || s == tcp.StateClose
+}
+
 // transmit holds judged bytes that the inner endpoint has no room for. A message was read and judged once, so it has to
 // be taken whole: a message is admitted while less than highWater waits, and the socket is writable exactly then. At
 // most highWater, messageMax and the held bytes of one unit wait.
