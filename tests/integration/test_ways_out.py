@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
 from .conftest import Gateway, until
-from .test_enforcement import ATTACKER, RECEIVE, exploit
+from .test_enforcement import ATTACKER, RECEIVE, SUCCESS, exploit
 
 BRIDGE = "kalium0"
 PEER = ("10.137.0.1", 8080)  # the gateway, as functions reach it
@@ -311,3 +311,13 @@ def test_sockets_that_write_packets_exist_nowhere(systems: tuple[Evidence, Evide
     for evidence in systems:
         assert evidence.results[way] in {"EPERM", "EAFNOSUPPORT"}
         assert evidence.left(way) == []
+
+
+def test_the_health_path_of_a_function_that_is_no_entry_is_no_way_to_it(gateway: Gateway, deployed: Any) -> None:
+    """The gateway passes every path on; only the engine's own requests are probes."""
+    deployed(SUCCESS, runtime="kalium", app="hello-retail-strict")
+
+    reply = gateway.request("GET", f"/function/{SUCCESS}/_/health")
+
+    assert reply.status == 403, reply
+    assert json.loads(reply.body)["error"] == "not_an_entry"
