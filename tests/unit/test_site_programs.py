@@ -53,6 +53,14 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
     return make
 
 
+@pytest.fixture
+def only_stand_ins(tmp_path: Path, command: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No program of the machine can be reached by its name: what a reset would do to a site that is set up here, it does to nobody."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    for name in ("podman", "ip", "systemctl", "apt-get", "dpkg-query", "userdel"):
+        command(name, "")
+
+
 # Pre-flight
 
 
@@ -217,10 +225,12 @@ def test_what_was_there_before_is_never_in_the_list(tmp_path: Path, capsys: pyte
 
     record.main(str(listed), [f"path:{theirs}", f"path:{ours}", "user:root", "user:kalium-nobody", "bridge:lo"])
     ours.mkdir()
-    record.main(str(listed), [f"path:{theirs}", f"path:{ours}"])
+    record.main(str(listed), [f"path:{theirs}", f"path:{listed.parent}", f"path:{ours}"])
 
     assert capsys.readouterr().out.split() == ["changed", "unchanged"]
-    assert read_list(listed) == {"schema": record.SCHEMA, "packages": [], "users": ["kalium-nobody"], "bridges": [], "paths": [str(ours)]}
+    # The folder of the list was not there before either.
+    paths = [str(listed.parent), str(ours)]
+    assert read_list(listed) == {"schema": record.SCHEMA, "packages": [], "users": ["kalium-nobody"], "bridges": [], "paths": paths}
     assert stat.S_IMODE(listed.stat().st_mode) == 0o644
 
 
@@ -261,6 +271,7 @@ def test_a_list_that_cannot_be_read_is_an_error_and_stays(tmp_path: Path, conten
     assert path.read_text(encoding="utf-8") == content
 
 
+@pytest.mark.usefixtures("only_stand_ins")
 def test_a_reset_removes_what_the_list_says_and_nothing_else(
     tmp_path: Path, command: Callable[[str, str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +298,23 @@ def test_a_reset_removes_what_the_list_says_and_nothing_else(
     assert "left package shared" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("only_stand_ins")
+def test_a_reset_removes_the_folder_of_the_list_after_everything_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """While the list is there, a reset that was interrupted can be repeated."""
+    folders = [tmp_path / "a-longer-name" / "inner", tmp_path / "var", tmp_path / "etc"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    path = tmp_path / "var" / "list.json"
+    path.write_text(json.dumps({"packages": [], "users": [], "bridges": [], "paths": [str(folder) for folder in folders]}), encoding="utf-8")
+
+    remove.main(str(path), str(tmp_path / "opt"), str(tmp_path / "etc"))
+
+    removed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("removed ")]
+    assert removed == [f"removed {folder}" for folder in (folders[0], folders[2], folders[1])]
+    assert not folders[1].exists()
+
+
+@pytest.mark.usefixtures("only_stand_ins")
 def test_a_second_reset_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     remove.main(str(tmp_path / "list.json"), str(tmp_path), str(tmp_path))
 

@@ -93,6 +93,9 @@ def exists(kind, name):
 def main(path, items):
     record = load(path)
     before = json.dumps(record, sort_keys=True)
+    folder = os.path.dirname(path)
+    if not os.path.lexists(folder):
+        record["paths"].append(folder)  # the list itself makes it, whoever records first
     for item in items:
         kind, _, name = item.partition(":")
         if kind == "packages":

@@ -115,8 +115,9 @@ def remove_packages(packages):
         print("removed packages " + " ".join(gone))
 
 
-def remove_paths(paths, keep):
-    for path in sorted(paths, key=len, reverse=True):
+def remove_paths(paths, keep, last):
+    """Inner paths first, and what holds the list `last`."""
+    for path in sorted(paths, key=lambda path: (not last.startswith(path + "/"), len(path)), reverse=True):
         if path in keep or not os.path.lexists(path):
             continue
         if os.path.isdir(path) and not os.path.islink(path):
@@ -143,7 +144,7 @@ def main(path, opt, etc):
     remove_users(record["users"])
     if record["packages"]:
         remove_packages(record["packages"])
-    remove_paths(record["paths"], keep)
+    remove_paths(record["paths"], keep, path)
     if os.path.exists(path):
         os.remove(path)
     if os.path.isdir("/run/systemd/system"):
