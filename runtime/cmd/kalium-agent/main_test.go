@@ -34,4 +34,6 @@ func TestExitCodesSayWhatHappened(t *testing.T) {
 	}
 }
 
-func holds(text, part string) bool { return (part == "") == (text == "") && strings.Contains(text, part) }
+func holds(text, part string) bool {
+	return (part == "") == (text == "") && strings.Contains(text, part)
+}
