@@ -337,8 +337,8 @@ def personalise(root: Path, folder: Path) -> None:
 def own_cgroups() -> dict[Path, Mapping[str, str]]:
     """One control group of each version 1 hierarchy for the host, with the values a `cpuset` group needs before it takes a process.
 
-    systemd-nspawn makes the group it is started in the root of the host's tree. Where systemd runs the machine it gives nspawn a scope of
-    its own instead, and the result is empty.
+    systemd-nspawn makes the group it is started in the root of the host's tree. Where systemd runs the machine it is started in a scope of
+    systemd's instead, and the result is empty.
     """
     if Path("/run/systemd/system").is_dir():
         return {}
@@ -432,14 +432,16 @@ def machine(root: Path, namespace: Path, folder: Path) -> Iterator[subprocess.Po
         *("systemd-nspawn", "--quiet", "--boot", f"--directory={root}", f"--machine={NAME}", f"--hostname={NAME}"),
         *(f"--network-namespace-path={namespace}", "--resolv-conf=off", "--timezone=off", "--link-journal=no", "--console=pipe"),
         # Roles set up bridges and run sandboxes on a host; a real one would not be filtered.
-        *("--capability=all", "--system-call-filter=@known", "--register=no", *(["--keep-unit"] if groups else [])),
+        *("--capability=all", "--system-call-filter=@known", "--register=no", "--keep-unit"),
         *(f"--bind={CACHE / name}:{path}" for name, path in caches.items()),
     )
+    # nspawn cannot ask for a scope of its own: it would name itself by its number in the namespace below, which systemd does not know.
+    scope = () if groups else ("systemd-run", "--scope", "--quiet", "--collect", f"--slice={NAME}.slice", "--property=Delegate=yes")
     joining = 'for group in $GROUPS_TO_JOIN; do echo $$ >"$group/cgroup.procs" || exit 1; done; exec "$@"'
     with (folder / "console.log").open("ab") as console:
         booted = subprocess.Popen(
             # An init outlives a killed nspawn. As the first process of a namespace nspawn takes all others with it.
-            ending_with_us("sh", "-c", joining, "sh", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *nspawn),
+            ending_with_us("sh", "-c", joining, "sh", *scope, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *nspawn),
             env={**os.environ, "GROUPS_TO_JOIN": " ".join(str(group) for group in groups), "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network"},
             stdin=subprocess.DEVNULL,
             stdout=console,
@@ -449,8 +451,12 @@ def machine(root: Path, namespace: Path, folder: Path) -> Iterator[subprocess.Po
     try:
         yield booted
     finally:
-        # Nothing on this host is worth an orderly shutdown.
-        booted.kill()
+        # Nothing on this host is worth an orderly shutdown. nspawn ends after all in its namespace, and `unshare`, whose child it is, after it.
+        child = Path(f"/proc/{booted.pid}/task/{booted.pid}/children")
+        inner = child.read_text(encoding="ascii").split() if booted.poll() is None else []
+        for pid in [int(pid) for pid in inner] or [booted.pid]:
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(pid, signal.SIGKILL)
         booted.wait(timeout=ENDED_S_MAX)
         remove_cgroups(groups)
 

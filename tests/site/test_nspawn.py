@@ -26,7 +26,8 @@ def inventory_of(host: Host, path: Path) -> Path:
 def traces() -> list[str]:
     """What a host leaves on this machine while it is there: its link and its processes' groups."""
     links = subprocess.run(["ip", "-brief", "link"], check=True, capture_output=True, text=True, timeout=10).stdout
-    groups = Path("/sys/fs/cgroup").glob(f"**/{NAME}")
+    # A group of that name of each hierarchy, or a slice of that name where systemd runs the machine; the host's own groups are below.
+    groups = (Path(group) for top in Path("/sys/fs/cgroup").glob(f"**/{NAME}*") for group, _, _ in os.walk(top))
     return [
         *(line for line in links.splitlines() if line.startswith(TEST_LINK)),
         *(f"{group}: {pids}" for group in groups if (pids := (group / "cgroup.procs").read_text(encoding="utf-8").split())),
