@@ -194,7 +194,9 @@ def test_a_sandbox_without_a_guard_sends_nothing(receiver: Receiver) -> None:
         ):
             subprocess.run(command.split(), check=True, timeout=10)
         try:
-            podman = ["podman", "--runtime", runtime, "run", "--rm", "--runtime-flag=network=sandbox", "--pull", "never"]
+            # Cgroups as the engine and its flags have them: not every host hands them out.
+            podman = ["podman", "--cgroup-manager", "cgroupfs", "--runtime", runtime, "run", "--rm", "--cgroups", "no-conmon", "--pull", "never"]
+            podman += ["--runtime-flag=network=sandbox", "--runtime-flag=ignore-cgroups"]
             network = ["--network", f"ns:/run/netns/{instance}", "--entrypoint", "python3", image, "-c", code]
             return subprocess.run([*podman, *network], capture_output=True, timeout=60, check=False).returncode
         finally:
