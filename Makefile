@@ -67,7 +67,8 @@ clean: ## remove .venv and this project's caches; what is installed stays (make 
 
 # What the targets above do once the question about root is settled.
 
-reproduce-steps: site-steps
+reproduce-steps: setup
+	ansible-playbook site.yml -i $(INVENTORY)
 	fab check
 	fab run-e1
 	fab run-attacks
