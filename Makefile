@@ -114,7 +114,9 @@ check-go: developer
 	cd runtime && $(GO) test -race -json ./... | $(PYTHON) ../.ci/report.py go $(REPORTS)/go.json
 
 site-tests: developer
+	@mkdir -p $(REPORTS)
 	$(PYTEST) --quiet --junitxml=$(REPORTS)/site.xml tests/site
 
 integration: developer
+	@mkdir -p $(REPORTS)
 	$(AS_ROOT) $(PYTEST) --quiet --junitxml=$(REPORTS)/integration.xml tests/integration
