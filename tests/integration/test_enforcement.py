@@ -181,9 +181,9 @@ def test_a_sandbox_without_a_guard_sends_nothing(receiver: Receiver) -> None:
     """The guarded runtime, started by hand without a configuration, has no way out; stock has."""
     instance, address = "kalium-test-bare", "10.137.0.251"
     image = json.loads(Path("/var/lib/kalium/images/images.json").read_text(encoding="utf-8"))[SUCCESS]["image"]
-    code = SEND_AWAY.format(host=ATTACKER[0], port=ATTACKER[1], marker="bare")
+    code = "print('started', flush=True)\n" + SEND_AWAY.format(host=ATTACKER[0], port=ATTACKER[1], marker="bare")
 
-    def run(runtime: str) -> int:
+    def run(runtime: str) -> subprocess.CompletedProcess[str]:
         for command in (
             f"ip netns add {instance}",
             f"ip link add kvt0 type veth peer name eth0 netns {instance}",
@@ -198,13 +198,16 @@ def test_a_sandbox_without_a_guard_sends_nothing(receiver: Receiver) -> None:
             podman = ["podman", "--cgroup-manager", "cgroupfs", "--runtime", runtime, "run", "--rm", "--cgroups", "no-conmon", "--pull", "never"]
             podman += ["--runtime-flag=network=sandbox", "--runtime-flag=ignore-cgroups"]
             network = ["--network", f"ns:/run/netns/{instance}", "--entrypoint", "python3", image, "-c", code]
-            return subprocess.run([*podman, *network], capture_output=True, timeout=60, check=False).returncode
+            return subprocess.run([*podman, *network], capture_output=True, text=True, timeout=60, check=False)
         finally:
             subprocess.run(["ip", "netns", "del", instance], check=True, timeout=10)
 
-    assert run("/opt/kalium/bin/runsc-stock") == 0
+    stock = run("/opt/kalium/bin/runsc-stock")
+    assert (stock.returncode, stock.stdout) == (0, "started\n"), stock
     until(lambda: b"bare" in receiver.received, "the bytes from stock gVisor", 10)
     connections = receiver.connections
 
-    assert run("/opt/kalium/bin/runsc-kalium") != 0
+    bare = run("/opt/kalium/bin/runsc-kalium")
+    assert bare.stdout == "started\n", bare  # the program ran: it is its message that had no way out
+    assert "PermissionError" in bare.stderr, bare
     assert receiver.connections == connections
