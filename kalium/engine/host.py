@@ -181,9 +181,17 @@ class Host:
             await self.agent.register(instance.container, deployment.app, deployment.name, instance.image)
 
     async def start(self, instance: Instance) -> None:
-        """Start the container and watch its process. Raises NotReady; what was made stays, for `remove`."""
+        """Start the container and watch its process. Raises NotReady; what was made stays, for `remove`.
+
+        A start that has begun is waited for, also when its instance is not wanted any more: a podman that is killed halfway leaves a
+        sandbox that runs and that it has no record of, so that `remove` would not find it.
+        """
+        starting = asyncio.ensure_future(self.podman.start(instance.container, instance.runtime))
         try:
-            await self.podman.start(instance.container, instance.runtime)
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await asyncio.wait({starting})
+            raise
         except CommandFailed as error:
             raise NotReady(f"podman cannot start it: {error.found}") from error
         self._watch.start(instance, self.podman.pid_file(instance.id))

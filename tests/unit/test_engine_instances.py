@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from kalium.engine.agent import Agent, AgentUnavailable
 from kalium.engine.command import CommandFailed
 from kalium.engine.config import Listener
 from kalium.engine.functions import Replica
+from kalium.engine.host import Host
 from kalium.engine.limits import REMOVE_ATTEMPTS_MAX
 from kalium.engine.network import AddressPool, hardware_address
 from kalium.engine.server import Engine
@@ -124,6 +126,35 @@ def test_an_instance_that_ends_before_it_is_ready_is_not_waited_for(tmp_path: Pa
 
             await site.ready()
             assert "its process ended; its output ends with: hello" in site.events("instance_failed")[0]["detail"]
+
+    play(story())
+
+
+def test_a_start_that_has_begun_is_waited_for_when_nobody_wants_it_any_more(tmp_path: Path) -> None:
+    """Sandboxes without a record were found on a busy host: podman had been killed in the middle of a start."""
+
+    async def story() -> None:
+        ended = asyncio.Event()
+        released = asyncio.Event()
+
+        class SlowPodman:
+            async def start(self, container: str, runtime: Any) -> None:
+                await released.wait()
+                ended.set()
+
+        host = Host.__new__(Host)
+        host.podman = SlowPodman()  # type: ignore[assignment]
+        starting = asyncio.ensure_future(host.start(SimpleNamespace(container="c", runtime=None)))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        starting.cancel()
+        await asyncio.sleep(0)
+        assert not starting.done()
+
+        released.set()
+
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert ended.is_set()
 
     play(story())
 
