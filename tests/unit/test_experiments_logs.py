@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from experiments import housekeeping
+from experiments.database import Resetter
 from experiments.errors import ExperimentError, RunRefused
 from experiments.hostfiles import LogTail, read_bytes
 from experiments.paths import RunPaths
@@ -118,3 +120,18 @@ def test_every_run_is_listed_once_and_latest_is_no_run(tmp_path: Path) -> None:
     found = housekeeping.runs(replace(SITE, checkout=tmp_path))
 
     assert [run.stamp for run in found] == ["20260101T000000Z", "20260102T000000Z"]
+
+
+def test_a_dead_database_is_named_with_its_address_and_the_next_step(tmp_path: Path) -> None:
+    reset = tmp_path / "reset.sql"
+    reset.write_text("SELECT 1;", encoding="utf-8")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # closed below, so that nobody listens there
+    site = replace(SITE, database=Database("127.0.0.1", port, "helloRetail", "abc", "xyz", reset))
+
+    with pytest.raises(ExperimentError) as caught:
+        Resetter(site).reset()
+
+    assert caught.value.code == "database.failed"
+    assert f"helloRetail at 127.0.0.1:{port}" in caught.value.for_humans()
+    assert "\nnext: " in caught.value.for_humans()
