@@ -11,6 +11,7 @@ comes in as `now_ns`, of any monotonic clock. A shell feeds, collects, writes an
 
 from __future__ import annotations
 
+import abc
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ class LocalError(Exception):
     """Our own side misused a session: answered what nobody asked, or spoke out of turn."""
 
 
-class _Session:
+class _Session(abc.ABC):
     """What both ends share: cutting frames, the table, the open questions, what waits to be written, the end."""
 
     _transitions: Mapping[SessionState, Mapping[type[Frame], SessionState]]
@@ -183,12 +184,12 @@ class _Session:
         """When the shell has to call `expire`, if ever."""
         return None
 
-    def expire(self, *, now_ns: int) -> None:
+    def expire(self, *, now_ns: int) -> None:  # noqa: B027 - a session whose deadline_ns is None has nothing to close
         """Close what has waited too long."""
 
+    @abc.abstractmethod
     def _accept(self, frame_id: int, frame: Frame) -> bool:
         """Whether a frame that the table allows becomes an event; otherwise it has closed the session or was answered."""
-        raise NotImplementedError
 
     def _send(self, frame_id: int, frame: Frame) -> None:
         if self.state is SessionState.CLOSED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import io
 import json
@@ -11,7 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 
-class InThread:
+class InThread(abc.ABC):
     """Runs what `service` returns, an asynchronous context manager that gives (host, port), while a `with` lasts.
 
     `port` is known inside of it; `log` is for what the service says, in JSON lines.
@@ -25,8 +26,9 @@ class InThread:
         self._stop: asyncio.Event | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
+    @abc.abstractmethod
     def service(self) -> AbstractAsyncContextManager[tuple[str, int]]:
-        raise NotImplementedError
+        """The service, which serves while it is entered."""
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
