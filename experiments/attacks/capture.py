@@ -31,17 +31,21 @@ SEQUENCE_MODULUS = 1 << 32
 
 
 class Capture:
-    """tcpdump on `interface` while the `with` lasts. Raises RunRefused at its end when packets were lost."""
+    """tcpdump on `interface` while the `with` lasts. Raises RunRefused at its end when packets were lost.
 
-    def __init__(self, interface: str, file: Path) -> None:
+    `within` is a command that runs another in the network namespace of the interface.
+    """
+
+    def __init__(self, interface: str, file: Path, *, within: tuple[str, ...] = ()) -> None:
         self.interface = interface
+        self.within = within
         self.file = file
         self._process: subprocess.Popen[bytes] | None = None
         self._said = b""
 
     def __enter__(self) -> Capture:
         # To standard output: whatever user or profile tcpdump is confined to, the file is ours.
-        command = as_root(["tcpdump", "-i", self.interface, "-n", "-s", "0", "-U", "--immediate-mode", "-B", "16384", "-w", "-"])
+        command = as_root([*self.within, "tcpdump", "-i", self.interface, "-n", "-s", "0", "-U", "--immediate-mode", "-B", "16384", "-w", "-"])
         try:
             with self.file.open("xb") as output:
                 self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, start_new_session=True)
