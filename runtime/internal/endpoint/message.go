@@ -15,7 +15,8 @@ var (
 	large = sync.Pool{New: func() any { return new([messageMax]byte) }}
 )
 
-// message is our own copy of what the program sends. Its buffer goes back to a pool, or on to the transmit queue.
+// message is our own copy of what the program sends. Its buffer goes back to a pool, or on to the transmit queue. Without
+// a buffer of a pool the bytes are lent, and are copied when they have to wait.
 type message struct {
 	b     []byte
 	small *[smallMessage]byte
@@ -43,7 +44,7 @@ func (m *message) free() {
 
 // rest moves all but the first n bytes out of m. A short rest is copied, so that it does not keep a large buffer.
 func (m *message) rest(n int) message {
-	if m.large == nil || len(m.b)-n > messageMax/4 {
+	if m.small != nil || m.large != nil && len(m.b)-n > messageMax/4 {
 		r := *m
 		r.b = m.b[n:]
 		*m = message{}

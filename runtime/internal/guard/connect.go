@@ -30,7 +30,7 @@ func (g *Guard) Connect(to netip.AddrPort) (*Outgoing, Outcome) {
 		if outcome == Denied {
 			return nil, Denied
 		}
-		return &Outgoing{g: g, phase: opaque}, outcome
+		return newMarked(g), outcome
 	}
 	return newOutgoing(g, peers), Allowed
 }

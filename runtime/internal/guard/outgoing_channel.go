@@ -1,0 +1,156 @@
+package guard
+
+import (
+	"time"
+
+	"kalium.dev/kalium/runtime/internal/policy"
+)
+
+// holdBytesMax bounds what is held on one stream. A unit beyond it is refused; the parsers' own bounds are below it.
+const holdBytesMax = 64 << 10
+
+// speaker follows one protocol on a stream of plain bytes.
+type speaker interface {
+	// unit judges the unit at the front of data, which is not empty.
+	unit(data []byte, w *output) step
+	// whole tells the length of the unit that data begins and does not finish, and 0 when it is not known yet.
+	whole(data []byte) int
+	// holdMax is how many bytes of an unfinished unit are held.
+	holdMax() int
+}
+
+// step is what became of the unit at the front of a stream. The zero step denies.
+type step struct {
+	n       int // bytes of the unit, or those of a body that may go on
+	outcome Outcome
+	short   bool // it is not whole
+}
+
+// short asks for more bytes.
+var short = step{short: true}
+
+// output is what leaves of one write. While everything passes as it is, that is a part of the input and nothing is copied.
+type output struct {
+	data     []byte // what is judged
+	from, at int    // data[from:at] passes as it is, behind buf
+	buf      []byte // memory of our own
+	changed  bool   // the unit at the front is replaced by what was appended to buf
+}
+
+// instead begins to replace the unit at the front: what is appended to buf takes its place.
+func (w *output) instead() {
+	w.flush()
+	w.changed = true
+}
+
+func (w *output) flush() {
+	w.buf = append(w.buf, w.data[w.from:w.at]...)
+	w.from = w.at
+}
+
+// channel is one stream of plain bytes: a speaker, and what is held until the unit that it begins is whole.
+type channel struct {
+	o       *Outgoing
+	speaker speaker
+	opaque  bool // enforce would have ended the connection: bytes flow unseen
+	dead    bool
+
+	held  []byte // our own memory
+	since time.Time
+	out   output
+}
+
+// take judges bytes of the stream and returns those that may leave: b itself, cut, or memory that is valid until the next
+// call. Denied: send holds what was judged before the denied unit.
+func (c *channel) take(b []byte) (send []byte, outcome Outcome) {
+	switch {
+	case c.dead:
+		return nil, c.o.deny()
+	case c.opaque:
+		// Audit may have become enforce since the connection was marked.
+		if s := c.o.g.stand(); s.lenient() {
+			return b, Allowed
+		}
+		c.opaque, c.dead = false, true
+		return nil, c.o.deny()
+	}
+	w := &c.out
+	w.buf = w.buf[:0]
+	for len(c.held) > 0 && len(b) > 0 {
+		n := len(b)
+		if whole := c.speaker.whole(c.held); whole > len(c.held) {
+			n = min(n, whole-len(c.held))
+		}
+		c.held = append(c.held, b[:n]...)
+		b = b[n:]
+		outcome = c.run(c.held)
+		w.flush() // the memory of what was held is used again
+		if w.at > 0 {
+			c.held = c.held[:copy(c.held, c.held[w.at:])]
+			c.since = c.o.g.now()
+		}
+		if outcome == Denied {
+			c.held, c.dead = nil, true
+			return w.buf, Denied
+		}
+		if c.opaque {
+			c.held = nil
+			return append(w.buf, b...), Allowed
+		}
+	}
+	if len(b) == 0 {
+		return w.buf, Allowed
+	}
+	outcome = c.run(b)
+	if outcome == Denied {
+		c.dead = true
+	} else if w.at < len(b) {
+		c.held, c.since = append(c.held, b[w.at:]...), c.o.g.now()
+	}
+	if w.from == 0 && len(w.buf) == 0 {
+		return b[:w.at], outcome
+	}
+	w.flush()
+	return w.buf, outcome
+}
+
+// run judges the units at the front of data until one is not whole. What enforce would have ended goes on unseen, so that
+// the sequence up to there is the same in both modes.
+func (c *channel) run(data []byte) Outcome {
+	w := &c.out
+	w.data, w.from, w.at = data, 0, 0
+	for w.at < len(data) {
+		s := c.speaker.unit(data[w.at:], w)
+		if s.short {
+			if len(data)-w.at <= c.speaker.holdMax() {
+				break
+			}
+			s.outcome = c.o.refuse("a unit beyond its bound", policy.ReasonTooLarge)
+		}
+		if s.outcome != Denied {
+			w.at += s.n
+		}
+		if w.changed {
+			w.from, w.changed = w.at, false
+		}
+		switch s.outcome {
+		case Denied:
+			return Denied
+		case Marked:
+			c.opaque, w.at = true, len(data)
+		}
+	}
+	return Allowed
+}
+
+// giveUp settles what is held and can not become whole any more. It returns what leaves nevertheless.
+func (c *channel) giveUp(reason policy.Reason) (send []byte, outcome Outcome) {
+	outcome = c.o.refuse("an unfinished unit", reason)
+	send, c.held = c.held, nil
+	if outcome == Denied {
+		c.dead = true
+		return nil, Denied
+	}
+	c.opaque = true
+	return send, outcome
+}
