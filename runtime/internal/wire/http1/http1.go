@@ -16,7 +16,7 @@ import (
 // Bounds of a head.
 const (
 	HeadBytesMax  = 16 * 1024 // nginx, Apache and Python's http.server stop between 8 and 64 KiB
-	fieldsMax     = 100       // the bound of Python's http.client
+	FieldsMax     = 100       // the bound of Python's http.client
 	methodMax     = 16
 	targetMax     = 8 * 1024
 	queryKeysMax  = 32
@@ -59,23 +59,29 @@ func ParseRequest(b []byte) (head *RequestHead, n int, err error) {
 // misleading refuses what some servers take for another request than the one that was judged.
 func (h *RequestHead) misleading() error {
 	for i := range h.Fields {
-		switch name := strings.ToLower(h.Fields[i].Name); name {
-		case "x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-rewrite-url":
-			// Frameworks put these in the place of the request line.
+		if name := strings.ToLower(h.Fields[i].Name); Misleads(name) {
 			return wire.Unsupported("field %s", name)
 		}
 	}
-	if !h.Chunked && h.ContentLength == 0 {
-		return nil
-	}
-	switch h.Method {
-	case "GET", "HEAD", "DELETE":
-		// RFC 9110 sections 9.3.1, 9.3.2 and 9.3.5 give the body no meaning. A server that does not read it takes it for
-		// the next request, which nobody has judged; Python's http.server is one.
+	if (h.Chunked || h.ContentLength > 0) && Bodiless(h.Method) {
 		return wire.Unsupported("a %s request with a body", h.Method)
 	}
 	return nil
 }
+
+// Misleads tells whether a field, by its lower-case name, puts another request in the place of the judged one: frameworks
+// take method or target from it.
+func Misleads(name string) bool {
+	switch name {
+	case "x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-rewrite-url":
+		return true
+	}
+	return false
+}
+
+// Bodiless tells the methods whose body RFC 9110 sections 9.3.1, 9.3.2 and 9.3.5 give no meaning. A server that does not
+// read it takes it for the next request, which nobody has judged; Python's http.server is one.
+func Bodiless(method string) bool { return method == "GET" || method == "HEAD" || method == "DELETE" }
 
 // ParseIncoming reads the head of a request that comes to a function, as ParseRequest does. What the function makes of
 // it inside is not judged.
@@ -165,12 +171,26 @@ func cutLine(b []byte) (line, rest []byte) {
 }
 
 // requestLine reads method, target and version (RFC 9112 section 3), one space between them.
-func (h *RequestHead) requestLine(line []byte) error {
+func (h *RequestHead) requestLine(line []byte) (err error) {
 	parts := strings.Split(string(line), " ")
 	if len(parts) != 3 {
 		return wire.Malformed("a request line of %d parts", len(parts))
 	}
 	method, target, version := parts[0], parts[1], parts[2]
+	if version != "HTTP/1.1" {
+		return wire.Unsupported("version %s", version)
+	}
+	if err = CheckMethod(method); err != nil {
+		return err
+	}
+	h.Method, h.Target = method, target
+	h.Path, h.Query, err = SplitTarget(target, h.Query)
+	return err
+}
+
+// CheckMethod refuses what is no method in capitals, and two that are: CONNECT makes a tunnel, TRACE echoes fields that
+// only the guard may see.
+func CheckMethod(method string) error {
 	if method == "" || len(method) > methodMax {
 		return wire.Malformed("a method of %d bytes", len(method))
 	}
@@ -179,30 +199,26 @@ func (h *RequestHead) requestLine(line []byte) error {
 			return wire.Malformed("byte %#02x in a method", method[i])
 		}
 	}
-	if version != "HTTP/1.1" {
-		return wire.Unsupported("version %s", version)
-	}
-	// CONNECT makes a tunnel, TRACE echoes fields that only the guard may see.
 	if method == "CONNECT" || method == "TRACE" {
 		return wire.Unsupported("method %s", method)
 	}
-	h.Method, h.Target = method, target
-	return h.target()
+	return nil
 }
 
-// target accepts the origin form only (RFC 9112 section 3.2.1): with the absolute form some servers take the host
-// from it and some from Host. Escapes are refused because servers differ in what they decode before routing.
-func (h *RequestHead) target() error {
-	if len(h.Target) > targetMax {
-		return wire.TooLarge("a target of %d bytes", len(h.Target))
+// SplitTarget accepts the origin form only (RFC 9112 section 3.2.1): with the absolute form some servers take the host
+// from it and some from Host. Escapes are refused because servers differ in what they decode before routing. The keys of
+// the query are appended to keys.
+func SplitTarget(target string, keys []string) (path string, query []string, err error) {
+	if len(target) > targetMax {
+		return "", nil, wire.TooLarge("a target of %d bytes", len(target))
 	}
-	if !strings.HasPrefix(h.Target, "/") {
-		return wire.Unsupported("a target that is not a path")
+	if !strings.HasPrefix(target, "/") {
+		return "", nil, wire.Unsupported("a target that is not a path")
 	}
-	path, query, hasQuery := strings.Cut(h.Target, "?")
+	path, text, hasQuery := strings.Cut(target, "?")
 	for i := range len(path) {
 		if !isPathByte(path[i]) {
-			return wire.Malformed("byte %#02x in a path", path[i])
+			return "", nil, wire.Malformed("byte %#02x in a path", path[i])
 		}
 	}
 	segments := path[1:]
@@ -210,29 +226,28 @@ func (h *RequestHead) target() error {
 		var segment string
 		segment, segments, more = strings.Cut(segments, "/")
 		if segment == "" && more || segment == "." || segment == ".." {
-			return wire.Malformed("an empty or dot segment in a path")
+			return "", nil, wire.Malformed("an empty or dot segment in a path")
 		}
 	}
-	h.Path = path
-	if !hasQuery {
-		return nil
+	if hasQuery {
+		keys, err = queryKeys(text, keys)
 	}
-	return h.queryKeys(query)
+	return path, keys, err
 }
 
 // queryKeys reads key=value pairs joined by '&'. A key has no escapes; a value may have any, since the policy does not
 // look into values. A key twice is refused: servers take the first, the last or both.
-func (h *RequestHead) queryKeys(query string) error {
+func queryKeys(query string, keys []string) ([]string, error) {
 	for i := 0; i < len(query); i++ {
 		c := query[i]
 		if c == '%' {
 			if i+2 >= len(query) || !isHex(query[i+1]) || !isHex(query[i+2]) {
-				return wire.Malformed("a broken escape in a query")
+				return nil, wire.Malformed("a broken escape in a query")
 			}
 			continue
 		}
 		if !isPathByte(c) && c != '?' && c != '+' {
-			return wire.Malformed("byte %#02x in a query", c)
+			return nil, wire.Malformed("byte %#02x in a query", c)
 		}
 	}
 	for more := true; more; {
@@ -241,19 +256,19 @@ func (h *RequestHead) queryKeys(query string) error {
 		key, _, _ := strings.Cut(pair, "=")
 		// ';' separates pairs for some servers.
 		if key == "" || strings.ContainsAny(key, "%+;?") || strings.Contains(pair, ";") {
-			return wire.Malformed("a query key that is empty or escaped")
+			return nil, wire.Malformed("a query key that is empty or escaped")
 		}
-		for _, known := range h.Query {
+		for _, known := range keys {
 			if known == key {
-				return wire.Malformed("a query key appears twice")
+				return nil, wire.Malformed("a query key appears twice")
 			}
 		}
-		if len(h.Query) == queryKeysMax {
-			return wire.TooLarge("more than %d query keys", queryKeysMax)
+		if len(keys) == queryKeysMax {
+			return nil, wire.TooLarge("more than %d query keys", queryKeysMax)
 		}
-		h.Query = append(h.Query, key)
+		keys = append(keys, key)
 	}
-	return nil
+	return keys, nil
 }
 
 // parseFields reads the lines up to and with the empty one (RFC 9112 section 5). allowed tells the bytes of a name.
@@ -265,8 +280,8 @@ func parseFields(b []byte, allowed func(byte) bool) ([]Field, error) {
 			return fields, nil
 		}
 		b = rest
-		if len(fields) == fieldsMax {
-			return nil, wire.TooLarge("more than %d fields", fieldsMax)
+		if len(fields) == FieldsMax {
+			return nil, wire.TooLarge("more than %d fields", FieldsMax)
 		}
 		colon := bytes.IndexByte(line, ':')
 		if colon <= 0 {
@@ -309,7 +324,7 @@ func (h *RequestHead) judgeFields() error {
 			// Promises to understand trailers; harmless by itself, and httplib2 sends it.
 		}
 	}
-	if hosts != 1 || !isHost(host) {
+	if hosts != 1 || !IsHost(host) {
 		return wire.Malformed("not exactly one Host")
 	}
 	h.Host = strings.ToLower(host)
@@ -318,7 +333,7 @@ func (h *RequestHead) judgeFields() error {
 		return wire.Malformed("the body's length is stated more than once")
 	case lengths == 1:
 		var ok bool
-		if h.ContentLength, ok = parseLength(length); !ok {
+		if h.ContentLength, ok = ParseLength(length); !ok {
 			return wire.Malformed("a Content-Length that is not a plain number")
 		}
 	case encodings == 1:
@@ -351,8 +366,8 @@ func (h *RequestHead) connection(value string) error {
 	return nil
 }
 
-// parseLength reads 1*DIGIT (RFC 9110 section 8.6); no sign, no list, no underscore.
-func parseLength(text string) (int64, bool) {
+// ParseLength reads 1*DIGIT (RFC 9110 section 8.6); no sign, no list, no underscore.
+func ParseLength(text string) (int64, bool) {
 	if text == "" || len(text) > lengthDigits {
 		return 0, false
 	}
@@ -365,8 +380,8 @@ func parseLength(text string) (int64, bool) {
 	return n, err == nil
 }
 
-// isHost accepts a name or an IPv4 address with an optional port, or an IPv6 address in brackets.
-func isHost(host string) bool {
+// IsHost accepts a name or an IPv4 address with an optional port, or an IPv6 address in brackets.
+func IsHost(host string) bool {
 	if host == "" || len(host) > 260 {
 		return false
 	}
@@ -391,7 +406,7 @@ func isHost(host string) bool {
 		}
 	}
 	if hasPort {
-		n, ok := parseLength(port)
+		n, ok := ParseLength(port)
 		if !ok || n < 1 || n > 65535 || port[0] == '0' {
 			return false
 		}

@@ -171,7 +171,7 @@ func TestWhatServersReadDifferentlyIsRefused(t *testing.T) {
 		"another method in a field": {head("X-HTTP-Method-Override: DELETE\r\n"), "unsupported"},
 		"another target in a field": {head("x-original-url: /admin\r\n"), "unsupported"},
 		// Bounds.
-		"101 fields":          {head(strings.Repeat("X: y\r\n", fieldsMax)), "too_large"},
+		"101 fields":          {head(strings.Repeat("X: y\r\n", FieldsMax)), "too_large"},
 		"a head of 16385":     {head("X: " + strings.Repeat("y", HeadBytesMax) + "\r\n"), "too_large"},
 		"an endless head":     {"GET /a HTTP/1.1\r\nX: " + strings.Repeat("y", HeadBytesMax), "too_large"},
 		"TLS in HTTP's place": {"\x16\x03\x01\x02\x00", "malformed"},
@@ -197,7 +197,7 @@ func manyKeys(n int) string {
 func TestBoundsThemselvesPass(t *testing.T) {
 	for name, text := range map[string]string{
 		"32 keys":              "GET /a?" + manyKeys(queryKeysMax) + " HTTP/1.1\r\nHost: api\r\n\r\n",
-		"100 fields":           "GET /a HTTP/1.1\r\nHost: api\r\n" + strings.Repeat("X: y\r\n", fieldsMax-1) + "\r\n",
+		"100 fields":           "GET /a HTTP/1.1\r\nHost: api\r\n" + strings.Repeat("X: y\r\n", FieldsMax-1) + "\r\n",
 		"a head of 16384":      simple[:len(simple)-2] + "X: " + strings.Repeat("y", HeadBytesMax-len(simple)-5) + "\r\n\r\n",
 		"a target of 8192":     "GET /" + strings.Repeat("a", targetMax-1) + " HTTP/1.1\r\nHost: api\r\n\r\n",
 		"a method of 16 bytes": strings.Repeat("A", methodMax) + " / HTTP/1.1\r\nHost: api\r\n\r\n",

@@ -143,7 +143,7 @@ func (h *ResponseHead) framing(version string) error {
 		h.Chunked = true
 	case lengths > 0:
 		var ok bool
-		if h.ContentLength, ok = parseLength(length); !ok {
+		if h.ContentLength, ok = ParseLength(length); !ok {
 			return wire.Malformed("an answer's Content-Length that is not a plain number")
 		}
 	default:
