@@ -90,7 +90,7 @@ func (o *Outgoing) Close() {
 // opener chooses the protocol by what the peers at this address speak; only where one port has both, the first byte tells.
 type opener struct{ o *Outgoing }
 
-func (p opener) unit(data []byte, _ *output) step {
+func (p opener) unit(data []byte, _ *output) ruling {
 	o := p.o
 	speaks := map[string]bool{}
 	for _, peer := range o.peers {
@@ -100,13 +100,13 @@ func (p opener) unit(data []byte, _ *output) step {
 	case speaks[policy.ProtocolMySQL] && len(speaks) == 1: // its server speaks first, so nothing could tell it from others
 		o.front.speaker = newMySQLSpeaker(o)
 	case speaks[policy.ProtocolMySQL]:
-		return step{outcome: o.refuse("bytes where two protocols are", policy.ReasonUnknownProtocol)}
+		return ruling{outcome: o.refuse("bytes where two protocols are", policy.ReasonUnknownProtocol)}
 	case speaks[policy.ProtocolHTTPS] && (!speaks[policy.ProtocolHTTP] || data[0] == recordHandshake):
 		o.front.speaker = &tlsSpeaker{o: o}
 	default:
 		o.front.speaker = &http1Speaker{o: o}
 	}
-	return step{outcome: Allowed}
+	return ruling{outcome: Allowed}
 }
 
 func (opener) whole([]byte) int { return 0 }
@@ -141,11 +141,11 @@ func (o *Outgoing) peer() string {
 }
 
 // refuseFor settles what a parser said.
-func (o *Outgoing) refuseFor(err error, prefix string) step {
+func (o *Outgoing) refuseFor(err error, prefix string) ruling {
 	if err == wire.ErrShort {
 		return short
 	}
-	return step{outcome: o.refuse(prefix+err.Error(), reasonOf(err))}
+	return ruling{outcome: o.refuse(prefix+err.Error(), reasonOf(err))}
 }
 
 func reasonOf(err error) policy.Reason {

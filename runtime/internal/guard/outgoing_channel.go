@@ -12,22 +12,22 @@ const holdBytesMax = 64 << 10
 // speaker follows one protocol on a stream of plain bytes.
 type speaker interface {
 	// unit judges the unit at the front of data, which is not empty.
-	unit(data []byte, w *output) step
+	unit(data []byte, w *output) ruling
 	// whole tells the length of the unit that data begins and does not finish, and 0 when it is not known yet.
 	whole(data []byte) int
 	// holdMax is how many bytes of an unfinished unit are held.
 	holdMax() int
 }
 
-// step is what became of the unit at the front of a stream. The zero step denies.
-type step struct {
+// ruling is what became of the unit at the front of a stream. The zero ruling denies.
+type ruling struct {
 	n       int // bytes of the unit, or those of a body that may go on
 	outcome Outcome
 	short   bool // it is not whole
 }
 
 // short asks for more bytes.
-var short = step{short: true}
+var short = ruling{short: true}
 
 // output is what leaves of one write. While everything passes as it is, that is a part of the input and nothing is copied.
 type output struct {

@@ -18,7 +18,7 @@ type http1Speaker struct {
 func (*http1Speaker) whole([]byte) int { return 0 }
 func (*http1Speaker) holdMax() int     { return holdBytesMax }
 
-func (h *http1Speaker) unit(data []byte, w *output) step {
+func (h *http1Speaker) unit(data []byte, w *output) ruling {
 	if h.body != nil {
 		return h.content(data)
 	}
@@ -26,7 +26,7 @@ func (h *http1Speaker) unit(data []byte, w *output) step {
 }
 
 // request judges the head of a request.
-func (h *http1Speaker) request(data []byte, w *output) step {
+func (h *http1Speaker) request(data []byte, w *output) ruling {
 	o := h.o
 	head, n, err := http1.ParseRequest(data)
 	if err != nil {
@@ -35,12 +35,12 @@ func (h *http1Speaker) request(data []byte, w *output) step {
 	peer, found := o.peerOfHost(head.Host)
 	message := &policy.Message{Kind: policy.KindHTTP, Peer: peer.Name, Method: head.Method, Path: head.Path, Query: head.Query}
 	if !found {
-		return step{outcome: o.refuse(message.Text()+" to host "+head.Host, policy.ReasonUnknownPeer)}
+		return ruling{outcome: o.refuse(message.Text()+" to host "+head.Host, policy.ReasonUnknownPeer)}
 	}
 	bound := int64(0)
 	if s := o.g.stand(); s.refusal == "" {
 		if bound = s.policy.Functions[o.g.identity.Function].MaxBody; head.ContentLength > bound {
-			return step{outcome: o.refuse(message.Text(), policy.ReasonTooLarge)}
+			return ruling{outcome: o.refuse(message.Text(), policy.ReasonTooLarge)}
 		}
 	}
 	var outcome Outcome
@@ -52,14 +52,14 @@ func (h *http1Speaker) request(data []byte, w *output) step {
 	if outcome == Allowed && (head.Chunked || head.ContentLength > 0) {
 		h.body = http1.NewBody(head.ContentLength, head.Chunked, false, bound)
 	}
-	return step{n: n, outcome: outcome}
+	return ruling{n: n, outcome: outcome}
 }
 
 // content passes the body of a request. It ends with the invocation that its head belongs to: what a later request brings
 // must not leave on the path of an earlier one.
-func (h *http1Speaker) content(data []byte) step {
+func (h *http1Speaker) content(data []byte) ruling {
 	if h.inv.over() {
-		return step{outcome: h.o.refuse("a body beyond its invocation", policy.ReasonNoInvocation)}
+		return ruling{outcome: h.o.refuse("a body beyond its invocation", policy.ReasonNoInvocation)}
 	}
 	n, done, err := h.body.Feed(data)
 	if err != nil {
@@ -70,7 +70,7 @@ func (h *http1Speaker) content(data []byte) step {
 	if done {
 		h.body = nil
 	}
-	return step{n: n, outcome: h.o.support("http", "http body")}
+	return ruling{n: n, outcome: h.o.support("http", "http body")}
 }
 
 const httpPort = 80 // may be left out of a Host field (RFC 9110 section 4.2.1)

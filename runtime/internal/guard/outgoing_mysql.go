@@ -30,7 +30,7 @@ func (*mysqlSpeaker) whole(data []byte) int {
 
 func (*mysqlSpeaker) holdMax() int { return mysql.PacketBytesMax + holdBytesMax }
 
-func (m *mysqlSpeaker) unit(data []byte, _ *output) step {
+func (m *mysqlSpeaker) unit(data []byte, _ *output) ruling {
 	o := m.o
 	var n int
 	var unit mysql.Unit
@@ -50,9 +50,9 @@ func (m *mysqlSpeaker) unit(data []byte, _ *output) step {
 		return o.refuseFor(err, "")
 	}
 	if unit.Support {
-		return step{n: n, outcome: o.support("mysql", unit.Text)}
+		return ruling{n: n, outcome: o.support("mysql", unit.Text)}
 	}
 	message := &policy.Message{Kind: policy.KindMySQL, Peer: o.peer(), Verb: unit.Verb, Read: unit.Read, Write: unit.Write}
 	outcome, _ := o.g.judge(message, "mysql", nil)
-	return step{n: n, outcome: outcome}
+	return ruling{n: n, outcome: outcome}
 }

@@ -16,21 +16,21 @@ type tlsSpeaker struct {
 func (*tlsSpeaker) whole([]byte) int { return 0 }
 func (*tlsSpeaker) holdMax() int     { return holdBytesMax }
 
-func (t *tlsSpeaker) unit(data []byte, _ *output) step {
+func (t *tlsSpeaker) unit(data []byte, _ *output) ruling {
 	if t.records == nil {
 		return t.hello(data)
 	}
 	return t.record(data)
 }
 
-func (t *tlsSpeaker) hello(data []byte) step {
+func (t *tlsSpeaker) hello(data []byte) ruling {
 	o := t.o
 	hello, n, err := tlshello.Parse(data)
 	if err != nil {
 		return o.refuseFor(err, "")
 	}
 	if hello.ECH || hello.EarlyData {
-		return step{outcome: o.refuse("encrypted hello or early data", policy.ReasonUnsupported)}
+		return ruling{outcome: o.refuse("encrypted hello or early data", policy.ReasonUnsupported)}
 	}
 	var peers []policy.Peer
 	for _, peer := range o.peers {
@@ -39,29 +39,29 @@ func (t *tlsSpeaker) hello(data []byte) step {
 		}
 	}
 	if peers == nil {
-		return step{outcome: o.refuse("server name "+hello.SNI, policy.ReasonSNIMismatch)}
+		return ruling{outcome: o.refuse("server name "+hello.SNI, policy.ReasonSNIMismatch)}
 	}
 	o.peers = peers
 	message := &policy.Message{Kind: policy.KindHTTPS, Peer: o.peer(), Judging: policy.JudgingConnection}
 	outcome, inv := o.g.judge(message, "https", nil)
 	if outcome == Allowed {
 		if inv == nil || !inv.bind(o) {
-			return step{outcome: o.refuse("a connection beyond its invocation", policy.ReasonNoInvocation)}
+			return ruling{outcome: o.refuse("a connection beyond its invocation", policy.ReasonNoInvocation)}
 		}
 		o.bound, t.records = inv, tlshello.NewRecords(&hello)
 	}
-	return step{n: n, outcome: outcome}
+	return ruling{n: n, outcome: outcome}
 }
 
 // record passes what follows the hello. The connection ends with its invocation; a write that comes at the same moment
 // is refused here.
-func (t *tlsSpeaker) record(data []byte) step {
+func (t *tlsSpeaker) record(data []byte) ruling {
 	if t.o.bound.over() {
-		return step{outcome: t.o.refuse("a connection beyond its invocation", policy.ReasonNoInvocation)}
+		return ruling{outcome: t.o.refuse("a connection beyond its invocation", policy.ReasonNoInvocation)}
 	}
 	n, err := t.records.Next(data)
 	if err != nil {
 		return t.o.refuseFor(err, "")
 	}
-	return step{n: n, outcome: t.o.support("https", "https records")}
+	return ruling{n: n, outcome: t.o.support("https", "https records")}
 }
