@@ -4,6 +4,7 @@ go 1.26.3
 
 require (
 	github.com/google/subcommands v1.0.2-0.20190508160503-636abe8753b8
+	golang.org/x/crypto v0.49.0
 	golang.org/x/net v0.52.0
 	golang.org/x/sys v0.43.0
 	gvisor.dev/gvisor v0.0.0-20260224225140-573d5e7127a8

@@ -18,7 +18,7 @@ var ErrShort = errors.New("wire: more bytes are needed")
 
 // Error is the only error besides ErrShort that comes out of a parser. It is final: more bytes do not mend it.
 type Error struct {
-	Reason policy.Reason // malformed, unsupported, too_large or sni_mismatch
+	Reason policy.Reason // malformed, unsupported, too_large, sni_mismatch or no_key
 	Text   string        // what was found; printable, bounded, never payload
 }
 
