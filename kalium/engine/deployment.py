@@ -15,6 +15,7 @@ NAMESPACE = "openfaas-fn"
 OURS = "kalium.io/"  # labels and annotations of this engine
 RUNTIME_LABEL = OURS + "runtime"
 APP_ANNOTATION = OURS + "app"
+TIMERS_ANNOTATION = OURS + "timers"  # "on": the guard measures what it judges
 SCALE_LABEL = "com.openfaas.scale.min"
 RUNTIME_DEFAULT = "stock"
 
@@ -49,6 +50,10 @@ class Deployment:
     secrets: tuple[str, ...]
     is_read_only: bool
     replicas: int
+
+    @property
+    def is_timed(self) -> bool:
+        return TIMERS_ANNOTATION in self.annotations
 
     def document(self) -> dict[str, Any]:
         """The request that says the same."""
@@ -117,6 +122,8 @@ def parse(document: Mapping[str, Any], runtimes: Mapping[str, Runtime]) -> Deplo
     labels = _texts(document, "labels")
     annotations = _texts(document, "annotations")
     runtime = _runtime(labels, runtimes)
+    if annotations.get(TIMERS_ANNOTATION, "on") != "on":
+        raise Refused(400, f"annotation {TIMERS_ANNOTATION} is {annotations[TIMERS_ANNOTATION][:200]!r}: only `on` has a meaning")
     return Deployment(
         name=name,
         image=image,
@@ -164,7 +171,7 @@ def _runtime(labels: Mapping[str, str], runtimes: Mapping[str, Runtime]) -> str:
 
 def _app(annotations: Mapping[str, str], runtime: str, is_guarded: bool) -> str:
     for annotation in annotations:
-        if annotation.startswith(OURS) and annotation != APP_ANNOTATION:
+        if annotation.startswith(OURS) and annotation not in (APP_ANNOTATION, TIMERS_ANNOTATION):
             raise Refused(400, f"annotation {annotation} is this gateway's own: leave it out")
     app = annotations.get(APP_ANNOTATION)
     if app is not None and not is_guarded:

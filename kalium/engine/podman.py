@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kalium.engine.command import CommandFailed, Done, Run, checked
 from kalium.engine.config import Runtime
-from kalium.engine.deployment import APP_ANNOTATION, OURS, Deployment
+from kalium.engine.deployment import APP_ANNOTATION, OURS, TIMERS_ANNOTATION, Deployment
 from kalium.engine.limits import CONTAINER_LOG_BYTES_MAX, PODMAN_AT_ONCE, PODMAN_SECONDS_MAX, STOP_SECONDS
 from kalium.engine.network import namespace_of
 
@@ -92,10 +92,12 @@ class Podman:
         yield from ("--http-proxy=false", "--stop-timeout", str(STOP_SECONDS), "--pidfile", str(self.pid_file(instance)))
         yield from ("--log-driver", "k8s-file", "--log-opt", f"max-size={CONTAINER_LOG_BYTES_MAX}")
         yield from ("--label", f"{ENGINE_LABEL}={around.engine}", "--label", f"{INSTANCE_LABEL}={instance}")
-        # Only the identity becomes an OCI annotation: runsc takes flags out of others.
+        # Nothing but what the guard reads becomes an OCI annotation: runsc takes flags out of others.
         yield from ("--annotation", f"{FUNCTION_ANNOTATION}={deployment.name}")
         if deployment.app:
             yield from ("--annotation", f"{APP_ANNOTATION}={deployment.app}")
+        if deployment.is_timed:
+            yield from ("--annotation", f"{TIMERS_ANNOTATION}=on")
         if deployment.is_read_only:
             yield "--read-only"
         if deployment.process:

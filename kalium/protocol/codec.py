@@ -20,11 +20,13 @@ from kalium.protocol.frames import (
     ORIGIN,
     OUTCOMES,
     SHAPES,
+    SPAN_ABSENT,
     WITHOUT_ID,
     Frame,
     FrameType,
     Kind,
     StatusReport,
+    Times,
     VerdictRecord,
     kinds_of,
 )
@@ -266,6 +268,12 @@ def _check_int(name: str, value: Any) -> None:
         raise _out_of_range(name)
 
 
+def _check_span(name: str, value: Any) -> None:
+    _check_int(name, value)
+    if value < SPAN_ABSENT:
+        raise _out_of_range(name)
+
+
 def _check_bin(name: str, value: Any) -> None:
     if type(value) is not bytes:
         raise _wrong_type(name)
@@ -302,6 +310,9 @@ def _check_map_of(check_each: Callable[[str, Any], None]) -> Callable[[str, Any]
     return check
 
 
+_COLUMNS = frozenset({Kind.TEXTS, Kind.INTS, Kind.SPANS})
+
+
 class _Shape:
     """One class of `frames` as the wire has it: names in order, and what each value may be."""
 
@@ -316,6 +327,7 @@ class _Shape:
         self._checks = tuple((name, _CHECKS[kind]) for name, kind in kinds.items() if kind not in (Kind.TEXT, Kind.INT, *_INNER))
         self._maps = frozenset(name for name, kind in kinds.items() if kind in (Kind.NAMES, Kind.POLICIES, Kind.VERSIONS))
         self._inner = tuple((name, _INNER[kind]) for name, kind in kinds.items() if kind in _INNER)
+        self._columns = tuple(name for name, kind in kinds.items() if kind in _COLUMNS) if cls is Times else ()
         self._has_origin = set(ORIGIN) < set(self.names) and frame_type in (FrameType.START, FrameType.INVOKE, FrameType.END)
 
     def document(self, value: Any) -> dict[str, Any]:
@@ -346,6 +358,8 @@ class _Shape:
             if tuple(inner) != shape.names:
                 raise _wrong_names(f"field {name}", inner, [shape.names])
             shape.check(inner)
+        if len({len(document[name]) for name in self._columns}) > 1:
+            raise _out_of_range(self._columns[0])
         if self._has_origin and not any(document[name] for name in ORIGIN):
             raise _out_of_range("instance")
 
@@ -367,6 +381,7 @@ _CHECKS: Mapping[Kind, Callable[[str, Any], None]] = {
     Kind.BIN: _check_bin,
     Kind.TEXTS: _check_list_of(_check_text),
     Kind.INTS: _check_list_of(_check_int),
+    Kind.SPANS: _check_list_of(_check_span),
     Kind.NAMES: _check_map_of(_check_list_of(_check_text)),
     Kind.POLICIES: _check_map_of(_check_bin),
     Kind.VERSIONS: _check_map_of(_check_int),

@@ -27,6 +27,7 @@ class FrameType(enum.IntEnum):
     POLICY = 8
     LEASE = 9
     NAMES = 10
+    TIMES = 11
     AGENT_HELLO = 20
     CONTROLLER_WELCOME = 21
     REGISTER = 22
@@ -36,7 +37,7 @@ class FrameType(enum.IntEnum):
 
 
 # Neither asks nor answers, so their id is 0; every other frame belongs to a question and its id is not.
-WITHOUT_ID = frozenset({FrameType.END, FrameType.VERDICT, FrameType.POLICY, FrameType.LEASE, FrameType.NAMES, FrameType.UNREGISTER})
+WITHOUT_ID = frozenset({FrameType.END, FrameType.VERDICT, FrameType.POLICY, FrameType.LEASE, FrameType.NAMES, FrameType.TIMES, FrameType.UNREGISTER})
 
 
 class Kind(enum.Enum):
@@ -52,6 +53,7 @@ class Kind(enum.Enum):
     BIN = "bin"
     TEXTS = "[str]"
     INTS = "[int]"
+    SPANS = "[span]"  # nanoseconds, and SPAN_ABSENT where there is nothing to measure
     NAMES = "{str: [str]}"
     POLICIES = "{str: bin}"
     VERSIONS = "{str: int}"
@@ -61,6 +63,7 @@ class Kind(enum.Enum):
 
 OUTCOMES = frozenset({"answered", "closed", "timeout"})
 EVENT_VERDICT = "verdict"
+SPAN_ABSENT = -1
 
 TEXT = {"kind": Kind.TEXT}
 STEP = {"kind": Kind.STEP}
@@ -72,6 +75,7 @@ INT = {"kind": Kind.INT}
 BIN = {"kind": Kind.BIN}
 TEXTS = {"kind": Kind.TEXTS}
 INTS = {"kind": Kind.INTS}
+SPANS = {"kind": Kind.SPANS}
 NAMES = {"kind": Kind.NAMES}
 POLICIES = {"kind": Kind.POLICIES}
 VERSIONS = {"kind": Kind.VERSIONS}
@@ -225,6 +229,23 @@ class Names:
 
 
 @dataclass(frozen=True, slots=True)
+class Times:
+    """Guard -> agent: measurements of judged messages. A message has its place in each list; the lists are equally long."""
+
+    dropped: int = field(metadata=INT)
+    invocation: Sequence[str] = field(default=(), metadata=TEXTS)
+    kind: Sequence[str] = field(default=(), metadata=TEXTS)
+    bytes: Sequence[int] = field(default=(), metadata=INTS)
+    record: Sequence[int] = field(default=(), metadata=SPANS)
+    open: Sequence[int] = field(default=(), metadata=SPANS)
+    event: Sequence[int] = field(default=(), metadata=SPANS)
+    local: Sequence[int] = field(default=(), metadata=SPANS)
+    controller: Sequence[int] = field(default=(), metadata=SPANS)
+    total: Sequence[int] = field(default=(), metadata=SPANS)
+    reseal: Sequence[int] = field(default=(), metadata=SPANS)
+
+
+@dataclass(frozen=True, slots=True)
 class AgentHello:
     """Agent -> controller: the first frame of an agent's connection."""
 
@@ -282,7 +303,7 @@ class StatusAnswer:
 
 
 Frame = (
-    Hello | Welcome | Start | Invoke | Answer | End | Verdict | Policy | Lease | Names
+    Hello | Welcome | Start | Invoke | Answer | End | Verdict | Policy | Lease | Names | Times
     | AgentHello | ControllerWelcome | Register | Unregister | Status | StatusAnswer
 )  # fmt: skip
 
@@ -301,6 +322,7 @@ SHAPES: Mapping[FrameType, tuple[type[Frame], ...]] = {
     FrameType.POLICY: (Policy,),
     FrameType.LEASE: (Lease,),
     FrameType.NAMES: (Names,),
+    FrameType.TIMES: (Times,),
     FrameType.AGENT_HELLO: (AgentHello,),
     FrameType.CONTROLLER_WELCOME: (ControllerWelcome,),
     FrameType.REGISTER: (Register,),

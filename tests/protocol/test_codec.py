@@ -15,6 +15,7 @@ from kalium.protocol.frames import (
     EVENT_VERDICT,
     OUTCOMES,
     SHAPES,
+    SPAN_ABSENT,
     WITHOUT_ID,
     Answer,
     Frame,
@@ -26,6 +27,7 @@ from kalium.protocol.frames import (
     Policy,
     Status,
     StatusReport,
+    Times,
     Unregister,
     VerdictRecord,
     kinds_of,
@@ -46,6 +48,7 @@ VALUES: dict[Kind, st.SearchStrategy[Any]] = {
     Kind.BIN: st.binary(max_size=300),
     Kind.TEXTS: LISTS,
     Kind.INTS: st.lists(INTS, max_size=5).map(tuple),
+    Kind.SPANS: st.lists(st.integers(SPAN_ABSENT, limits.INT_MAX), max_size=5).map(tuple),
     Kind.NAMES: st.dictionaries(TEXTS, LISTS, max_size=5),
     Kind.POLICIES: st.dictionaries(TEXTS, st.binary(max_size=50), max_size=5),
     Kind.VERSIONS: st.dictionaries(TEXTS, INTS, max_size=5),
@@ -65,6 +68,10 @@ def frames_with_ids(draw: st.DrawFn) -> tuple[int, Frame]:
     """Any frame that may be said, with an id that it may have."""
     frame_type = draw(st.sampled_from(FrameType))
     frame = draw(shape(draw(st.sampled_from(SHAPES[frame_type]))))
+    if isinstance(frame, Times):  # its lists have to be equally long
+        lists = {name: getattr(frame, name) for name in kinds_of(Times) if name != "dropped"}
+        shortest = min(map(len, lists.values()))
+        frame = dataclasses.replace(frame, **{name: values[:shortest] for name, values in lists.items()})
     if getattr(frame, "instance", "there") == "" and hasattr(frame, "function"):
         frame = dataclasses.replace(frame, instance="c")  # an origin may not be empty
     return 0 if frame_type in WITHOUT_ID else draw(st.integers(1, limits.ID_MAX)), frame

@@ -29,7 +29,7 @@ def from_json(value: Any) -> Any:
 def frame_of(vector: dict[str, Any]) -> Frame:
     """The frame that a vector describes by its fields."""
     values = from_json(vector["fields"])
-    if "record" in values:
+    if isinstance(values.get("record"), dict):
         values["record"] = VerdictRecord(**values["record"])
     if "status" in values:
         values["status"] = StatusReport(**values["status"])

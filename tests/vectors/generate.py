@@ -55,6 +55,21 @@ RECORD = frames.VerdictRecord(
 )
 
 
+TIMES = frames.Times(
+    dropped=0,
+    invocation=[INVOCATION, ""],
+    kind=["https", "off"],
+    bytes=[1024, 517],
+    record=[210, -1],
+    open=[1_480, -1],
+    event=[2_600, -1],
+    local=[390, -1],
+    controller=[-1, -1],
+    total=[9_700, 0],
+    reseal=[1_350, -1],
+)
+
+
 def good() -> Iterator[tuple[str, int, frames.Frame]]:
     """Name, id and frame of everything that has to be understood."""
     yield "hello", 1, frames.Hello(CONTAINER, "hello-retail", "product-photos-3-receive")
@@ -90,6 +105,8 @@ def good() -> Iterator[tuple[str, int, frames.Frame]]:
     yield "lease", 0, frames.Lease(60_000)
     yield "names", 0, frames.Names({"database": ["10.137.0.1"], "gateway": []})
     yield "names_of_nobody", 0, frames.Names({})
+    yield "times", 0, TIMES
+    yield "times_of_nothing_but_losses", 0, frames.Times(dropped=3)
     yield "agent_hello", 1, frames.AgentHello("node0")
     yield "controller_welcome", 1, frames.ControllerWelcome(True, lease_ms=60_000, policies={"b": ENVELOPE, "a": ENVELOPE})
     yield "controller_welcome_refused", 1, frames.ControllerWelcome(False, "unsupported_protocol")
@@ -154,6 +171,13 @@ def verdict(**changed: bytes) -> bytes:
     return framed(FrameType.VERDICT, 0, b"\x81" + text("record") + b"\xde" + struct.pack(">H", len(record)) + packed)
 
 
+def times(**changed: bytes) -> bytes:
+    """A TIMES of one message that has the lists `changed`."""
+    one = dict.fromkeys(("bytes", "controller", "event", "local", "open", "record", "reseal", "total"), b"\x91\x01")
+    lists = {**one, "invocation": b"\x91\xa0", "kind": b"\x91" + text("http"), "dropped": b"\x00", **changed}
+    return framed(FrameType.TIMES, 0, raw_map(*((text(name), value) for name, value in sorted(lists.items()))))
+
+
 def refused() -> Iterator[tuple[str, str, bytes]]:
     """Name, error code and bytes of everything that has to be refused. The bytes are the whole stream: no more follows."""
     good_lease = encode(0, frames.Lease(60_000))
@@ -173,7 +197,7 @@ def refused() -> Iterator[tuple[str, str, bytes]]:
     yield "version_0", "bad_version", framed(FrameType.LEASE, 0, good_lease[12:], version=0)
     yield "version_2", "bad_version", framed(FrameType.LEASE, 0, good_lease[12:], version=2)
     yield "type_0", "unknown_type", framed(0, 0, b"\x80")
-    yield "type_11", "unknown_type", framed(11, 0, b"\x80")
+    yield "type_12", "unknown_type", framed(12, 0, b"\x80")
     yield "type_255", "unknown_type", framed(255, 0, b"\x80")
     yield "one_byte_too_large", "oversize", framed(FrameType.LEASE, 0, b"", length=FRAME_BYTES_MAX + 1)
     yield "as_large_as_the_field", "oversize", framed(FrameType.LEASE, 0, b"", length=2**32 - 1)
@@ -243,6 +267,11 @@ def refused() -> Iterator[tuple[str, str, bytes]]:
         framed(FrameType.UNREGISTER, 0, b"\x81\xa8instance\xda\x02\x02" + "é".encode() * 257),
     )
     yield "list_of_4097", "malformed", names(raw_map((text("a"), b"\xdc\x10\x01" + b"\xa0" * (ITEMS_MAX + 1))))
+    yield "span_below_minus_1", "out_of_range", times(open=b"\x91\xfe")
+    yield "times_of_two_lengths", "out_of_range", times(total=b"\x90")
+    yield "times_of_two_kinds", "out_of_range", times(kind=b"\x92" + text("a") + text("b"))
+    yield "times_with_an_id", "bad_id", framed(FrameType.TIMES, 1, times()[12:])
+    yield "span_that_is_a_text", "wrong_type", times(local=b"\x91" + text("1"))
     yield "step_in_upper_case", "out_of_range", start(step=text(STEP.upper()))
     yield "step_of_15_digits", "out_of_range", start(step=text(STEP[:15]))
     yield "outcome_of_its_own", "out_of_range", framed(

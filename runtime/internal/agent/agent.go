@@ -26,6 +26,7 @@ type Agent struct {
 	log      *slog.Logger
 	versions *versions
 	verdicts *verdictLog
+	timings  *timingLog
 	names    *names
 	link     *link
 
@@ -65,6 +66,8 @@ func run(ctx context.Context, config *Config, log *slog.Logger, reopen <-chan os
 	}
 	// Whatever ends this function, verdicts that were taken are written first.
 	defer func() { err = errors.Join(err, a.verdicts.close()) }()
+	a.timings = openTimingLog(config.TimingLog, config.Node, func(err error) { log.Warn(eventTimingsFailed, keyError, err) })
+	defer a.timings.close()
 	guards, err := listen(config.GuardSocket)
 	if err != nil {
 		return err
@@ -205,6 +208,7 @@ func (a *Agent) reopenVerdicts(ctx context.Context, reopen <-chan os.Signal) {
 		case <-ctx.Done():
 			return
 		case <-reopen:
+			a.timings.reopenFile()
 			if err := a.verdicts.reopenFile(); err != nil {
 				a.log.Error(eventVerdictsReopened, keyError, err)
 				continue

@@ -29,6 +29,7 @@ type Config struct {
 	OperatorKey    string              `json:"operator_key"`
 	StateDir       string              `json:"state_dir"`
 	VerdictLog     string              `json:"verdict_log"`
+	TimingLog      string              `json:"timing_log"`
 	Names          map[string][]string `json:"names"`
 	Incoming       Incoming            `json:"incoming"`
 	LeaseMS        int                 `json:"lease_ms"`
@@ -110,7 +111,7 @@ func (c *Config) check() error {
 	for _, path := range []struct{ name, value string }{
 		{"guard_socket", c.GuardSocket}, {"register_socket", c.RegisterSocket}, {"controller.ca", c.Controller.CA},
 		{"controller.cert", c.Controller.Cert}, {"controller.key", c.Controller.Key}, {"operator_key", c.OperatorKey},
-		{"state_dir", c.StateDir}, {"verdict_log", c.VerdictLog},
+		{"state_dir", c.StateDir}, {"verdict_log", c.VerdictLog}, {"timing_log", c.TimingLog},
 	} {
 		if !filepath.IsAbs(path.value) {
 			return fmt.Errorf("%s is %q, not an absolute path", path.name, path.value)

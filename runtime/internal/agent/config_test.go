@@ -14,7 +14,7 @@ import (
 
 const goodConfig = `{"node":"node-0","guard_socket":"/run/kalium/guard.sock","register_socket":"/run/kalium/register.sock",
 "controller":{"address":"127.0.0.1:5000","name":"controller","ca":"/e/ca","cert":"/e/crt","key":"/e/key"},
-"operator_key":"/e/pub","state_dir":"/s","verdict_log":"/l","names":{"gateway":["10.137.0.1"]},
+"operator_key":"/e/pub","state_dir":"/s","verdict_log":"/l","timing_log":"/t","names":{"gateway":["10.137.0.1"]},
 "incoming":{"port":8080,"sources":["10.137.0.1/32"],"health_path":"/_/health"},"lease_ms":60000}`
 
 func TestTheConfigurationIsRead(t *testing.T) {

@@ -188,6 +188,8 @@ func (a *Agent) listen(g *guard, reader *frameReader) error {
 			err = a.ended(g, m)
 		case *frame.Verdict:
 			err = a.verdicts.add(&g.identity, &m.Record)
+		case *frame.Times:
+			a.timings.add(&g.identity, m)
 		default:
 			err = fmt.Errorf("a frame of type %d, which a guard does not send", m.Type())
 		}

@@ -30,6 +30,8 @@ const (
 	lookupsAtOnce     = 8
 	verdictBatchBytes = 64 * 1024
 	verdictPendingMax = 1 << 20
+	timingsWaitingMax = 256      // frames of samples that wait to be written
+	timingsBytesMax   = 64 << 20 // of the timing log, and of the one before it
 	logTextMax        = 200
 	leaseMSMax        = 10 * 60 * 1000
 	acceptPause       = 100 * time.Millisecond

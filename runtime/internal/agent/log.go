@@ -28,6 +28,7 @@ const (
 	eventVerdictsFailed    = "verdicts.failed"
 	eventVerdictsWell      = "verdicts.written_again"
 	eventVerdictsReopened  = "verdicts.reopened"
+	eventTimingsFailed     = "timings.failed"
 	eventNameFailed        = "name.failed"
 	eventEndDropped        = "end.dropped"
 )

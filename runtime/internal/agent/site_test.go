@@ -103,9 +103,10 @@ func newSite(t *testing.T) *site {
 			Address: s.controller.address, Name: "controller", CA: dir + "/ca.crt", Cert: dir + "/agent.crt", Key: dir + "/agent.key",
 		},
 		OperatorKey: dir + "/operator.pub", StateDir: dir + "/state", VerdictLog: dir + "/verdicts.jsonl",
-		Names:    map[string][]string{"gateway": {"10.137.0.1"}},
-		Incoming: Incoming{Port: 8080, Sources: []string{"10.137.0.1/32"}, HealthPath: "/_/health"},
-		LeaseMS:  60000, peerUID: uint32(os.Getuid()),
+		TimingLog: dir + "/timings.jsonl",
+		Names:     map[string][]string{"gateway": {"10.137.0.1"}},
+		Incoming:  Incoming{Port: 8080, Sources: []string{"10.137.0.1/32"}, HealthPath: "/_/health"},
+		LeaseMS:   60000, peerUID: uint32(os.Getuid()),
 	}
 	return s
 }

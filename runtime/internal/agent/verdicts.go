@@ -13,15 +13,24 @@ import (
 	"kalium.dev/kalium/runtime/internal/frame"
 )
 
-// verdictLine is one line of the verdict log; docs/reference/results.md says what the fields mean.
+// lineHead is what begins each line of a log that is written for guards. Numbers count the lines of one log.
+type lineHead struct {
+	Event    string `json:"event"`
+	TimeMS   int64  `json:"time_ms"`
+	Seq      int64  `json:"seq"`
+	Node     string `json:"node"`
+	Instance string `json:"instance"`
+	App      string `json:"app"`
+	Function string `json:"function"`
+}
+
+func headOf(event, node string, id *frame.Identity) lineHead {
+	return lineHead{Event: event, Node: node, Instance: id.Instance, App: id.App, Function: id.Function}
+}
+
+// verdictLine is one line of the verdict log; docs/reference/policy.md says what the fields mean.
 type verdictLine struct {
-	Event         string   `json:"event"`
-	TimeMS        int64    `json:"time_ms"`
-	Seq           int64    `json:"seq"`
-	Node          string   `json:"node"`
-	Instance      string   `json:"instance"`
-	App           string   `json:"app"`
-	Function      string   `json:"function"`
+	lineHead
 	Mode          string   `json:"mode"`
 	PolicyVersion int      `json:"policy_version"`
 	Call          string   `json:"call"`
@@ -93,8 +102,7 @@ func openLog(path string) (*os.File, error) {
 // bounded time when the batch is full.
 func (l *verdictLog) add(id *frame.Identity, r *frame.VerdictRecord) error {
 	line := verdictLine{
-		Event: r.Event, Node: l.node, Instance: id.Instance, App: id.App, Function: id.Function, Mode: r.Mode,
-		PolicyVersion: r.PolicyVersion, Call: r.Call, Invocation: r.Invocation, Kind: r.Kind, Message: r.Message, Peer: r.Peer,
+		lineHead: headOf(r.Event, l.node, id), Mode: r.Mode, PolicyVersion: r.PolicyVersion, Call: r.Call, Invocation: r.Invocation, Kind: r.Kind, Message: r.Message, Peer: r.Peer,
 		Allowed: r.Allowed, WouldDeny: r.WouldDeny, Reason: r.Reason, Expected: r.Expected, Line: r.Line, States: r.States,
 		Judging: r.Judging, LatencyUS: r.LatencyUS,
 	}

@@ -21,6 +21,7 @@ const (
 	TypePolicy            Type = 8
 	TypeLease             Type = 9
 	TypeNames             Type = 10
+	TypeTimes             Type = 11
 	TypeAgentHello        Type = 20
 	TypeControllerWelcome Type = 21
 	TypeRegister          Type = 22
@@ -139,6 +140,27 @@ type Lease struct{ LeaseMS int }
 // Names replaces the addresses of the listed hosts.
 type Names struct{ Names map[string][]string }
 
+// Times carries measurements of judged messages. The lists are equally long, and a message has its place in each of
+// them. Spans are nanoseconds, and -1 where the phase cannot occur for that message.
+type Times struct {
+	Dropped    int      // samples that found no room since the last Times
+	Invocation []string // "" for a message that no invocation is known of
+	Kind       []string // as in VerdictRecord, and "off" for bytes that passed unseen
+	Bytes      []int    // of the judged unit as the program meant it: of TLS, the plaintext
+	Record     []int
+	Open       []int
+	Event      []int
+	Local      []int
+	Controller []int
+	Total      []int
+	Reseal     []int
+}
+
+// spans are the lists of which every element is a span.
+func (m *Times) spans() [7][]int {
+	return [...][]int{m.Record, m.Open, m.Event, m.Local, m.Controller, m.Total, m.Reseal}
+}
+
 // AgentHello opens an agent's session.
 type AgentHello struct {
 	Proto int
@@ -209,6 +231,9 @@ func (*Lease) Type() Type { return TypeLease }
 func (*Names) Type() Type { return TypeNames }
 
 // Type implements Message.Type.
+func (*Times) Type() Type { return TypeTimes }
+
+// Type implements Message.Type.
 func (*AgentHello) Type() Type { return TypeAgentHello }
 
 // Type implements Message.Type.
@@ -241,6 +266,7 @@ var kinds = map[Type]struct {
 	TypePolicy:            {func() Message { return new(Policy) }, false},
 	TypeLease:             {func() Message { return new(Lease) }, false},
 	TypeNames:             {func() Message { return new(Names) }, false},
+	TypeTimes:             {func() Message { return new(Times) }, false},
 	TypeAgentHello:        {func() Message { return new(AgentHello) }, true},
 	TypeControllerWelcome: {func() Message { return new(ControllerWelcome) }, true},
 	TypeRegister:          {func() Message { return new(Register) }, true},
@@ -299,6 +325,14 @@ func (m *Policy) fields() []field { return []field{{"app", &m.App}, {"policy", &
 func (m *Lease) fields() []field { return []field{{"lease_ms", &m.LeaseMS}} }
 
 func (m *Names) fields() []field { return []field{{"names", &m.Names}} }
+
+func (m *Times) fields() []field {
+	return []field{
+		{"bytes", &m.Bytes}, {"controller", &m.Controller}, {"dropped", &m.Dropped}, {"event", &m.Event},
+		{"invocation", &m.Invocation}, {"kind", &m.Kind}, {"local", &m.Local}, {"open", &m.Open}, {"record", &m.Record},
+		{"reseal", &m.Reseal}, {"total", &m.Total},
+	}
+}
 
 func (m *AgentHello) fields() []field { return []field{{"node", &m.Node}, {"proto", &m.Proto}} }
 
@@ -360,9 +394,29 @@ func check(m Message) error {
 			return broken("event %q of a verdict record", m.Record.Event)
 		}
 		return reasonAllowed(m.Record.Reason)
+	case *Times:
+		return timesAllowed(m)
 	case *End:
 		if m.Outcome != "answered" && m.Outcome != "closed" && m.Outcome != "timeout" {
 			return broken("outcome %q", m.Outcome)
+		}
+	}
+	return nil
+}
+
+func timesAllowed(m *Times) error {
+	n := len(m.Kind)
+	if len(m.Invocation) != n || len(m.Bytes) != n {
+		return broken("lists of times that are not equally long")
+	}
+	for _, list := range m.spans() {
+		if len(list) != n {
+			return broken("lists of times that are not equally long")
+		}
+		for _, span := range list {
+			if span < -1 {
+				return broken("a span of %d ns", span)
+			}
 		}
 	}
 	return nil

@@ -51,7 +51,8 @@ type Guard struct {
 	sources    []netip.Prefix
 	healthPath string
 
-	slot slot
+	slot   slot
+	timers *timers // nil when nothing is measured
 
 	mu        sync.RWMutex
 	policy    *policy.Policy

@@ -25,6 +25,7 @@ const (
 
 	annotationApp      = "kalium.io/app"
 	annotationFunction = "kalium.io/function"
+	annotationTimers   = "kalium.io/timers"
 )
 
 // installed is the guard of this sandbox. It stays nil when there is none, and a nil guard denies.
@@ -169,6 +170,9 @@ func welcome(config map[string]any, conn connection) error {
 	g, err := guard.New(identity, key, message, link)
 	if err != nil {
 		return err
+	}
+	if started.spec.Annotations[annotationTimers] == "on" {
+		g.StartTimers(link)
 	}
 	link.Serve(reader, g, func(why string) { log.Warningf("kalium: agent: %s", why) })
 	installed.Store(g)

@@ -1,0 +1,212 @@
+package guard
+
+import (
+	"net"
+	"slices"
+	"testing"
+	"time"
+
+	"kalium.dev/kalium/runtime/internal/frame"
+)
+
+// told keeps the frames that timers tell, and takes none while it is deaf.
+type told struct {
+	frames []*frame.Times
+	deaf   bool
+}
+
+func (o *told) take(m *frame.Times) bool {
+	if !o.deaf {
+		o.frames = append(o.frames, m)
+	}
+	return !o.deaf
+}
+
+func measured() (*told, *timers, *timing) {
+	listener := &told{}
+	ts := newTimers(listener.take)
+	return listener, ts, &timing{to: ts}
+}
+
+func (o *told) samples() (n, dropped int) {
+	for _, m := range o.frames {
+		n, dropped = n+len(m.Kind), dropped+m.Dropped
+	}
+	return n, dropped
+}
+
+func TestAPhaseThatDidNotOccurIsNoZero(t *testing.T) {
+	listener, ts, timing := measured()
+
+	timing.begin()
+	timing.mark(phaseEvent)
+	time.Sleep(time.Millisecond)
+	timing.mark(phaseLocal)
+	timing.mark(phaseEvent) // once more: what it took is added
+	timing.skip()
+	timing.done("http", &invocation{id: "i"}, 77)
+	ts.flush()
+
+	if len(listener.frames) != 1 {
+		t.Fatalf("%d frames", len(listener.frames))
+	}
+	m := listener.frames[0]
+	for name, list := range map[string][]int{"record": m.Record, "open": m.Open, "controller": m.Controller, "reseal": m.Reseal} {
+		if !slices.Equal(list, []int{notTimed}) {
+			t.Errorf("%s is %v", name, list)
+		}
+	}
+	if m.Event[0] < 0 || m.Local[0] < int(time.Millisecond) || m.Total[0] < m.Event[0]+m.Local[0] {
+		t.Errorf("event %d, local %d, total %d", m.Event[0], m.Local[0], m.Total[0])
+	}
+	if m.Kind[0] != "http" || m.Invocation[0] != "i" || m.Bytes[0] != 77 || m.Dropped != 0 {
+		t.Errorf("%+v", m)
+	}
+	if _, err := frame.Append(nil, 0, m); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAUnitThatWasNoMessageLeavesNoTrace(t *testing.T) {
+	listener, ts, timing := measured()
+
+	timing.begin()
+	timing.mark(phaseRecord)
+	timing.begin()
+	timing.done("off", nil, 1)
+	ts.flush()
+
+	if m := listener.frames[0]; len(m.Kind) != 1 || m.Record[0] != notTimed || m.Invocation[0] != "" || m.Total[0] < 0 {
+		t.Errorf("%+v", m)
+	}
+}
+
+func TestSamplesComeInOrderAndInFramesOfABoundedSize(t *testing.T) {
+	listener, ts, timing := measured()
+	for i := range 2*timesFrameMax + 1 {
+		timing.begin()
+		timing.done("http", nil, i)
+	}
+	ts.flush()
+	ts.flush() // nothing is told twice
+
+	var sizes, bytes []int
+	for _, m := range listener.frames {
+		sizes, bytes = append(sizes, len(m.Kind)), append(bytes, m.Bytes...)
+	}
+	if !slices.Equal(sizes, []int{timesFrameMax, timesFrameMax, 1}) || !slices.IsSorted(bytes) {
+		t.Errorf("frames of %v samples, bytes %v", sizes, bytes)
+	}
+}
+
+func TestSamplesWithoutRoomAreCountedAndTold(t *testing.T) {
+	listener, ts, timing := measured()
+	many := func(n int) {
+		for range n {
+			timing.begin()
+			timing.done("http", nil, 1)
+		}
+	}
+	many(timesWaitingMax + 3)
+	listener.deaf = true
+	ts.flush() // the agent takes nothing: all of them are lost
+	many(2)
+	listener.deaf = false
+	ts.flush()
+	many(1)
+	ts.flush()
+
+	if n, dropped := listener.samples(); n != 3 || dropped != timesWaitingMax+3 {
+		t.Errorf("%d samples and %d dropped", n, dropped)
+	}
+	// What was lost is told even when nothing else is.
+	listener.deaf, listener.frames = true, nil
+	many(1)
+	ts.flush()
+	listener.deaf = false
+	ts.flush()
+	if n, dropped := listener.samples(); n != 0 || dropped != 1 {
+		t.Errorf("%d samples and %d dropped", n, dropped)
+	}
+}
+
+func TestALinkThatIsHalfFullIsLeftToVerdicts(t *testing.T) {
+	ours, _ := net.Pipe() // nobody reads
+	l := NewLink(ours, 1, nil)
+	for range timesQueueMax {
+		if !l.times(timesOf(nil, 0)) {
+			t.Fatal("refused too early")
+		}
+	}
+
+	if l.times(timesOf(nil, 0)) {
+		t.Error("taken beyond the half")
+	}
+	if err := l.Log(soon(), &frame.VerdictRecord{Event: frame.EventVerdict, Reason: "allowed"}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestTheAgentHearsOfSamples(t *testing.T) {
+	l, a, g, _, _ := linked(t)
+	if g.timing() != nil {
+		t.Fatal("timers that nobody asked for")
+	}
+	g.StartTimers(l)
+	timing := g.timing()
+	timing.begin()
+	timing.done("https", nil, 9)
+
+	if _, m := a.next(); m.(*frame.Times).Bytes[0] != 9 {
+		t.Errorf("the agent heard %+v", m)
+	}
+}
+
+func TestWithoutTimersNothingIsDone(t *testing.T) {
+	var g *Guard
+	timing := g.timing()
+
+	if n := testing.AllocsPerRun(10, func() { judgedOnce(timing) }); n != 0 || timing != nil {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+func TestAMeasuredMessageAllocatesNothing(t *testing.T) {
+	timing := &timing{to: newTimers((&told{deaf: true}).take)}
+
+	if n := testing.AllocsPerRun(100, func() { judgedOnce(timing) }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+// judgedOnce is what a TLS message does to its timing.
+func judgedOnce(t *timing) {
+	t.begin()
+	t.mark(phaseRecord)
+	t.mark(phaseOpen)
+	t.mark(phaseEvent)
+	t.mark(phaseLocal)
+	t.mark(phaseController)
+	t.skip()
+	t.mark(phaseReseal)
+	t.done("https", nil, 1024)
+}
+
+func BenchmarkTimingOn(b *testing.B) {
+	ts := newTimers((&told{deaf: true}).take)
+	timing := &timing{to: ts}
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		judgedOnce(timing)
+		if i%timesWaitingMax == 0 {
+			ts.flush()
+		}
+	}
+}
+
+func BenchmarkTimingOff(b *testing.B) {
+	var timing *timing
+	for b.Loop() {
+		judgedOnce(timing)
+	}
+}
