@@ -167,7 +167,8 @@ class Lab:
     def __enter__(self) -> Lab:
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
-            self.folder = Path(tempfile.mkdtemp(prefix="kalium-lab-"))
+            # Not in /tmp, which a sandbox has for itself: programs in it read certificates here.
+            self.folder = Path(tempfile.mkdtemp(prefix="kalium-lab-", dir="/var/tmp"))
             stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
             if self.bin == Path():
                 (self.folder / "bin").mkdir()
