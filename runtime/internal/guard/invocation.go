@@ -33,7 +33,7 @@ type invocation struct {
 
 // judge steps the function CFG with m, which is what the live invocation wants to send. ask is the app edge's question,
 // nil for other messages; the cursor moves only when both agree.
-func (g *Guard) judge(m *policy.Message, kind string, ask func(*invocation) (policy.Verdict, error)) (Outcome, *invocation) {
+func (g *Guard) judge(t *timing, m *policy.Message, kind string, ask func(*invocation) (policy.Verdict, error)) (Outcome, *invocation) {
 	began := g.clock()
 	s := g.stand()
 	what := subject{kind: kind, text: m.Text(), peer: m.Peer, judging: m.Judging}
@@ -49,7 +49,9 @@ func (g *Guard) judge(m *policy.Message, kind string, ask func(*invocation) (pol
 	if inv.ended {
 		return g.refuse(s, what, policy.ReasonNoInvocation, began), nil
 	}
+	t.mark(phaseEvent)
 	verdict, next := inv.function.Step(inv.cursor, m)
+	t.mark(phaseLocal)
 	if verdict.Allowed && ask != nil {
 		states, line := verdict.States, verdict.Line
 		if inv.unknown {
@@ -60,6 +62,7 @@ func (g *Guard) judge(m *policy.Message, kind string, ask func(*invocation) (pol
 		} else {
 			verdict = answered
 		}
+		t.mark(phaseController)
 		if verdict.Line, verdict.States = line, states; !verdict.Allowed {
 			verdict.States = inv.cursor.States()
 		}
@@ -68,6 +71,7 @@ func (g *Guard) judge(m *policy.Message, kind string, ask func(*invocation) (pol
 	if outcome == Allowed {
 		inv.cursor = next
 	}
+	t.judged(kind, inv)
 	return outcome, inv
 }
 

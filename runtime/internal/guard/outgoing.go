@@ -14,6 +14,7 @@ import (
 // the unit that they belong to was judged.
 type Outgoing struct {
 	g *Guard
+	t *timing // nil when nothing is measured
 
 	cut atomic.Pointer[func()] // ends the connection
 
@@ -24,7 +25,7 @@ type Outgoing struct {
 }
 
 func newOutgoing(g *Guard, peers []policy.Peer) *Outgoing {
-	o := &Outgoing{g: g, peers: peers}
+	o := &Outgoing{g: g, t: g.timing(), peers: peers}
 	o.front = channel{o: o, speaker: opener{o}}
 	return o
 }
@@ -51,6 +52,8 @@ func (o *Outgoing) sever() {
 func (o *Outgoing) Write(b []byte) (send []byte, outcome Outcome) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.t.begin()
+	defer o.t.end()
 	return o.front.take(b)
 }
 

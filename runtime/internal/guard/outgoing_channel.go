@@ -120,6 +120,7 @@ func (c *channel) run(data []byte) Outcome {
 	w := &c.out
 	w.data, w.from, w.at = data, 0, 0
 	for w.at < len(data) {
+		c.o.t.next()
 		s := c.speaker.unit(data[w.at:], w)
 		if s.short {
 			if len(data)-w.at <= c.speaker.holdMax() {
@@ -127,6 +128,7 @@ func (c *channel) run(data []byte) Outcome {
 			}
 			s.outcome = c.o.refuse("a unit beyond its bound", policy.ReasonTooLarge)
 		}
+		c.o.t.sized(s.n)
 		if s.outcome != Denied {
 			w.at += s.n
 		}

@@ -47,7 +47,7 @@ func (h *http1Speaker) request(data []byte, w *output) ruling {
 	if peer.Gateway {
 		outcome, h.inv = o.invoke(peer, head, message, w)
 	} else {
-		outcome, h.inv = o.g.judge(message, "http", nil)
+		outcome, h.inv = o.g.judge(o.t, message, "http", nil)
 	}
 	if outcome == Allowed && (head.Chunked || head.ContentLength > 0) {
 		h.body = http1.NewBody(head.ContentLength, head.Chunked, false, bound)

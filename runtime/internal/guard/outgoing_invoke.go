@@ -43,7 +43,7 @@ func (o *Outgoing) invoke(peer policy.Peer, head *http1.RequestHead, message *po
 // edge judges an app edge: the function CFG first, which costs nothing, and then the controller.
 func (o *Outgoing) edge(m *policy.Message) (Outcome, *invocation, []http1.Field) {
 	var token []http1.Field
-	outcome, inv := o.g.judge(m, "invoke", func(inv *invocation) (policy.Verdict, error) {
+	outcome, inv := o.g.judge(o.t, m, "invoke", func(inv *invocation) (policy.Verdict, error) {
 		answer, err := o.g.controller.Invoke(o.g.now().Add(time.Duration(inv.policy.DeadlineMS)*time.Millisecond), &frame.Invoke{
 			Step: newStep(), Call: inv.call, Invocation: inv.id, Callee: m.Callee, Version: inv.policy.Version,
 		})

@@ -53,6 +53,6 @@ func (m *mysqlSpeaker) unit(data []byte, _ *output) ruling {
 		return ruling{n: n, outcome: o.support("mysql", unit.Text)}
 	}
 	message := &policy.Message{Kind: policy.KindMySQL, Peer: o.peer(), Verb: unit.Verb, Read: unit.Read, Write: unit.Write}
-	outcome, _ := o.g.judge(message, "mysql", nil)
+	outcome, _ := o.g.judge(o.t, message, "mysql", nil)
 	return ruling{n: n, outcome: outcome}
 }

@@ -43,7 +43,7 @@ func (t *tlsSpeaker) hello(data []byte) ruling {
 	}
 	o.peers = peers
 	message := &policy.Message{Kind: policy.KindHTTPS, Peer: o.peer(), Judging: policy.JudgingConnection}
-	outcome, inv := o.g.judge(message, "https", nil)
+	outcome, inv := o.g.judge(o.t, message, "https", nil)
 	if outcome == Allowed {
 		if inv == nil || !inv.bind(o) {
 			return ruling{outcome: o.refuse("a connection beyond its invocation", policy.ReasonNoInvocation)}

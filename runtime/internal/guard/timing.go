@@ -127,10 +127,11 @@ func (ts *timers) add(s *sample) {
 
 // timing measures the messages of one connection, one after the other. A nil timing does nothing, and reads no clock.
 type timing struct {
-	to    *timers
-	begun time.Duration // since origin
-	last  time.Duration // where the next phase begins
-	now   sample
+	to      *timers
+	begun   time.Duration // since origin
+	last    time.Duration // where the next phase begins
+	pending bool          // now is of a message that was judged
+	now     sample
 }
 
 // timing is what a connection measures with: nil unless StartTimers was called.
@@ -141,11 +142,12 @@ func (g *Guard) timing() *timing {
 	return &timing{to: g.timers}
 }
 
-// begin says that the bytes of a unit are at hand. What was measured of a unit that was no message is forgotten.
+// begin says that bytes have come.
 func (t *timing) begin() {
 	if t == nil {
 		return
 	}
+	t.pending = false
 	for phase := range t.now.spans {
 		t.now.spans[phase] = notTimed
 	}
@@ -174,16 +176,41 @@ func (t *timing) skip() {
 	t.last = time.Since(t.to.origin)
 }
 
-// done says that the unit was a message of bytes bytes, and that it was judged. inv may be nil.
-func (t *timing) done(kind string, inv *invocation, bytes int) {
+// judged says that the unit was a message. inv may be nil.
+func (t *timing) judged(kind string, inv *invocation) {
 	if t == nil {
 		return
 	}
-	t.now.spans[phaseTotal] = time.Since(t.to.origin) - t.begun
-	t.now.kind, t.now.bytes, t.now.invocation = kind, bytes, ""
+	t.pending = true
+	t.now.kind, t.now.bytes, t.now.invocation = kind, 0, ""
 	if inv != nil {
 		t.now.invocation = inv.id
 	}
+}
+
+// sized says how many bytes the unit has. The innermost stream says it first, and what it says counts: a message under
+// TLS has the size of its plaintext.
+func (t *timing) sized(n int) {
+	if t != nil && t.pending && t.now.bytes == 0 {
+		t.now.bytes = n
+	}
+}
+
+// next says that another unit follows in the same bytes. Measured so far is a message of its own.
+func (t *timing) next() {
+	if t != nil && t.pending {
+		t.end()
+		t.begin()
+	}
+}
+
+// end says that everything that was at hand is judged.
+func (t *timing) end() {
+	if t == nil || !t.pending {
+		return
+	}
+	t.pending = false
+	t.now.spans[phaseTotal] = time.Since(t.to.origin) - t.begun
 	t.to.add(&t.now)
 }
 

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"kalium.dev/kalium/runtime/internal/frame"
+	"kalium.dev/kalium/runtime/internal/guard/guardtest"
 )
 
 // told keeps the frames that timers tell, and takes none while it is deaf.
@@ -44,7 +45,10 @@ func TestAPhaseThatDidNotOccurIsNoZero(t *testing.T) {
 	timing.mark(phaseLocal)
 	timing.mark(phaseEvent) // once more: what it took is added
 	timing.skip()
-	timing.done("http", &invocation{id: "i"}, 77)
+	timing.judged("http", &invocation{id: "i"})
+	timing.sized(77)
+	timing.sized(99) // of the stream around it
+	timing.end()
 	ts.flush()
 
 	if len(listener.frames) != 1 {
@@ -73,7 +77,9 @@ func TestAUnitThatWasNoMessageLeavesNoTrace(t *testing.T) {
 	timing.begin()
 	timing.mark(phaseRecord)
 	timing.begin()
-	timing.done("off", nil, 1)
+	timing.judged("off", nil)
+	timing.end()
+	timing.end() // nothing more
 	ts.flush()
 
 	if m := listener.frames[0]; len(m.Kind) != 1 || m.Record[0] != notTimed || m.Invocation[0] != "" || m.Total[0] < 0 {
@@ -85,7 +91,9 @@ func TestSamplesComeInOrderAndInFramesOfABoundedSize(t *testing.T) {
 	listener, ts, timing := measured()
 	for i := range 2*timesFrameMax + 1 {
 		timing.begin()
-		timing.done("http", nil, i)
+		timing.judged("http", nil)
+		timing.sized(i)
+		timing.end()
 	}
 	ts.flush()
 	ts.flush() // nothing is told twice
@@ -104,7 +112,8 @@ func TestSamplesWithoutRoomAreCountedAndTold(t *testing.T) {
 	many := func(n int) {
 		for range n {
 			timing.begin()
-			timing.done("http", nil, 1)
+			timing.judged("http", nil)
+			timing.end()
 		}
 	}
 	many(timesWaitingMax + 3)
@@ -155,7 +164,9 @@ func TestTheAgentHearsOfSamples(t *testing.T) {
 	g.StartTimers(l)
 	timing := g.timing()
 	timing.begin()
-	timing.done("https", nil, 9)
+	timing.judged("https", nil)
+	timing.sized(9)
+	timing.end()
 
 	if _, m := a.next(); m.(*frame.Times).Bytes[0] != 9 {
 		t.Errorf("the agent heard %+v", m)
@@ -187,9 +198,11 @@ func judgedOnce(t *timing) {
 	t.mark(phaseEvent)
 	t.mark(phaseLocal)
 	t.mark(phaseController)
+	t.judged("https", nil)
+	t.sized(1024)
 	t.skip()
 	t.mark(phaseReseal)
-	t.done("https", nil, 1024)
+	t.end()
 }
 
 func BenchmarkTimingOn(b *testing.B) {
@@ -208,5 +221,41 @@ func BenchmarkTimingOff(b *testing.B) {
 	var timing *timing
 	for b.Loop() {
 		judgedOnce(timing)
+	}
+}
+
+func TestTheMessagesOfAConnectionAreMeasuredOneByOne(t *testing.T) {
+	g, c, _ := invoked(t, "enforce")
+	listener := &told{}
+	g.timers = newTimers(listener.take)
+	out := connect(t, g, guardtest.HostAddress+":8080")
+	a := request("GET /a", "api.test:8080")
+	invoke := request("POST /function/payer", "gateway:8080", "Content-Length: 2\r\n")
+	for _, written := range []string{
+		a[:10], // a message in two writes is one
+		a[10:],
+		invoke + "{}" + request("POST /b", "api.test:8080"), // and two in one write are two
+	} {
+		if _, outcome := out.Write([]byte(written)); outcome != Allowed {
+			t.Fatalf("%q: %v, %+v", written, outcome, c.Last(t))
+		}
+		if written == a[10:] {
+			g.live.cursor = atState(g, 2) // where the invoke is next
+		}
+	}
+	g.timers.flush()
+
+	if len(listener.frames) != 1 {
+		t.Fatalf("%d frames", len(listener.frames))
+	}
+	m := listener.frames[0]
+	if !slices.Equal(m.Kind, []string{"http", "invoke", "http"}) || m.Bytes[0] != len(a) || m.Bytes[1] != len(invoke) {
+		t.Errorf("kinds %v, bytes %v", m.Kind, m.Bytes)
+	}
+	for i := range m.Kind {
+		occurred := m.Event[i] >= 0 && m.Local[i] >= 0 && m.Total[i] >= m.Event[i]+m.Local[i] && (m.Controller[i] >= 0) == (m.Kind[i] == "invoke")
+		if !occurred || m.Record[i] != notTimed || m.Open[i] != notTimed || m.Reseal[i] != notTimed || m.Invocation[i] != guardtest.Invocation {
+			t.Errorf("sample %d of %+v", i, m)
+		}
 	}
 }

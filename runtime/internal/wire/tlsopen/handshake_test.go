@@ -100,6 +100,8 @@ func (g *guarded) Write(b []byte) (int, error) {
 func (g *guarded) judge() (out []byte, err error) {
 	for {
 		raw := bytes.Clone(g.held)
+		records := 0
+		g.client.OnRecord = func() { records++ }
 		n, u, err := g.client.Next(g.held)
 		if err == wire.ErrShort {
 			if !bytes.Equal(raw, g.held) {
@@ -114,6 +116,9 @@ func (g *guarded) judge() (out []byte, err error) {
 			return out, err
 		}
 		g.kinds = append(g.kinds, u.Kind)
+		if wanted := u.Kind != KindHello; wanted != (records == 1) {
+			return out, fmt.Errorf("%d records were announced for a unit of kind %d", records, u.Kind)
+		}
 		switch u.Kind {
 		case KindHello:
 			g.hellos = append(g.hellos, u.Hello)

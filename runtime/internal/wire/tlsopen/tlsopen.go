@@ -58,6 +58,9 @@ type Unit struct {
 // Client follows the client's side of one connection. Inbound and InboundDone may be called beside the other methods,
 // which may not be called beside each other.
 type Client struct {
+	// OnRecord, if it is set, is called by Next for each whole record behind the hello, before its key is looked for.
+	OnRecord func()
+
 	keys   *Keys
 	server server
 
@@ -155,6 +158,9 @@ func (c *Client) next(b []byte) (n int, u Unit, err error) {
 	}
 	if n = headerBytes + length; len(b) < n {
 		return 0, Unit{}, wire.ErrShort
+	}
+	if c.OnRecord != nil {
+		c.OnRecord()
 	}
 	record := b[:n]
 	switch c.stage {
