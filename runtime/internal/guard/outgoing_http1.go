@@ -37,6 +37,9 @@ func (h *http1Speaker) request(data []byte, w *output) ruling {
 	if !found {
 		return ruling{outcome: o.refuse(message.Text()+" to host "+head.Host, policy.ReasonUnknownPeer)}
 	}
+	if head.Upgrade != "" {
+		return ruling{outcome: o.refuse(message.Text()+" with an upgrade to "+head.Upgrade, policy.ReasonUnsupported)}
+	}
 	bound := int64(0)
 	if s := o.g.stand(); s.refusal == "" {
 		if bound = s.policy.Functions[o.g.identity.Function].MaxBody; head.ContentLength > bound {

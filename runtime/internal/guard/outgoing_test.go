@@ -116,6 +116,17 @@ func TestAChunkedBodyBeyondTheBoundEndsTheConnection(t *testing.T) {
 	}
 }
 
+func TestARequestThatUpgradesItsConnectionIsDenied(t *testing.T) {
+	g, c, _ := invoked(t, "enforce")
+	upgrade := "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+
+	expect(t, connect(t, g, api), request("GET /a", "api.test:8080", upgrade), "", Denied)
+
+	if r := c.Last(t); r.Reason != "unsupported" {
+		t.Errorf("verdict %+v", r)
+	}
+}
+
 func TestTheHostMustBeAPeer(t *testing.T) {
 	for _, host := range []string{"10.137.0.1:8080", "api.test", "other.test:8080", "api.test:80"} {
 		g, c, _ := invoked(t, "enforce")

@@ -30,11 +30,17 @@ const (
 // NewBody follows a body of length bytes, or a chunked one, or one that the end of the connection ends. max bounds
 // its content in bytes. A head without a body is length 0.
 func NewBody(length int64, chunked, untilClose bool, max int64) *Body {
-	body := &Body{untilClose: untilClose, chunked: chunked, max: max, left: length}
-	if !chunked && !untilClose && length == 0 {
-		body.state = ended
-	}
+	body := &Body{}
+	body.Reset(length, chunked, untilClose, max)
 	return body
+}
+
+// Reset begins to follow another body, as NewBody does.
+func (d *Body) Reset(length int64, chunked, untilClose bool, max int64) {
+	*d = Body{untilClose: untilClose, chunked: chunked, max: max, left: length}
+	if !chunked && !untilClose && length == 0 {
+		d.state = ended
+	}
 }
 
 // Feed takes the bytes of the body at the front of b: n of them belong to it and may go on; done says that the body

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"reflect"
@@ -410,6 +411,7 @@ func FuzzRequest(f *testing.F) {
 	for _, text := range accepted {
 		f.Add([]byte(text))
 	}
+	f.Add([]byte("GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"))
 	f.Add([]byte("GET /a?b=%20&c HTTP/1.1\r\nHost: [::1]:80\r\nX: \t\r\n\r\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		head, n, err := ParseRequest(data)
@@ -422,6 +424,14 @@ func FuzzRequest(f *testing.F) {
 		}
 		if _, _, err := ParseRequest(data[:n-1]); err != wire.ErrShort {
 			t.Fatalf("without the last byte: %v", err)
+		}
+		var reused RequestHead
+		for _, text := range []string{accepted["python requests"], string(data), "GET /x?y=1", string(data)} {
+			_, err = reused.Parse([]byte(text))
+		}
+		reused.text, head.text = nil, nil
+		if want := fmt.Sprintf("%+v", *head); err != nil || fmt.Sprintf("%+v", reused) != want {
+			t.Fatalf("a head that is used again reads %+v, %v; want %s", reused, err, want)
 		}
 		request, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(data[:n])))
 		if err != nil {
@@ -441,7 +451,7 @@ func FuzzRequest(f *testing.F) {
 			return // "a:b" is written as "a: b"
 		}
 		if err != nil || again.Method != head.Method || again.Target != head.Target || again.Host != head.Host || again.ContentLength != head.ContentLength ||
-			again.Chunked != head.Chunked || again.Close != head.Close || again.Expect != head.Expect || !reflect.DeepEqual(again.Query, head.Query) {
+			again.Chunked != head.Chunked || again.Close != head.Close || again.Upgrade != head.Upgrade || again.Expect != head.Expect || !reflect.DeepEqual(again.Query, head.Query) {
 			t.Fatalf("%q is read as %#v, %v", written, again, err)
 		}
 	})

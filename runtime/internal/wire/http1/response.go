@@ -28,14 +28,14 @@ func ParseResponse(b []byte, method string) (head *ResponseHead, n int, err erro
 	if err != nil {
 		return nil, 0, err
 	}
-	line, rest := cutLine(b[:n])
+	line, rest := cutLine(string(b[:n]))
 	head = &ResponseHead{}
 	version, status, ok := statusLine(line)
 	if !ok {
 		return nil, 0, wire.Malformed("a status line that does not parse")
 	}
 	head.Status = status
-	if head.Fields, err = parseFields(rest, isToken); err != nil {
+	if head.Fields, err = parseFields(rest, classToken, nil); err != nil {
 		return nil, 0, err
 	}
 	head.Close = version == "HTTP/1.0"
@@ -91,11 +91,11 @@ func checkLines(b []byte, whole bool) error {
 	return nil
 }
 
-func statusLine(line []byte) (version string, status int, ok bool) {
+func statusLine(line string) (version string, status int, ok bool) {
 	if len(line) < 12 || len(line) > reasonTextMax || line[8] != ' ' || len(line) > 12 && line[12] != ' ' {
 		return "", 0, false
 	}
-	version = string(line[:8])
+	version = line[:8]
 	if version != "HTTP/1.0" && version != "HTTP/1.1" {
 		return "", 0, false
 	}
