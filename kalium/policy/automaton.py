@@ -9,8 +9,9 @@ from __future__ import annotations
 import enum
 import itertools
 import json
+import string
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kalium.errors import EXIT_NO, KaliumError
@@ -22,10 +23,12 @@ from kalium.policy.limits import (
     EDGES_MAX,
     EXPECTED_MAX,
     FUNCTIONS_MAX,
+    INFLIGHT_MAX,
     LIST_MAX,
     MESSAGE_TEXT_MAX,
     NAME_BYTES_MAX,
     PEERS_MAX,
+    RETRIES_MAX,
     STATES_MAX,
     SYMBOLS_MAX,
     TIMEOUT_MS_MAX,
@@ -33,7 +36,7 @@ from kalium.policy.limits import (
 )
 from kalium.policy.message import JUDGING_CONNECTION, Kind, Message, Reason, printable
 
-FORMAT = "kalium-compiled/v1"
+FORMAT = "kalium-compiled/v2"
 VERBS = ("show-tables", "select", "insert", "update", "delete", "replace", "begin", "commit", "rollback", "create-table")
 
 States = frozenset[int]
@@ -41,8 +44,9 @@ NOWHERE: States = frozenset()
 
 
 class Mode(str, enum.Enum):
-    """What becomes of a denial. `off` is no mode of a policy: an app without a policy has no guard."""
+    """What becomes of a denial; off: nothing is looked at."""
 
+    OFF = "off"
     LEARN = "learn"
     AUDIT = "audit"
     ENFORCE = "enforce"
@@ -54,6 +58,21 @@ class Protocol(str, enum.Enum):
     HTTP = "http"
     HTTPS = "https"
     MYSQL = "mysql"
+    SMTP = "smtp"
+
+
+class Tls(str, enum.Enum):
+    """How a function's TLS is read: opened with the keys that the program logs, or ended in the guard under its own CA."""
+
+    OPEN = "open"
+    TERMINATE = "terminate"
+
+
+class Reuse(str, enum.Enum):
+    """Whether an instance serves another invocation after its first."""
+
+    ALWAYS = "always"
+    NEVER = "never"
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,11 @@ class Peer:
 
 @dataclass(frozen=True)
 class Symbol:
-    """One line of the policy: the set of messages that may be sent where its edges are. Fields as in Message."""
+    """One line of the policy: the set of messages that may be sent where its edges are. Fields as in Message.
+
+    An empty `sender` stands for any, an empty `to` for anybody. `retries` is how often a message without an answer may be
+    sent again, `tail` whether it may be sent after the answer.
+    """
 
     kind: Kind
     peer: str
@@ -81,6 +104,12 @@ class Symbol:
     verb: str = ""
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
+    upgrade: bool = False
+    grpc: bool = False
+    sender: str = ""
+    to: tuple[str, ...] = ()
+    retries: int = 0
+    tail: bool = False
     line: int = 0
     text: str = ""
 
@@ -90,17 +119,18 @@ class Symbol:
 
     def matches(self, message: Message) -> bool:
         """Whether `message` is one of the symbol's messages."""
-        if message.kind is Kind.OTHER or self.kind is not message.kind:
+        if message.kind is Kind.OTHER or (self.kind, self.peer) != (message.kind, message.peer):
             return False
         if message.judging:
-            return message.judging == JUDGING_CONNECTION and self.kind is Kind.HTTPS and self.peer == message.peer
+            return message.judging == JUDGING_CONNECTION and self.kind is Kind.HTTPS
         if self.kind is Kind.INVOKE:
             return self.callee == message.callee != ""
         if self.kind is Kind.MYSQL:
-            return (self.peer, self.verb, self.read, self.write) == (message.peer, message.verb, message.read, message.write)
-        if (self.peer, self.method) != (message.peer, message.method):
-            return False
-        return path_matches(self.path, message.path) and set(message.query) <= set(self.query)
+            return (self.verb, self.read, self.write) == (message.verb, message.read, message.write)
+        if self.kind is Kind.SMTP:
+            return self.sender in ("", message.sender) and (not self.to or set(message.to) <= set(self.to))
+        same = (self.method, self.upgrade, self.grpc) == (message.method, message.upgrade, message.grpc)
+        return same and path_matches(self.path, message.path) and set(message.query) <= set(self.query)
 
 
 def is_placeholder(segment: str) -> bool:
@@ -127,7 +157,8 @@ class Verdict:
     """What the send path consults. The default denies, so a forgotten argument fails closed.
 
     `expected` is what the policy would have accepted here, at most EXPECTED_MAX; `line` that of the symbol which matched, at
-    whatever place, 0 when none does; `states` the states after the step, which after a denial are those that denied.
+    whatever place, 0 when none does; `states` the states after the step, which after a denial are those that denied;
+    `retries` those of the symbol that matched, 0 after a denial.
     """
 
     allowed: bool = False
@@ -135,20 +166,18 @@ class Verdict:
     expected: tuple[str, ...] = ()
     line: int = 0
     states: tuple[int, ...] = ()
+    retries: int = 0
 
 
 @dataclass(frozen=True)
-class FunctionAutomaton:
-    """The automaton of one function's CFG: nondeterministic, without empty transitions."""
+class MessageAutomaton:
+    """The automaton of a CFG: nondeterministic, without empty transitions."""
 
-    name: str
     symbols: tuple[Symbol, ...]
     states: int
     start: States
     accept: States
     edges: tuple[tuple[int, int, int], ...]  # (from, symbol, to), rising
-    max_body: int  # bytes of a message's body
-    invocation_timeout_ms: int
     _leaving: Mapping[int, Sequence[tuple[int, int]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -171,26 +200,52 @@ class FunctionAutomaton:
 
     def step(self, states: States, message: Message) -> tuple[Verdict, States]:
         """Judge `message` at `states`. Denied: the same states come back, so audit stands where enforce stands."""
+        return self._step(states, message, tail=False)
+
+    def step_tail(self, states: States, message: Message) -> tuple[Verdict, States]:
+        """Judge a message that is sent after the answer: as step, over the symbols of the tail alone."""
+        return self._step(states, message, tail=True)
+
+    def _step(self, states: States, message: Message, *, tail: bool) -> tuple[Verdict, States]:
         matched: dict[int, bool] = {}
         reached: set[int] = set()
-        line = 0
+        first: Symbol | None = None
         for state in sorted(states):
-            for symbol, target in self.leaving(state):
-                if symbol not in matched:
-                    matched[symbol] = self.symbols[symbol].matches(message)
-                if matched[symbol]:
-                    line = line if reached else self.symbols[symbol].line
+            for number, target in self.leaving(state):
+                symbol = self.symbols[number]
+                if number not in matched:
+                    matched[number] = (symbol.tail or not tail) and symbol.matches(message)
+                if matched[number]:
+                    first = first or symbol
                     reached.add(target)
-        if reached:
-            return Verdict(True, Reason.ALLOWED, (), line, tuple(sorted(reached))), frozenset(reached)
+        if first:
+            return Verdict(True, Reason.ALLOWED, (), first.line, tuple(sorted(reached)), first.retries), frozenset(reached)
         elsewhere = next((symbol for symbol in self.symbols if symbol.matches(message)), None)
         reason = Reason.NOT_IN_POLICY if elsewhere is None else Reason.OUT_OF_ORDER
-        return Verdict(False, reason, self.expected(states), elsewhere.line if elsewhere else 0, tuple(sorted(states))), states
+        line = elsewhere.line if elsewhere else 0
+        return Verdict(False, reason, self.expected(states, tail=tail), line, tuple(sorted(states))), states
 
-    def expected(self, states: States) -> tuple[str, ...]:
-        """The symbols that leave `states`, in the order of the policy's text, at most EXPECTED_MAX."""
-        leaving = sorted({symbol for state in states for symbol, _ in self.leaving(state)})
+    def expected(self, states: States, *, tail: bool = False) -> tuple[str, ...]:
+        """The symbols that leave `states`, in the order of the policy's text, at most EXPECTED_MAX; `tail`: those of the tail alone."""
+        leaving = sorted({symbol for state in states for symbol, _ in self.leaving(state) if self.symbols[symbol].tail or not tail})
         return tuple(self.symbols[symbol].expected() for symbol in leaving[:EXPECTED_MAX])
+
+
+@dataclass(frozen=True)
+class FunctionAutomaton(MessageAutomaton):
+    """One function: the automaton of its messages and then its tail, and what the guard does around an invocation."""
+
+    name: str = field(kw_only=True)
+    max_body: int = field(kw_only=True)  # bytes of a message's body
+    invocation_timeout_ms: int = field(kw_only=True)
+    mode: Mode = field(kw_only=True)  # its own, or else the policy's
+    tls: Tls = field(kw_only=True)
+    startup: MessageAutomaton | None = field(kw_only=True)  # of what is sent before the first request; None when nothing may be
+    tail_ms: int = field(kw_only=True)  # how long after the answer the symbols of the tail may be sent
+    quiet_ms: int = field(kw_only=True)  # after an invocation without an answer: silence before the next request
+    retire_ms: int = field(kw_only=True)  # and how long that silence is waited for before the instance is replaced
+    max_inflight: int = field(kw_only=True)  # invocations at a time
+    reuse: Reuse = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -337,6 +392,12 @@ def _name(value: Any, path: str) -> str:
     return text
 
 
+def _boolean(value: Any, path: str) -> bool:
+    if not isinstance(value, bool):
+        raise malformed(f"{path} is neither true nor false")
+    return value
+
+
 def _names(value: Any, path: str, count_max: int) -> dict[str, Any]:
     if not isinstance(value, dict) or len(value) > count_max:
         raise malformed(f"{path} is not an object of at most {count_max} names")
@@ -425,12 +486,49 @@ def _peer(name: str, value: Any) -> Peer:
     return Peer(name, host, port, protocol, "role" in fields, schema)
 
 
+_AUTOMATON_FIELDS = "symbols states start accept edges"
+
+
 def _function(peers: Mapping[str, Peer], name: str, value: Any) -> FunctionAutomaton:
     path = f"functions.{name}"
-    fields = object_of(value, path, "symbols states start accept edges max_body invocation_timeout_ms")
+    settings = "max_body invocation_timeout_ms mode tls tail_ms quiet_ms retire_ms max_inflight reuse"
+    fields = object_of(value, path, f"{_AUTOMATON_FIELDS} {settings}", "startup")
+
+    def milliseconds(field: str) -> int:
+        return _integer(fields[field], f"{path}.{field}", 1, TIMEOUT_MS_MAX)
+
+    symbols, states, start, accept, edges = _automaton(peers, fields, path)
+    for index, symbol in enumerate(symbols):
+        if symbol.tail and symbol.kind is Kind.INVOKE:
+            raise malformed(f"{path}.symbols[{index}] is an invocation after the answer")
+    return FunctionAutomaton(
+        symbols, states, start, accept, edges, name=name,
+        max_body=_integer(fields["max_body"], f"{path}.max_body", 0, BODY_BYTES_MAX),
+        invocation_timeout_ms=milliseconds("invocation_timeout_ms"),
+        mode=Mode(one_of(fields["mode"], f"{path}.mode", [mode.value for mode in Mode])),
+        tls=Tls(one_of(fields["tls"], f"{path}.tls", [tls.value for tls in Tls])),
+        startup=_startup(peers, fields["startup"], f"{path}.startup") if "startup" in fields else None,
+        tail_ms=milliseconds("tail_ms"), quiet_ms=milliseconds("quiet_ms"), retire_ms=milliseconds("retire_ms"),
+        max_inflight=_integer(fields["max_inflight"], f"{path}.max_inflight", 1, INFLIGHT_MAX),
+        reuse=Reuse(one_of(fields["reuse"], f"{path}.reuse", [reuse.value for reuse in Reuse])),
+    )  # fmt: skip
+
+
+def _startup(peers: Mapping[str, Peer], value: Any, path: str) -> MessageAutomaton:
+    """The automaton of what is sent before the first request. No call is there yet that an invocation could belong to."""
+    parts = _automaton(peers, object_of(value, path, _AUTOMATON_FIELDS), path)
+    for index, symbol in enumerate(parts[0]):
+        if symbol.tail or symbol.kind is Kind.INVOKE:
+            raise malformed(f"{path}.symbols[{index}] is an invocation or of the tail")
+    return MessageAutomaton(*parts)
+
+
+_Parts = tuple[tuple[Symbol, ...], int, States, States, tuple[tuple[int, int, int], ...]]
+
+
+def _automaton(peers: Mapping[str, Peer], fields: Mapping[str, Any], path: str) -> _Parts:
+    """What a MessageAutomaton consists of, in its order."""
     states = _integer(fields["states"], f"{path}.states", 1, STATES_MAX)
-    max_body = _integer(fields["max_body"], f"{path}.max_body", 0, BODY_BYTES_MAX)
-    timeout_ms = _integer(fields["invocation_timeout_ms"], f"{path}.invocation_timeout_ms", 1, TIMEOUT_MS_MAX)
     listed = _list(fields["symbols"], f"{path}.symbols", SYMBOLS_MAX)
     symbols = tuple(_symbol(peers, f"{path}.symbols[{index}]", element) for index, element in enumerate(listed))
     start = _states(fields["start"], f"{path}.start", states)
@@ -441,14 +539,15 @@ def _function(peers: Mapping[str, Peer], name: str, value: Any) -> FunctionAutom
     for index, (before, after) in enumerate(itertools.pairwise(edges)):
         if after <= before:
             raise malformed(f"{path}.edges[{index + 1}] is not after the one before it")
-    return FunctionAutomaton(name, symbols, states, start, accept, edges, max_body, timeout_ms)
+    return symbols, states, start, accept, edges
 
 
-_SYMBOL_FIELDS = {
-    Kind.HTTP: "kind peer method path query line text",
-    Kind.HTTPS: "kind peer method path query line text",
-    Kind.INVOKE: "kind peer callee line text",
-    Kind.MYSQL: "kind peer verb read write line text",
+_SYMBOL_FIELDS = {  # beside those that every symbol has
+    Kind.HTTP: "method path query retries upgrade grpc",
+    Kind.HTTPS: "method path query retries upgrade grpc",
+    Kind.INVOKE: "callee",
+    Kind.MYSQL: "verb read write",
+    Kind.SMTP: "from to",
 }
 
 
@@ -457,37 +556,62 @@ def _symbol(peers: Mapping[str, Peer], path: str, value: Any) -> Symbol:
     kind = next((kind for kind in _SYMBOL_FIELDS if kind.value == name), None)
     if kind is None:
         raise malformed(f"{path} has no known kind")
-    fields = object_of(value, path, _SYMBOL_FIELDS[kind])
-    peer_name = _name(fields["peer"], f"{path}.peer")
-    line = _integer(fields["line"], f"{path}.line", 0, VERSION_MAX)
+    fields = object_of(value, path, f"kind peer line text tail {_SYMBOL_FIELDS[kind]}")
     text = text_of(fields["text"], f"{path}.text", MESSAGE_TEXT_MAX)
     if not text or printable(text, MESSAGE_TEXT_MAX) != text:
         raise malformed(f"{path}.text is not a printable text")
+    peer_name = _name(fields["peer"], f"{path}.peer")
     peer = peers.get(peer_name)
     if peer is None:
         raise malformed(f'{path}.peer "{peer_name}" is not listed')
+    if not _speaks(peer, kind):
+        raise malformed(f'{path}: peer "{peer_name}" is not one that is reached by {kind.value} messages')
+    line = _integer(fields["line"], f"{path}.line", 0, VERSION_MAX)
+    common = Symbol(kind, peer_name, line=line, text=text, tail=_boolean(fields["tail"], f"{path}.tail"))
     if kind is Kind.INVOKE:
-        if not peer.gateway:
-            raise malformed(f'{path}: peer "{peer_name}" has not the role gateway')
-        return Symbol(kind, peer_name, callee=_name(fields["callee"], f"{path}.callee"), line=line, text=text)
+        return replace(common, callee=_name(fields["callee"], f"{path}.callee"))
     if kind is Kind.MYSQL:
-        if peer.protocol is not Protocol.MYSQL:
-            raise malformed(f'{path}: peer "{peer_name}" does not speak mysql')
         verb = _name(fields["verb"], f"{path}.verb")
         if verb not in VERBS:
             raise malformed(f'{path}.verb "{verb}" is unknown')
-        read, write = _sorted_names(fields["read"], f"{path}.read"), _sorted_names(fields["write"], f"{path}.write")
-        return Symbol(kind, peer_name, verb=verb, read=read, write=write, line=line, text=text)
-    if peer.protocol.value != kind.value or peer.gateway:
-        raise malformed(f'{path}: peer "{peer_name}" is not one that is reached by {kind.value} requests')
+        return replace(common, verb=verb, read=_sorted_names(fields["read"], f"{path}.read"), write=_sorted_names(fields["write"], f"{path}.write"))
+    if kind is Kind.SMTP:
+        return _mail(common, fields, path)
+    return _request(common, fields, path)
+
+
+def _speaks(peer: Peer, kind: Kind) -> bool:
+    return peer.gateway if kind is Kind.INVOKE else peer.protocol.value == kind.value and not peer.gateway
+
+
+def _request(symbol: Symbol, fields: Mapping[str, Any], path: str) -> Symbol:
     method = _name(fields["method"], f"{path}.method")
     if method != method.upper():
         raise malformed(f"{path}.method is not in upper case")
     template = text_of(fields["path"], f"{path}.path", MESSAGE_TEXT_MAX)
     if fault := fault_of_template(template):
         raise malformed(f"{path}.path: {fault}")
-    query = _sorted_names(fields["query"], f"{path}.query")
-    return Symbol(kind, peer_name, method=method, path=template, query=query, line=line, text=text)
+    request = replace(
+        symbol, method=method, path=template, query=_sorted_names(fields["query"], f"{path}.query"),
+        retries=_integer(fields["retries"], f"{path}.retries", 0, RETRIES_MAX),
+        upgrade=_boolean(fields["upgrade"], f"{path}.upgrade"), grpc=_boolean(fields["grpc"], f"{path}.grpc"),
+    )  # fmt: skip
+    if (request.upgrade and (request.grpc or method != "GET")) or (request.grpc and (symbol.kind, method) != (Kind.HTTPS, "POST")):
+        raise malformed(f"{path}: an upgrade is a GET, and gRPC is POST over https")
+    return request
+
+
+def _mail(symbol: Symbol, fields: Mapping[str, Any], path: str) -> Symbol:
+    mail = replace(symbol, sender=text_of(fields["from"], f"{path}.from", NAME_BYTES_MAX), to=_sorted_names(fields["to"], f"{path}.to"))
+    for address in (*mail.to, *([mail.sender] if mail.sender else [])):
+        local, _, domain = address.partition("@")
+        if not (is_name(address) and local and domain) or domain != domain.lower() or set(address) & set("<>,") or "@" in domain:
+            raise malformed(f'{path}: "{address}" is no address in the spelling local@domain')
+    return mail
+
+
+# The characters of a path of an accepted request, without the slash: those that runtime/internal/wire/http1 takes.
+PATH_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-._~!$&'()*+,=:@")
 
 
 def fault_of_template(template: str) -> str:
@@ -501,7 +625,7 @@ def fault_of_template(template: str) -> str:
         if is_placeholder(segment):
             continue
         is_inner_gap = segment == "" and index < len(segments) - 1
-        if is_inner_gap or segment in (".", "..") or set(segment) & set("{}%?#\\") or not all("!" <= character <= "~" for character in segment):
+        if is_inner_gap or segment in (".", "..") or not set(segment) <= PATH_CHARACTERS:
             return f'segment "{segment}" cannot be in a request\'s path'
     return ""
 

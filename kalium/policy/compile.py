@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from kalium.errors import KaliumError
 from kalium.policy import schema, source
-from kalium.policy.automaton import FORMAT, CompiledPolicy, Mode, Peer, Protocol, Symbol, fault_of_template
+from kalium.policy.automaton import FORMAT, CompiledPolicy, Mode, Peer, Protocol, Reuse, Symbol, Tls, fault_of_template
 from kalium.policy.cfg import Automaton, Behaviours, Cfg, Choice, Parallel, Repeat, Send, Steps, TooManyStates
 from kalium.policy.envelope import canonical
 from kalium.policy.limits import (
     COMPILED_BYTES_MAX,
     DEADLINE_MS_DEFAULT,
     EDGES_MAX,
+    INFLIGHT_DEFAULT,
     INVOCATION_TIMEOUT_MS_DEFAULT,
     MAX_BODY_DEFAULT,
+    QUIET_MS_DEFAULT,
+    RETIRE_MS_DEFAULT,
+    RETRIES_DEFAULT,
     STATES_MAX,
     SYMBOLS_MAX,
+    TAIL_MS_DEFAULT,
 )
 from kalium.policy.message import Kind, Message
+from kalium.policy.overlap import overlap
 from kalium.policy.source import Finding, Path, Source, SourceRefused, did_you_mean, error_at
 
 # What a verb's statements read and write, as the guard's classifier reports them (runtime/internal/wire/sql): the number of
@@ -42,15 +49,33 @@ _TRANSACTION_VERBS = ("begin", "commit", "rollback")
 
 
 @dataclass(frozen=True)
+class DraftCfg:
+    """A CFG as it was read, and the messages that it is over."""
+
+    cfg: Cfg
+    symbols: tuple[Symbol, ...]
+
+
+@dataclass(frozen=True)
 class DraftFunction:
-    """A function's CFG as it was read, and the messages that it is over."""
+    """A function as it was read: `during` an invocation its messages and then, maybe, its tail; and what it sends at `startup`."""
 
     name: str
     line: int
-    cfg: Cfg
-    symbols: tuple[Symbol, ...]
+    during: DraftCfg
+    startup: DraftCfg | None
+    mode: Mode
     max_body: int
-    invocation_timeout_ms: int
+    max_inflight: int
+    settings: Mapping[str, Any]  # the other fields of the compiled form
+
+    def cfgs(self) -> tuple[DraftCfg, ...]:
+        """All that is there of it."""
+        return (self.during, self.startup) if self.startup else (self.during,)
+
+    def symbols(self) -> Iterator[Symbol]:
+        """The messages that it may send at some time."""
+        return itertools.chain.from_iterable(cfg.symbols for cfg in self.cfgs())
 
 
 @dataclass(frozen=True)
@@ -118,24 +143,65 @@ class _PolicyReader:
     def draft(self) -> Draft:
         document = self.document
         self.read_peers()
-        functions = {}
-        for name, description in document["functions"].items():
-            path: Path = ("functions", name)
-            reader = _FunctionReader(self)
-            cfg = reader.steps(description["messages"], (*path, "messages"))
-            if len(reader.symbols) > SYMBOLS_MAX:
-                self.refuse(
-                    "policy.too_large", path, f"function {name} has {len(reader.symbols)} messages, at most {SYMBOLS_MAX}", "split the function"
-                )
-            functions[name] = DraftFunction(
-                name, self.source.line(path), cfg, tuple(reader.symbols), description.get("max_body", MAX_BODY_DEFAULT),
-                description.get("invocation_timeout_ms", INVOCATION_TIMEOUT_MS_DEFAULT),
-            )  # fmt: skip
+        functions = {name: self.function(name, description) for name, description in document["functions"].items()}
         for index, name in enumerate(document["entries"]):
             self.check_function(name, ("entries", index))
         deadline_ms = document.get("on_unavailable", {}).get("deadline_ms", DEADLINE_MS_DEFAULT)
         entries = tuple(sorted(document["entries"]))
         return Draft(self.source, document["app"], document["version"], Mode(document["mode"]), deadline_ms, self.peers, entries, functions)
+
+    def function(self, name: str, description: Mapping[str, Any]) -> DraftFunction:
+        """Everything that is said of one function."""
+        path: Path = ("functions", name)
+        reader = _FunctionReader(self)
+        body = reader.steps(description["messages"], (*path, "messages"))
+        sent = tuple(reader.symbols)
+        if "tail" in description:
+            # The invocation may end with its answer, whether or not the tail is sent.
+            reader.part = "tail"
+            body = Steps((body, Repeat(reader.steps(description["tail"], (*path, "tail")), 0, 1)))
+            self.check_tail(sent, tuple(reader.symbols)[len(sent) :])
+        startup = None
+        if "startup" in description:
+            beginning = _FunctionReader(self, "startup")
+            startup = DraftCfg(beginning.steps(description["startup"], (*path, "startup")), tuple(beginning.symbols))
+        self.check_settings(path, description)
+        function = DraftFunction(
+            name, self.source.line(path), DraftCfg(body, tuple(reader.symbols)), startup, Mode(description.get("mode", self.document["mode"])),
+            description.get("max_body", MAX_BODY_DEFAULT), description.get("max_inflight", INFLIGHT_DEFAULT),
+            {
+                "invocation_timeout_ms": description.get("invocation_timeout_ms", INVOCATION_TIMEOUT_MS_DEFAULT),
+                "tls": description.get("tls", Tls.OPEN.value),
+                "tail_ms": description.get("tail_ms", TAIL_MS_DEFAULT),
+                "quiet_ms": description.get("quiet_ms", QUIET_MS_DEFAULT),
+                "retire_ms": description.get("retire_ms", RETIRE_MS_DEFAULT),
+                "reuse": description.get("reuse", Reuse.ALWAYS.value),
+            },
+        )  # fmt: skip
+        for cfg in function.cfgs():
+            if len(cfg.symbols) > SYMBOLS_MAX:
+                found = f"function {name} has {len(cfg.symbols)} messages, at most {SYMBOLS_MAX}"
+                self.refuse("policy.too_large", path, found, "split the function")
+        return function
+
+    def check_tail(self, body: tuple[Symbol, ...], tail: tuple[Symbol, ...]) -> None:
+        """A message that body and tail have in common could be counted as either, so an answer would not end the body."""
+        for symbol in tail:
+            twin = next((other for other in body if overlap(symbol, other)), None)
+            if twin is not None:
+                found = f"{symbol.text} is in the tail, and line {twin.line} has it before the answer"
+                self.findings.append(error_at("policy.tail", symbol.line, found, "keep it in one of the two"))
+
+    def check_settings(self, path: Path, description: Mapping[str, Any]) -> None:
+        """Settings that contradict each other."""
+        if "tail_ms" in description and "tail" not in description:
+            self.refuse("policy.tail", (*path, "tail_ms"), "tail_ms without a tail", "add `tail:`, or delete it")
+        quiet_ms, retire_ms = description.get("quiet_ms", QUIET_MS_DEFAULT), description.get("retire_ms", RETIRE_MS_DEFAULT)
+        if quiet_ms >= retire_ms:
+            found = f"quiet_ms {quiet_ms} is not less than retire_ms {retire_ms}, so no instance could become quiet in time"
+            self.refuse("policy.value", (*path, "quiet_ms" if "quiet_ms" in description else "retire_ms"), found, "raise retire_ms")
+        if description.get("reuse") == Reuse.NEVER.value and description.get("max_inflight", INFLIGHT_DEFAULT) > 1:
+            self.refuse("policy.value", (*path, "max_inflight"), "reuse: never is one invocation an instance", "delete max_inflight")
 
     def read_peers(self) -> None:
         addresses: dict[tuple[str, int], str] = {}
@@ -164,11 +230,15 @@ class _PolicyReader:
 
 
 class _FunctionReader:
-    """Reads one function's steps; each message on a line of its own becomes a symbol, in the order of the text."""
+    """Reads one function's steps; each message on a line of its own becomes a symbol, in the order of the text.
 
-    def __init__(self, policy: _PolicyReader) -> None:
+    `part` is what is being read: messages, tail or startup.
+    """
+
+    def __init__(self, policy: _PolicyReader, part: str = "messages") -> None:
         self._policy = policy
         self._in_transaction = False
+        self.part = part
         self.symbols: dict[Symbol, int] = {}
 
     def steps(self, items: list[Any], path: Path) -> Cfg:
@@ -186,6 +256,7 @@ class _FunctionReader:
             "https": self._request,
             "invoke": self._invoke,
             "mysql": self._mysql,
+            "smtp": self._smtp,
             "sequence": lambda step, path: self.steps(step["sequence"], (*path, "sequence")),
             "parallel": lambda step, path: Parallel(self._branches(step["parallel"], (*path, "parallel")), self._line(path, "parallel")),
             "choice": lambda step, path: Choice(self._branches(step["choice"], (*path, "choice"))),
@@ -200,10 +271,10 @@ class _FunctionReader:
         """The line of the key that says what the step is; in a branch of its own that is not the branch's line."""
         return self._policy.source.line((*path, kind))
 
-    def _send(self, path: Path, kind: str, message: Message) -> Cfg:
+    def _send(self, path: Path, kind: str, message: Message, retries: int = 0) -> Cfg:
         symbol = Symbol(
             message.kind, message.peer, message.method, message.path, message.query, message.callee, message.verb, message.read, message.write,
-            line=self._line(path, kind), text=message.text(),
+            message.upgrade, message.grpc, message.sender, message.to, retries, self.part == "tail", self._line(path, kind), message.text(),
         )  # fmt: skip
         return Send(self.symbols.setdefault(symbol, len(self.symbols)))
 
@@ -230,9 +301,19 @@ class _FunctionReader:
         peer = self._peer(step, path, wanted, lambda peer: peer.protocol.value == kind.value and not peer.gateway)
         if fault := fault_of_template(step["path"]):
             self._policy.refuse("policy.path", (*path, "path"), f'path "{step["path"]}": {fault}', "write the path as it goes over the wire")
-        return self._send(path, kind.value, Message(kind, peer, step[kind.value], step["path"], tuple(sorted(step.get("query", ())))))
+        method, upgrade, grpc = step[kind.value], "upgrade" in step, step.get("grpc", False)
+        if upgrade and (grpc or method != "GET"):
+            self._policy.refuse("policy.request", (*path, "upgrade"), f"an upgrade by {'gRPC' if grpc else method}", "write GET: no other asks")
+        elif grpc and method != "POST":
+            self._policy.refuse("policy.request", (*path, "grpc"), f"a gRPC call by {method}", "write POST: no other is one")
+        message = Message(kind, peer, method, step["path"], tuple(sorted(step.get("query", ()))), upgrade=upgrade, grpc=grpc)
+        return self._send(path, kind.value, message, step.get("retries", RETRIES_DEFAULT.get(method, 0)))
 
     def _invoke(self, step: Mapping[str, Any], path: Path) -> Cfg:
+        if self.part != "messages":
+            when = "after the answer" if self.part == "tail" else "before the first request"
+            found = f"{step['invoke']} is invoked {when}, when no call is there to belong to"
+            self._policy.refuse("policy.invoke", (*path, "invoke"), found, "move it to messages")
         self._policy.check_function(step["invoke"], (*path, "invoke"))
         peer = self._peer(step, path, "a gateway", lambda peer: peer.gateway)
         return self._send(path, "invoke", Message(Kind.INVOKE, peer, callee=step["invoke"]))
@@ -261,6 +342,10 @@ class _FunctionReader:
             self._policy.refuse("policy.transaction", path, f"{verb} inside a transaction", "delete it: the transaction begins and commits by itself")
         return self._send(path, "mysql", Message(Kind.MYSQL, peer, verb=verb, read=read, write=write))
 
+    def _smtp(self, step: Mapping[str, Any], path: Path) -> Cfg:
+        peer = self._peer(step, path, "one with protocol smtp", lambda peer: peer.protocol is Protocol.SMTP)
+        return self._send(path, "smtp", Message(Kind.SMTP, peer, sender=step.get("from", ""), to=tuple(sorted(step.get("to", ())))))
+
     def _repeat(self, step: Mapping[str, Any], path: Path) -> Cfg:
         low, high = step.get("at_least", 0), step["at_most"]
         if low > high:
@@ -285,22 +370,22 @@ def assemble(draft: Draft) -> tuple[bytes, list[Finding]]:
     app_cfg: dict[str, Any] = {}
     for name, function in draft.functions.items():
         try:
-            automaton, invocations, callees = automata(function)
+            automaton, invocations, callees = automata(function.during)
+            startup = {"startup": _automaton(function.startup, automata(function.startup)[0])} if function.startup else {}
         except TooManyStates as error:
             findings.append(_too_large(error.line or function.line, f"function {name} has {error}"))
             continue
-        if max(len(automaton.edges), len(invocations.edges)) > EDGES_MAX:
-            findings.append(_too_large(function.line, f"function {name} has {len(automaton.edges)} transitions, at most {EDGES_MAX}"))
-            continue
         functions[name] = {
-            "symbols": [_symbol(symbol) for symbol in function.symbols],
-            "states": automaton.states,
-            "start": [0],
-            "accept": list(automaton.accept),
-            "edges": [list(edge) for edge in automaton.edges],
+            **_automaton(function.during, automaton),
+            **startup,
+            "mode": function.mode.value,
             "max_body": function.max_body,
-            "invocation_timeout_ms": function.invocation_timeout_ms,
+            "max_inflight": function.max_inflight,
+            **function.settings,
         }
+        most = max(len(invocations.edges), *(len(part["edges"]) for part in (functions[name], *startup.values())))
+        if most > EDGES_MAX:
+            findings.append(_too_large(function.line, f"function {name} has {most} transitions, at most {EDGES_MAX}"))
         edges = [[state, callees[callee], target] for state, callee, target in invocations.edges]
         app_cfg[name] = {"states": invocations.states, "start": [0], "edges": edges}
     if findings:
@@ -325,12 +410,12 @@ def assemble(draft: Draft) -> tuple[bytes, list[Finding]]:
     return compiled, []
 
 
-def automata(function: DraftFunction) -> tuple[Automaton, Automaton, list[str]]:
-    """The function's automaton, its projection on invocations, and the callees that number the projection's symbols."""
+def automata(draft: DraftCfg) -> tuple[Automaton, Automaton, list[str]]:
+    """The CFG's automaton, its projection on invocations, and the callees that number the projection's symbols."""
     behaviours, invocations = Behaviours(), Behaviours()
-    start = behaviours.build(function.cfg, Behaviours.END)
-    callees = sorted({symbol.callee for symbol in function.symbols if symbol.kind is Kind.INVOKE})
-    label = {number: callees.index(symbol.callee) for number, symbol in enumerate(function.symbols) if symbol.kind is Kind.INVOKE}
+    start = behaviours.build(draft.cfg, Behaviours.END)
+    callees = sorted({symbol.callee for symbol in draft.symbols if symbol.kind is Kind.INVOKE})
+    label = {number: callees.index(symbol.callee) for number, symbol in enumerate(draft.symbols) if symbol.kind is Kind.INVOKE}
     projected = behaviours.project(start, label, invocations)
     return behaviours.numbered(start), invocations.numbered(projected), callees
 
@@ -346,10 +431,23 @@ def _peer(peer: Peer) -> dict[str, Any]:
     return {"host": peer.host, "port": peer.port, "protocol": peer.protocol.value, **role, **tables}
 
 
+def _automaton(draft: DraftCfg, automaton: Automaton) -> dict[str, Any]:
+    return {
+        "symbols": [_symbol(symbol) for symbol in draft.symbols],
+        "states": automaton.states,
+        "start": [0],
+        "accept": list(automaton.accept),
+        "edges": [list(edge) for edge in automaton.edges],
+    }
+
+
 def _symbol(symbol: Symbol) -> dict[str, Any]:
-    common = {"kind": symbol.kind.value, "peer": symbol.peer, "line": symbol.line, "text": symbol.text}
+    common = {"kind": symbol.kind.value, "peer": symbol.peer, "line": symbol.line, "text": symbol.text, "tail": symbol.tail}
     if symbol.kind is Kind.INVOKE:
         return common | {"callee": symbol.callee}
     if symbol.kind is Kind.MYSQL:
         return common | {"verb": symbol.verb, "read": list(symbol.read), "write": list(symbol.write)}
-    return common | {"method": symbol.method, "path": symbol.path, "query": list(symbol.query)}
+    if symbol.kind is Kind.SMTP:
+        return common | {"from": symbol.sender, "to": list(symbol.to)}
+    request = {"method": symbol.method, "path": symbol.path, "query": list(symbol.query), "retries": symbol.retries}
+    return common | request | {"upgrade": symbol.upgrade, "grpc": symbol.grpc}

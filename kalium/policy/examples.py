@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 
 from kalium.policy import schema, source
-from kalium.policy.automaton import CompiledPolicy, Protocol
+from kalium.policy.automaton import CompiledPolicy, MessageAutomaton, Protocol
 from kalium.policy.message import JUDGING_CONNECTION, Kind, Message, Reason
 from kalium.policy.source import Finding, Path, Source, SourceRefused, error_at
 
@@ -44,7 +44,9 @@ SCHEMA: Mapping[str, Any] = {
                 "properties": {
                     "name": {"type": "string", "description": "the sentence that the example proves"},
                     "function": {"type": "string", "description": "whose invocation it is"},
+                    "during": {"enum": ["startup"], "description": "what comes before the first request, in the place of an invocation"},
                     "allowed": _TEXTS,
+                    "tail": _TEXTS | {"description": "what is allowed after those and the answer; the denied ones then come after it, too"},
                     "denied": _TEXTS,
                     "reason": {"enum": [Reason.OUT_OF_ORDER.value, Reason.NOT_IN_POLICY.value], "description": "why the denied ones are"},
                     "may_end": {"type": "boolean", "description": "whether the invocation may end after the allowed ones"},
@@ -62,22 +64,45 @@ class NotAMessage(ValueError):
 
 
 def message_of(text: str, policy: CompiledPolicy) -> Message:
-    """The message that Message.text writes as `text`. Raises NotAMessage; mysql texts need a policy with one mysql peer."""
-    words = text.split(" ")
-    kind = words[0]
-    if kind == "invoke" and len(words) == 2:
-        return Message(Kind.INVOKE, callee=words[1])
-    if kind == "https" and words[1:2] == ["connection"] and len(words) == 3:
-        return Message(Kind.HTTPS, words[2], judging=JUDGING_CONNECTION)
-    if kind in ("http", "https") and len(words) == 4:
-        path, _, query = words[3].partition("?")
-        return Message(Kind(kind), words[2], words[1], path, tuple(query.split("&")) if query else ())
-    if kind == "mysql" and len(words) in (2, 4, 6):
-        peers = [name for name, peer in policy.peers.items() if peer.protocol is Protocol.MYSQL]
-        tables = dict(zip(words[2::2], (tuple(part.split(",")) for part in words[3::2]), strict=True))
-        if len(peers) == 1 and list(tables) == [way for way in ("read", "write") if way in tables]:
-            return Message(Kind.MYSQL, peers[0], verb=words[1], read=tables.get("read", ()), write=tables.get("write", ()))
-    raise NotAMessage(text)
+    """The message that Message.text writes as `text`.
+
+    Raises NotAMessage; texts of mysql and invoke name no peer, so they need a policy with one that fits.
+    """
+    kind, *words = text.split(" ")
+    if kind == "invoke" and len(words) == 1:
+        return Message(Kind.INVOKE, _only(text, [name for name, peer in policy.peers.items() if peer.gateway]), callee=words[0])
+    if kind == "https" and words[:1] == ["connection"] and len(words) == 2:
+        return Message(Kind.HTTPS, words[1], judging=JUDGING_CONNECTION)
+    if kind in ("http", "https") and len(words) >= 3:
+        method, peer, target, *marks = words
+        path, _, query = target.partition("?")
+        message = Message(
+            Kind(kind), peer, method, path, tuple(query.split("&")) if query else (), upgrade="websocket" in marks, grpc="grpc" in marks
+        )
+    elif kind == "mysql" and words:
+        verb, *lists = words
+        peer = _only(text, [name for name, peer in policy.peers.items() if peer.protocol is Protocol.MYSQL])
+        tables = _named(lists)
+        message = Message(Kind.MYSQL, peer, verb=verb, read=tables.get("read", ()), write=tables.get("write", ()))
+    elif kind == "smtp" and len(words) >= 2:
+        envelope = _named(words[2:])
+        message = Message(Kind.SMTP, words[1], sender=",".join(envelope.get("from", ())), to=envelope.get("to", ()))
+    else:
+        raise NotAMessage(text)
+    if message.text() != text:
+        raise NotAMessage(text)
+    return message
+
+
+def _named(words: list[str]) -> dict[str, tuple[str, ...]]:
+    """Lists behind their names: read a,b write c."""
+    return {name: tuple(listed.split(",")) for name, listed in zip(words[::2], words[1::2], strict=False)}
+
+
+def _only(text: str, peers: list[str]) -> str:
+    if len(peers) != 1:
+        raise NotAMessage(text)
+    return peers[0]
 
 
 def run(data: bytes, policy: CompiledPolicy) -> tuple[int, list[Finding]]:
@@ -113,21 +138,26 @@ def _play(text: Source, path: Path, example: Mapping[str, Any], policy: Compiled
     if function is None:
         yield _failed(text, (*path, "function"), f"{example['function']} is not a function of the policy")
         return
-    states = function.start
-    for kind in ("allowed", "denied"):
+    automaton: MessageAutomaton | None = function.startup if "during" in example else function
+    if automaton is None:
+        yield _failed(text, (*path, "during"), f"{function.name} has no startup")
+        return
+    states = automaton.start
+    for kind in ("allowed", "tail", "denied"):
+        step = automaton.step_tail if kind != "allowed" and "tail" in example else automaton.step
         for index, line in enumerate(example.get(kind, ())):
             here: Path = (*path, kind, index)
             try:
-                verdict, after = function.step(states, message_of(line, policy))
+                verdict, after = step(states, message_of(line, policy))
             except NotAMessage:
                 yield _failed(text, here, f'"{line}" is not a message as logs write it')
                 return
-            if verdict.allowed != (kind == "allowed"):
-                expected = f"; expected here: {', '.join(verdict.expected) or 'nothing'}" if kind == "allowed" else ""
+            if verdict.allowed != (kind != "denied"):
+                expected = f"; expected here: {', '.join(verdict.expected) or 'nothing'}" if kind != "denied" else ""
                 yield _failed(text, here, f'"{example["name"]}": {line} is {verdict.reason.value}{expected}')
                 return
             if kind == "denied" and verdict.reason.value != example.get("reason", verdict.reason.value):
                 yield _failed(text, here, f'"{example["name"]}": {line} is {verdict.reason.value}, not {example["reason"]}')
             states = after
-        if kind == "allowed" and "may_end" in example and function.accepts(states) != example["may_end"]:
-            yield _failed(text, (*path, "may_end"), f'"{example["name"]}": the invocation may {"not " if example["may_end"] else ""}end there')
+    if "may_end" in example and automaton.accepts(states) != example["may_end"]:
+        yield _failed(text, (*path, "may_end"), f'"{example["name"]}": the invocation may {"not " if example["may_end"] else ""}end there')

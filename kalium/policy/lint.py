@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import TypeVar
 
 from kalium.policy import compile as compiler
-from kalium.policy.automaton import CompiledPolicy, Mode, Symbol, is_placeholder
+from kalium.policy.automaton import CompiledPolicy, MessageAutomaton, Mode, Symbol, is_placeholder
 from kalium.policy.cfg import Cfg, Choice, Repeat, Send, Steps, parts_of
-from kalium.policy.compile import Draft
-from kalium.policy.limits import MAX_BODY_DEFAULT
+from kalium.policy.compile import Draft, DraftFunction
+from kalium.policy.limits import INFLIGHT_DEFAULT, MAX_BODY_DEFAULT, RETRIES_DEFAULT
 from kalium.policy.message import Kind
 from kalium.policy.source import Finding, Severity
 
@@ -47,30 +47,53 @@ def _of_draft(draft: Draft) -> Iterator[Finding]:
         yield _finding(
             Severity.ERROR, "no_entries", lines.line(("entries",)), "no function is an entry, so nothing can be started", "list one in entries"
         )
-    if draft.mode is not Mode.ENFORCE:
-        yield _finding(
-            Severity.NOTE, "mode", lines.line(("mode",)), f"mode {draft.mode.value} refuses no message", "sign `mode: enforce` when the log is clean"
-        )
-    used = {symbol.peer for function in draft.functions.values() for symbol in function.symbols}
+    if draft.mode in (Mode.AUDIT, Mode.LEARN):
+        yield _lenient(draft.mode, lines.line(("mode",)), "")
+    used = {symbol.peer for function in draft.functions.values() for symbol in function.symbols()}
     for name in draft.peers:
         if name not in used:
             found = f"peer {name} is in no message, and functions may still connect to it"
             yield _finding(Severity.WARNING, "unused_peer", lines.line(("peers", name)), found, "delete it")
     yield from _starts(draft)
-    for name, function in draft.functions.items():
-        path = ("functions", name)
-        if function.max_body > MAX_BODY_DEFAULT:
-            found = f"{name} may send bodies of {function.max_body} bytes, by default {MAX_BODY_DEFAULT}"
-            yield _finding(Severity.WARNING, "raised_max_body", lines.line((*path, "max_body")), found, "lower it to what the function needs")
-        for symbol in function.symbols:
+    for function in draft.functions.values():
+        yield from _of_function(draft, function)
+
+
+def _lenient(mode: Mode, line: int, of: str) -> Finding:
+    return _finding(Severity.NOTE, "mode", line, f"mode {mode.value} refuses no message{of}", "sign `mode: enforce` when the log is clean")
+
+
+def _of_function(draft: Draft, function: DraftFunction) -> Iterator[Finding]:
+    name, path = function.name, ("functions", function.name)
+
+    def line(key: str) -> int:
+        return draft.source.line((*path, key))
+
+    if function.mode is Mode.OFF:
+        yield _finding(Severity.WARNING, "mode_off", line("mode"), f"the guard of {name} looks at nothing", "write `mode: audit` to see what it does")
+        for symbol in function.symbols():
+            callee = draft.functions.get(symbol.callee)
+            if callee is not None and callee.name not in draft.entries and callee.mode is not Mode.OFF:
+                found = f"{callee.name} is no entry, and an invocation by {name}, whose mode is off, carries no token"
+                yield _finding(Severity.WARNING, "no_token", symbol.line, found, f"list {callee.name} in entries, or switch {name} on")
+    elif function.mode is not draft.mode and function.mode is not Mode.ENFORCE:
+        yield _lenient(function.mode, line("mode"), f" of {name}")
+    if function.max_body > MAX_BODY_DEFAULT:
+        found = f"{name} may send bodies of {function.max_body} bytes, by default {MAX_BODY_DEFAULT}"
+        yield _finding(Severity.WARNING, "raised_max_body", line("max_body"), found, "lower it to what the function needs")
+    if function.max_inflight > INFLIGHT_DEFAULT:
+        found = f"a message of {name} is allowed if one of {function.max_inflight} invocations allows it"
+        yield _finding(Severity.WARNING, "raised_max_inflight", line("max_inflight"), found, "let more instances serve one each")
+    for cfg in function.cfgs():
+        for symbol in cfg.symbols:
             yield from _of_symbol(symbol)
-        yield from _redundant(function.cfg, function.symbols)
+        yield from _redundant(cfg.cfg, cfg.symbols)
 
 
 def _starts(draft: Draft) -> Iterator[Finding]:
     """Functions that nothing starts, and functions that start each other without end."""
     invokes = {
-        name: sorted({symbol.callee for symbol in function.symbols if symbol.kind is Kind.INVOKE}) for name, function in draft.functions.items()
+        name: sorted({symbol.callee for symbol in function.symbols() if symbol.kind is Kind.INVOKE}) for name, function in draft.functions.items()
     }
     started = _reachable(draft.entries, invokes)
     for name, function in draft.functions.items():
@@ -94,9 +117,6 @@ def _reachable(starts: Iterable[Node], edges: Mapping[Node, Iterable[Node]]) -> 
 
 def _of_symbol(symbol: Symbol) -> Iterator[Finding]:
     """Lines that stand for more messages than they name."""
-    if symbol.kind is Kind.HTTPS:
-        found = f"{symbol.text}: while TLS is judged by its connection, method and path are not seen"
-        yield _finding(Severity.NOTE, "https_by_connection", symbol.line, found, "count it as any one request to that host")
     if any(is_placeholder(segment) for segment in symbol.path.split("/")):
         found = f"{symbol.text}: the placeholder stands for any one segment"
         yield _finding(Severity.NOTE, "wildcard", symbol.line, found, "write the segment out, if there are few")
@@ -106,6 +126,16 @@ def _of_symbol(symbol: Symbol) -> Iterator[Finding]:
     if symbol.query:
         found = f"{symbol.text}: each key may be there or not, with any value"
         yield _finding(Severity.NOTE, "query", symbol.line, found, "list only the keys that the function needs")
+    if symbol.upgrade:
+        found = f"{symbol.text}: what follows the upgrade is not looked at"
+        yield _finding(Severity.WARNING, "upgrade", symbol.line, found, "let the function poll, if its peer may be told anything by it")
+    if symbol.retries > RETRIES_DEFAULT.get(symbol.method, 0):
+        found = f"{symbol.text}: it may be sent {symbol.retries} times more, by default {RETRIES_DEFAULT.get(symbol.method, 0)}"
+        yield _finding(Severity.WARNING, "raised_retries", symbol.line, found, "keep the default, unless the peer takes the same request twice")
+    if symbol.kind is Kind.SMTP and not (symbol.sender and symbol.to):
+        unnamed = " and ".join(name for name, there in (("sender", symbol.sender), ("recipients", symbol.to)) if not there)
+        found = f"{symbol.text}: it stands for any {unnamed}"
+        yield _finding(Severity.NOTE, "any_address", symbol.line, found, "list the addresses, if they are known")
 
 
 def _redundant(cfg: Cfg, symbols: Sequence[Symbol]) -> Iterator[Finding]:
@@ -141,21 +171,27 @@ def _lines(cfg: Cfg, symbols: Sequence[Symbol]) -> Iterator[int]:
 
 def _unreachable(policy: CompiledPolicy, name: str) -> Iterator[Finding]:
     function = policy.functions[name]
-    forward: dict[int, set[int]] = {state: set() for state in range(function.states)}
-    backward: dict[int, set[int]] = {state: set() for state in range(function.states)}
-    for source, _, target in function.edges:
+    yield from _unreachable_in(function, f"function {name}")
+    if function.startup is not None:
+        yield from _unreachable_in(function.startup, f"startup of function {name}")
+
+
+def _unreachable_in(automaton: MessageAutomaton, what: str) -> Iterator[Finding]:
+    forward: dict[int, set[int]] = {state: set() for state in range(automaton.states)}
+    backward: dict[int, set[int]] = {state: set() for state in range(automaton.states)}
+    for source, _, target in automaton.edges:
         forward[source].add(target)
         backward[target].add(source)
-    reached, ending = _reachable(function.start, forward), _reachable(function.accept, backward)
-    for state in range(function.states):
+    reached, ending = _reachable(automaton.start, forward), _reachable(automaton.accept, backward)
+    for state in range(automaton.states):
         if state not in reached:
-            found = f"function {name}: state {state} is never reached"
+            found = f"{what}: state {state} is never reached"
             yield _finding(Severity.ERROR, "unreachable_state", 0, found, "compile the policy again from its source")
         elif state not in ending:
-            found = f"function {name}: from state {state} no invocation can end as the policy wants"
+            found = f"{what}: from state {state} it cannot end as the policy wants"
             yield _finding(Severity.WARNING, "dead_state", 0, found, "compile the policy again from its source")
-    sent = {symbol for source, symbol, _ in function.edges if source in reached}
-    for number, symbol in enumerate(function.symbols):
+    sent = {symbol for source, symbol, _ in automaton.edges if source in reached}
+    for number, symbol in enumerate(automaton.symbols):
         if number not in sent:
-            found = f"function {name}: {symbol.text} is never reached"
+            found = f"{what}: {symbol.text} is never reached"
             yield _finding(Severity.ERROR, "unreachable_message", symbol.line, found, "delete it, or compile the policy again from its source")

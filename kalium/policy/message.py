@@ -40,6 +40,9 @@ class Reason(str, enum.Enum):
     REENTRANT = "reentrant"
     UNREGISTERED = "unregistered"
     POLICY_MISMATCH = "policy_mismatch"
+    NO_KEY = "no_key"
+    RETIRED = "retired"
+    RATE_BOUND = "rate_bound"
 
 
 class Kind(str, enum.Enum):
@@ -50,6 +53,7 @@ class Kind(str, enum.Enum):
     HTTPS = "https"
     INVOKE = "invoke"
     MYSQL = "mysql"
+    SMTP = "smtp"
 
 
 # The value of Message.judging when only the TLS connection could be seen and not the request inside it. Such a message
@@ -61,8 +65,9 @@ JUDGING_CONNECTION = "tls=connection"
 class Message:
     """An outgoing unit that the function CFG orders. Never payload: no header values, no bodies, no literals.
 
-    `method`, `path` (without query) and `query` (the keys) belong to http and https, `callee` to invoke, `verb`, `read` and
-    `write` (tables, sorted, unqualified in the peer's schema) to mysql. `judging` is "" or JUDGING_CONNECTION.
+    `method`, `path` (without query), `query` (the keys), `upgrade` (to websocket) and `grpc` belong to http and https, `callee`
+    to invoke, `verb`, `read` and `write` (tables, sorted, unqualified in the peer's schema) to mysql, `sender` ("" is the null
+    reverse-path) and `to` to smtp. `judging` is "" or JUDGING_CONNECTION.
     """
 
     kind: Kind
@@ -74,6 +79,10 @@ class Message:
     verb: str = ""
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
+    upgrade: bool = False
+    grpc: bool = False
+    sender: str = ""
+    to: tuple[str, ...] = ()
     judging: str = ""
 
     def text(self) -> str:
@@ -84,12 +93,17 @@ class Message:
             else:
                 target = self.path + ("?" + "&".join(self.query) if self.query else "")
                 parts = [self.kind.value, self.method, self.peer, target]
+                parts += [word for word, holds in (("websocket", self.upgrade), ("grpc", self.grpc)) if holds]
         elif self.kind is Kind.INVOKE:
             parts = ["invoke", self.callee]
         elif self.kind is Kind.MYSQL:
             parts = ["mysql", self.verb]
             parts += ["read", ",".join(self.read)] if self.read else []
             parts += ["write", ",".join(self.write)] if self.write else []
+        elif self.kind is Kind.SMTP:
+            parts = ["smtp", "mail", self.peer]
+            parts += ["from", self.sender] if self.sender else []
+            parts += ["to", ",".join(self.to)] if self.to else []
         else:
             parts = ["other", self.peer]
         return printable(" ".join(parts), MESSAGE_TEXT_MAX)

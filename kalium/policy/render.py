@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from kalium.policy.automaton import CompiledPolicy, FunctionAutomaton
+from kalium.policy.automaton import CompiledPolicy, FunctionAutomaton, MessageAutomaton, Reuse, Symbol, Tls
+from kalium.policy.limits import INFLIGHT_DEFAULT, RETRIES_DEFAULT
 
 
 def text(policy: CompiledPolicy, functions: Sequence[str]) -> str:
@@ -22,19 +23,39 @@ def _head(policy: CompiledPolicy) -> Iterator[str]:
 
 
 def _function(policy: CompiledPolicy, function: FunctionAutomaton) -> Iterator[str]:
-    entry = "entry" if function.name in policy.entries else "started by invocations only"
+    about = ["entry" if function.name in policy.entries else "started by invocations only"]
+    about += [f"mode {function.mode.value}"] if function.mode is not policy.mode else []
+    about += [_count(function.states, "state"), _count(len(function.symbols), "message")]
+    about += ["TLS ends in the guard"] if function.tls is Tls.TERMINATE else []
+    about += [f"{function.max_inflight} invocations at a time"] if function.max_inflight > INFLIGHT_DEFAULT else []
+    about += ["one invocation an instance"] if function.reuse is Reuse.NEVER else []
     yield ""
-    yield f"function {function.name}: {entry}, {_count(function.states, 'state')}, {_count(len(function.symbols), 'message')}"
-    if not function.edges:
+    yield f"function {function.name}: {', '.join(about)}"
+    yield from _states(function)
+    if function.startup is not None:
+        yield f"startup of {function.name}: {_count(function.startup.states, 'state')}, {_count(len(function.startup.symbols), 'message')}"
+        yield from _states(function.startup)
+
+
+def _states(automaton: MessageAutomaton) -> Iterator[str]:
+    if not automaton.edges:
         yield "  sends nothing"
         return
-    width = max(len(function.symbols[symbol].text) for _, symbol, _ in function.edges)
-    for state in range(function.states):
-        marks = [mark for mark, holds in (("start", state in function.start), ("may end", state in function.accept)) if holds]
+    width = max(len(automaton.symbols[symbol].text) for _, symbol, _ in automaton.edges)
+    for state in range(automaton.states):
+        marks = [mark for mark, holds in (("start", state in automaton.start), ("may end", state in automaton.accept)) if holds]
         yield f"  state {state}{' (' + ', '.join(marks) + ')' if marks else ''}"
-        for number, target in function.leaving(state):
-            symbol = function.symbols[number]
-            yield f"    {symbol.text:<{width}}  -> {target}   line {symbol.line}"
+        for number, target in automaton.leaving(state):
+            symbol = automaton.symbols[number]
+            yield f"    {symbol.text:<{width}}  -> {target}   {', '.join([f'line {symbol.line}', *_marks(symbol)])}"
+
+
+def _marks(symbol: Symbol) -> Iterator[str]:
+    """What a line says beyond its text, where it is not the default."""
+    if symbol.tail:
+        yield "tail"
+    if symbol.retries != RETRIES_DEFAULT.get(symbol.method, 0):
+        yield f"retries {symbol.retries}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -44,16 +65,19 @@ def _count(number: int, noun: str) -> str:
 def dot(policy: CompiledPolicy, functions: Sequence[str]) -> str:
     """`functions` as one graph in the DOT language, a cluster each. A double circle: the invocation may end there."""
     lines = [f'digraph "{policy.app}" {{', "  rankdir=LR;", '  node [shape=circle, fontname="sans-serif"];', '  edge [fontname="sans-serif"];']
-    for index, name in enumerate(functions):
-        function = policy.functions[name]
+    parts: list[tuple[str, MessageAutomaton | None]] = []
+    for name in functions:
+        parts += [(name, policy.functions[name]), (f"startup of {name}", policy.functions[name].startup)]
+    for index, (name, automaton) in enumerate((name, automaton) for name, automaton in parts if automaton is not None):
         lines += [f'  subgraph "cluster_{index}" {{', f'    label="{name}";']
-        for state in range(function.states):
-            shape = "doublecircle" if state in function.accept else "circle"
-            weight = ", style=bold" if state in function.start else ""
+        for state in range(automaton.states):
+            shape = "doublecircle" if state in automaton.accept else "circle"
+            weight = ", style=bold" if state in automaton.start else ""
             lines.append(f'    f{index}_{state} [label="{state}", shape={shape}{weight}];')
-        for source, number, target in function.edges:
-            symbol = function.symbols[number]
-            lines.append(f'    f{index}_{source} -> f{index}_{target} [label="{_escaped(symbol.text)}\\nline {symbol.line}"];')
+        for source, number, target in automaton.edges:
+            symbol = automaton.symbols[number]
+            line = ", ".join([f"line {symbol.line}", *_marks(symbol)])
+            lines.append(f'    f{index}_{source} -> f{index}_{target} [label="{_escaped(symbol.text)}\\n{line}"];')
         lines.append("  }")
     return "\n".join([*lines, "}"]) + "\n"
 

@@ -12,18 +12,24 @@ from typing import Any
 
 import jsonschema
 
-from kalium.policy.automaton import VERBS, Mode, Protocol
+from kalium.policy.automaton import VERBS, Mode, Protocol, Reuse, Tls
 from kalium.policy.limits import (
     BODY_BYTES_MAX,
     DEADLINE_MS_DEFAULT,
     DEADLINE_MS_MAX,
     FUNCTIONS_MAX,
+    INFLIGHT_DEFAULT,
+    INFLIGHT_MAX,
     INVOCATION_TIMEOUT_MS_DEFAULT,
     LIST_MAX,
     MAX_BODY_DEFAULT,
     MESSAGE_TEXT_MAX,
     PEERS_MAX,
+    QUIET_MS_DEFAULT,
     REPEAT_MAX,
+    RETIRE_MS_DEFAULT,
+    RETRIES_MAX,
+    TAIL_MS_DEFAULT,
     TIMEOUT_MS_MAX,
     VERSION_MAX,
 )
@@ -32,7 +38,7 @@ from kalium.policy.source import Finding, Path, Source, did_you_mean, error_at
 SCHEMA_NAME = "kalium/v1"
 
 _NAME = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # a DNS label: OpenFaaS names functions so
-_MESSAGES = ("http", "https", "invoke", "mysql")
+_MESSAGES = ("http", "https", "invoke", "mysql", "smtp")
 _CONSTRUCTS = ("sequence", "parallel", "choice", "optional", "repeat", "transaction")
 
 
@@ -67,12 +73,19 @@ def _branches(description: str) -> dict[str, Any]:
     return {"type": "array", "items": _ref("branch"), "minItems": 2, "maxItems": LIST_MAX, "description": description}
 
 
-def _request(kind: str, description: str) -> dict[str, Any]:
+def _one_of(values: Iterable[Any], description: str, default: str = "") -> dict[str, Any]:
+    return {"enum": [getattr(value, "value", value) for value in values], "description": description} | ({"default": default} if default else {})
+
+
+def _request(kind: str, description: str, **further: Any) -> dict[str, Any]:
     fields = {
         kind: _ref("method"),
         "peer": _ref("name"),
         "path": _ref("path"),
         "query": _set("query_key", "the keys that the request's query may carry, any subset of them; without this key: no query"),
+        "retries": _whole(0, RETRIES_MAX, "how often the request may be sent again when no byte of an answer came"),
+        "upgrade": _one_of(["websocket"], "the request asks to speak websocket afterwards; only with GET"),
+        **further,
     }
     return _mapping(f"{kind} peer path", fields, description)
 
@@ -87,7 +100,7 @@ SCHEMA: Mapping[str, Any] = {
             "schema": {"const": SCHEMA_NAME, "description": "the version of this format"},
             "app": _ref("name"),
             "version": _whole(1, VERSION_MAX, "only grows: a guard that has seen a version takes no lower one"),
-            "mode": {"enum": [mode.value for mode in Mode], "description": "what becomes of a denial: enforce refuses, audit logs, learn records"},
+            "mode": _one_of(Mode, "what becomes of a denial: enforce refuses, audit logs, learn records; off looks at nothing"),
             "on_unavailable": _mapping(
                 "",
                 {
@@ -116,14 +129,17 @@ SCHEMA: Mapping[str, Any] = {
             "begins with a slash; a segment is literal or {name}, which stands for any one segment; no query, no escapes",
             MESSAGE_TEXT_MAX,
         ),
+        "address": _text(
+            rf"[A-Za-z0-9.!#$%&*+/=?^_`{{|}}~-]{{1,64}}@{_NAME}(\.{_NAME})*", "a mail address, local@domain, the domain in lower case", 254
+        ),
         "query_key": _text(r"[A-Za-z0-9/._~!$()*,:@-]+", "a key of a query, without escapes", 64),
         "peer": _mapping(
             "host port protocol",
             {
                 "host": _ref("host"),
                 "port": _whole(1, 65535, "the port that functions connect to"),
-                "protocol": {"enum": [protocol.value for protocol in Protocol], "description": "how the peer is spoken to"},
-                "role": {"enum": ["gateway"], "description": "reached by invocations only"},
+                "protocol": _one_of(Protocol, "how the peer is spoken to"),
+                "role": _one_of(["gateway"], "reached by invocations only"),
                 "schema": _ref("schema_name"),
             },
             "a name that functions may reach",
@@ -134,6 +150,15 @@ SCHEMA: Mapping[str, Any] = {
                 "messages": {"type": "array", "items": _ref("step"), "description": "in this order; [] for a function that sends nothing"},
                 "max_body": _whole(0, BODY_BYTES_MAX, "bytes of the body of one message", MAX_BODY_DEFAULT),
                 "invocation_timeout_ms": _whole(1, TIMEOUT_MS_MAX, "when an unfinished invocation ends", INVOCATION_TIMEOUT_MS_DEFAULT),
+                "mode": _one_of(Mode, "the mode of this function, by default that of the policy"),
+                "tls": _one_of(Tls, "open: with the keys that the program logs; terminate: TLS ends in the guard, under its own CA", Tls.OPEN.value),
+                "startup": _ref("steps"),
+                "tail": _ref("steps"),
+                "tail_ms": _whole(1, TIMEOUT_MS_MAX, "how long after the answer the tail may be sent", TAIL_MS_DEFAULT),
+                "quiet_ms": _whole(1, TIMEOUT_MS_MAX, "after an invocation without an answer: silence before the next request", QUIET_MS_DEFAULT),
+                "retire_ms": _whole(1, TIMEOUT_MS_MAX, "how long that silence is waited for before the instance is replaced", RETIRE_MS_DEFAULT),
+                "max_inflight": _whole(1, INFLIGHT_MAX, "invocations at a time in one instance", INFLIGHT_DEFAULT),
+                "reuse": _one_of(Reuse, "never: an instance serves one invocation and is replaced", Reuse.ALWAYS.value),
             },
             "the messages of one invocation",
         ),
@@ -148,7 +173,9 @@ SCHEMA: Mapping[str, Any] = {
         "steps": {"type": "array", "items": _ref("step"), "minItems": 1, "description": "one after the other"},
         "branch": {"if": {"type": "array"}, "then": _ref("steps"), "else": _ref("step")},
         "step_http": _request("http", "one request to a peer with protocol http"),
-        "step_https": _request("https", "one request to a peer with protocol https"),
+        "step_https": _request(
+            "https", "one request to a peer with protocol https", grpc={"type": "boolean", "description": "a gRPC call; only with POST"}
+        ),
         "step_invoke": _mapping("invoke", {"invoke": _ref("name"), "peer": _ref("name")}, "one invocation, through the only gateway peer by default"),
         "step_mysql": _mapping(
             "mysql",
@@ -159,6 +186,16 @@ SCHEMA: Mapping[str, Any] = {
                 "peer": _ref("name"),
             },
             "one statement, to the only mysql peer by default",
+        ),
+        "step_smtp": _mapping(
+            "smtp",
+            {
+                "smtp": _one_of(["mail"], "one mail"),
+                "peer": _ref("name"),
+                "from": _ref("address"),
+                "to": _set("address", "whom the mail may go to, any subset of them; without this key: anybody"),
+            },
+            "one mail, to the only smtp peer by default",
         ),
         "step_sequence": _mapping("sequence", {"sequence": _ref("steps")}, "one after the other"),
         "step_parallel": _mapping("parallel", {"parallel": _branches("in any interleaving")}, "all branches, interleaved in any way"),
@@ -209,7 +246,7 @@ def spelled(path: Path) -> str:
 
 
 _HINT = "`kalium policy schema` prints the whole shape"
-_KINDS = {"object": "a mapping of keys", "array": "a list", "string": "a text", "integer": "a whole number"}
+_KINDS = {"object": "a mapping of keys", "array": "a list", "string": "a text", "integer": "a whole number", "boolean": "true or false"}
 
 
 class _Violation:

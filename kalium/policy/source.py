@@ -2,7 +2,7 @@
 
 Only a small part of YAML is taken: mappings, lists, texts, whole numbers, true, false and null, in UTF-8. What a reviewer could
 misread is refused: repeated keys, anchors and aliases, tags, tabs, several documents. All further values are texts, so
-`mode: off` or `version: 1.5` are refused by the schema instead of becoming something else.
+`mode: yes` or `version: 1.5` are refused by the schema instead of becoming something else.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from kalium.errors import KaliumError
 from kalium.policy import envelope, limits
-from kalium.policy.automaton import VERBS, CompiledPolicy, Verdict
+from kalium.policy.automaton import VERBS, CompiledPolicy, MessageAutomaton, Verdict
 from kalium.policy.compile import TABLES_OF_VERB, compile_policy
 from kalium.policy.message import JUDGING_CONNECTION, Kind, Message, Reason, printable
 
@@ -27,7 +27,8 @@ def accepted() -> list[Any]:
 
 
 def message_of(fields: dict[str, Any]) -> Message:
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    names = {"from": "sender"}
+    values: dict[str, Any] = {names.get(name, name): tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     return Message(Kind(values.pop("kind")), **values)
 
 
@@ -41,14 +42,17 @@ def test_every_message_gets_the_verdict_of_its_vector(vector: dict[str, Any]) ->
     policy = CompiledPolicy.parse(vector["compiled"].encode("ascii"))
     for run in vector["runs"]:
         function = policy.functions[run["function"]]
-        states = function.start
+        automaton: MessageAutomaton | None = function.startup if run.get("startup") else function
+        assert automaton is not None
+        states = automaton.start
         for step in run["steps"]:
             message = message_of(step["message"])
-            verdict, states = function.step(states, message)
+            verdict, states = (automaton.step_tail if step.get("tail") else automaton.step)(states, message)
 
             assert message.text() == step["text"]
-            assert verdict == Verdict(step["allowed"], Reason(step["reason"]), tuple(step["expected"]), step["line"], tuple(step["states"]))
-        assert function.accepts(states) == run["may_end"]
+            expected = tuple(step["expected"])
+            assert verdict == Verdict(step["allowed"], Reason(step["reason"]), expected, step["line"], tuple(step["states"]), step["retries"])
+        assert automaton.accepts(states) == run["may_end"]
 
 
 @pytest.mark.parametrize("vector", accepted(), ids=lambda vector: str(vector["name"]))
@@ -151,7 +155,7 @@ def test_a_cursor_in_no_state_allows_nothing() -> None:
     policy = CompiledPolicy.parse(accepted()[0]["compiled"].encode("ascii"))
     function = policy.functions["f"]
 
-    verdict, states = function.step(frozenset(), Message(Kind.INVOKE, callee="g"))
+    verdict, states = function.step(frozenset(), Message(Kind.INVOKE, "gateway", callee="g"))
 
     assert (verdict.allowed, verdict.expected, states) == (False, (), frozenset())
     assert policy.step("f", frozenset(), "g") == frozenset()
@@ -185,7 +189,8 @@ def test_the_bounds_are_those_of_the_go_executor() -> None:
         "compiledBytesMax": limits.COMPILED_BYTES_MAX, "symbolsMax": limits.SYMBOLS_MAX, "statesMax": limits.STATES_MAX,
         "edgesMax": limits.EDGES_MAX, "functionsMax": limits.FUNCTIONS_MAX, "peersMax": limits.PEERS_MAX, "listMax": limits.LIST_MAX,
         "nameBytesMax": limits.NAME_BYTES_MAX, "deadlineMSMax": limits.DEADLINE_MS_MAX, "timeoutMSMax": limits.TIMEOUT_MS_MAX,
-        "bodyBytesMax": limits.BODY_BYTES_MAX, "depthMax": limits.DEPTH_MAX, "MessageTextMax": limits.MESSAGE_TEXT_MAX,
+        "bodyBytesMax": limits.BODY_BYTES_MAX, "retriesMax": limits.RETRIES_MAX, "inflightMax": limits.INFLIGHT_MAX,
+        "depthMax": limits.DEPTH_MAX, "MessageTextMax": limits.MESSAGE_TEXT_MAX,
         "ExpectedMax": limits.EXPECTED_MAX, "envelopeBytesMax": limits.ENVELOPE_BYTES_MAX,
     }  # fmt: skip
 

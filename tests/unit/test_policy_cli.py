@@ -63,7 +63,7 @@ def test_lint_of_a_good_policy_is_done(kalium: Run, policy: Path) -> None:
     code, out, err = kalium("policy", "lint", policy)
 
     assert (code, err) == (0, "")
-    assert out.endswith(f"{policy}: 0 errors, 0 warnings, 2 notes\n")
+    assert out.endswith(f"{policy}: 0 errors, 0 warnings, 0 notes\n")
 
 
 def test_lint_of_a_broken_policy_says_no(kalium: Run, policy: Path) -> None:
@@ -104,7 +104,7 @@ def test_what_sign_writes_verify_takes(kalium: Run, policy: Path, keys: tuple[Pa
     code, out, _ = kalium("policy", "verify", signed, "--key", keys[1], "--output", "json")
 
     assert code == 0
-    assert {**json.loads(out), "key_id": ""} == {"app": "hello-retail", "version": 1, "mode": "enforce", "key_id": ""}
+    assert {**json.loads(out), "key_id": ""} == {"app": "hello-retail", "version": 2, "mode": "enforce", "key_id": ""}
 
 
 def test_a_compiled_policy_signs_as_its_source_does(kalium: Run, policy: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
@@ -142,10 +142,10 @@ def test_a_changed_policy_needs_a_higher_version(kalium: Run, policy: Path, keys
 
     code, _, err = kalium("policy", "sign", policy, "--key", keys[0], "-o", signed)
     assert (code, signed.read_bytes()) == (1, before)
-    assert err.startswith("error[policy.version]: cannot sign version 1 of hello-retail: ")
-    assert "next: write `version: 2` into the policy" in err
+    assert err.startswith("error[policy.version]: cannot sign version 2 of hello-retail: ")
+    assert "next: write `version: 3` into the policy" in err
 
-    replaced(policy, "version: 1", "version: 2")
+    replaced(policy, "version: 2", "version: 3")
     assert kalium("policy", "sign", policy, "--key", keys[0], "-o", signed)[0] == 0
     assert signed.read_bytes() != before
 

@@ -86,13 +86,17 @@ def test_the_example_denies_as_the_page_says() -> None:
 
 
 def test_the_examples_of_the_page_hold() -> None:
-    count, findings = examples.run(blocks("yaml")[1].encode("ascii"), example_policy())
+    count, findings = examples.run(blocks("yaml")[2].encode("ascii"), example_policy())
 
     assert (count, findings) == (1, [])
 
 
-def test_the_example_policy_has_nothing_but_notes() -> None:
-    assert {finding.severity for finding in findings_of(blocks("yaml")[0].encode("ascii"))} == {Severity.NOTE}
+def test_the_example_policies_have_nothing_but_notes() -> None:
+    first, second = (findings_of(text.encode("ascii")) for text in blocks("yaml")[:2])
+
+    assert first == []
+    assert {finding.severity for finding in second} == {Severity.NOTE}
+    assert {finding.code for finding in second} == {"policy.wildcard", "policy.any_address", "policy.mode"}
 
 
 def test_the_limits_are_those_of_the_code() -> None:
@@ -103,8 +107,12 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert rows["messages (lines) of a function"] == str(limits.SYMBOLS_MAX)
     assert rows["states, transitions of a function"] == f"{limits.STATES_MAX}, {limits.EDGES_MAX}"
     assert rows["rounds of a repeat"] == str(limits.REPEAT_MAX)
-    assert rows["branches of `choice` and `parallel`"] == rows["tables of a statement, query keys, segments of a path"] == str(limits.LIST_MAX)
+    assert rows["branches of `choice` and `parallel`"] == str(limits.LIST_MAX)
+    assert rows["tables of a statement, query keys, segments of a path, recipients"] == str(limits.LIST_MAX)
     assert rows["a message's text in logs; what `expected` lists"] == f"{limits.MESSAGE_TEXT_MAX} bytes; {limits.EXPECTED_MAX}"
     assert rows["compiled form, envelope"] == f"{limits.COMPILED_BYTES_MAX // 1024} KiB, {limits.ENVELOPE_BYTES_MAX // 1024 // 1024} MiB"
+    assert rows["`max_inflight`, `retries`"] == f"{limits.INFLIGHT_MAX}, {limits.RETRIES_MAX}"
+    for setting, default in (("tail", limits.TAIL_MS_DEFAULT), ("quiet", limits.QUIET_MS_DEFAULT), ("retire", limits.RETIRE_MS_DEFAULT)):
+        assert re.search(rf"^\| `{setting}_ms` .*, default {default} \|$", PAGE, re.MULTILINE)
     assert f"default {limits.MAX_BODY_DEFAULT}." in PAGE and f"default {limits.INVOCATION_TIMEOUT_MS_DEFAULT} " in PAGE
     assert f"default {limits.DEADLINE_MS_DEFAULT})" in PAGE

@@ -27,8 +27,8 @@ Step = dict[str, Any]
 Expression = tuple[Any, ...]
 
 MESSAGES: list[tuple[Step, Message]] = [
-    ({"invoke": "g"}, Message(Kind.INVOKE, callee="g")),
-    ({"invoke": "h"}, Message(Kind.INVOKE, callee="h")),
+    ({"invoke": "g"}, Message(Kind.INVOKE, "gateway", callee="g")),
+    ({"invoke": "h"}, Message(Kind.INVOKE, "gateway", callee="h")),
     ({"mysql": "select", "read": ["a"]}, Message(Kind.MYSQL, "database", verb="select", read=("a",))),
     ({"mysql": "insert", "write": ["a"]}, Message(Kind.MYSQL, "database", verb="insert", write=("a",))),
     ({"http": "GET", "peer": "api", "path": "/"}, Message(Kind.HTTP, "api", "GET", "/")),
@@ -188,7 +188,7 @@ def test_the_app_cfg_is_the_projection_on_invocations(steps: list[Step], data: s
             fresh = {after for message in silent for after in derivatives(e, message)} - reachable
             reachable |= fresh
             waiting.extend(fresh)
-        derived = after_all(reachable, Message(Kind.INVOKE, callee=callee))
+        derived = after_all(reachable, Message(Kind.INVOKE, "gateway", callee=callee))
         after = policy.step("f", states, callee)
 
         assert bool(after) == bool(derived)

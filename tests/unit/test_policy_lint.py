@@ -31,6 +31,7 @@ functions:
 """
 GOOD = HEAD + "      - {http: GET, peer: api, path: /}\n"
 LAST_LINE = 14
+MAIL = GOOD.replace("entries:", "  mail: {host: mail, port: 25, protocol: smtp}\nentries:").replace("{http: GET, peer: api, path: /}", "{smtp: mail}")
 
 
 def found(text: str) -> list[tuple[str, str, int]]:
@@ -53,12 +54,39 @@ def test_a_policy_that_says_what_it_means_has_no_findings() -> None:
         (GOOD.replace("path: /}", "path: '/a/{b}'}"), "NOTE", "policy.wildcard", LAST_LINE),
         (GOOD.replace("path: /}", "path: /a/*}"), "WARNING", "policy.literal_star", LAST_LINE),
         (GOOD.replace("path: /}", "path: /, query: [page]}"), "NOTE", "policy.query", LAST_LINE),
-        (GOOD.replace("protocol: http}", "protocol: https}").replace("http: GET", "https: GET"), "NOTE", "policy.https_by_connection", LAST_LINE),
+        (GOOD.replace("mode: enforce", "mode: off"), "WARNING", "policy.mode_off", 10),
+        (GOOD.replace("g: {messages: []}", "g: {messages: [], mode: off}"), "WARNING", "policy.mode_off", 10),
+        (GOOD + "    mode: off\n", "WARNING", "policy.mode_off", LAST_LINE + 1),
+        (GOOD + "    mode: off\n", "WARNING", "policy.no_token", 13),
+        (GOOD + "    mode: learn\n", "NOTE", "policy.mode", LAST_LINE + 1),
+        (GOOD + "    max_inflight: 2\n", "WARNING", "policy.raised_max_inflight", LAST_LINE + 1),
+        (GOOD.replace("path: /}", "path: /, retries: 2}"), "WARNING", "policy.raised_retries", LAST_LINE),
+        (GOOD.replace("GET, peer: api, path: /}", "POST, peer: api, path: /, retries: 1}"), "WARNING", "policy.raised_retries", LAST_LINE),
+        (GOOD.replace("path: /}", "path: /, upgrade: websocket}"), "WARNING", "policy.upgrade", LAST_LINE),
+        (MAIL, "NOTE", "policy.any_address", LAST_LINE + 1),
+        (MAIL.replace("mail}", "mail, from: a@b}"), "NOTE", "policy.any_address", LAST_LINE + 1),
+        (GOOD + "    startup:\n      - {http: GET, peer: api, path: '/{a}'}\n", "NOTE", "policy.wildcard", LAST_LINE + 2),
+        (GOOD + "    tail:\n      - {http: GET, peer: api, path: '/a/{b}'}\n", "NOTE", "policy.wildcard", LAST_LINE + 2),
         (GOOD + "      - choice:\n          - {invoke: g}\n          - [{invoke: g}]\n", "WARNING", "policy.redundant_branch", 17),
     ],
 )  # fmt: skip
 def test_each_finding_stands_at_its_line(text: str, severity: str, code: str, line: int) -> None:
     assert (severity, code, line) in found(text), found(text)
+
+
+def test_lines_that_name_what_they_stand_for_are_not_reported() -> None:
+    whole = MAIL.replace("mail}", "mail, from: a@b, to: [c@d]}")
+
+    assert found(whole) == [("WARNING", "policy.unused_peer", 7)]
+    assert found(GOOD.replace("path: /}", "path: /, retries: 1}")) == []
+
+
+def test_a_callee_of_a_function_in_mode_off_is_an_entry_or_off_too() -> None:
+    is_off = GOOD + "    mode: off\n"
+
+    assert "policy.no_token" not in {code for _, code, _ in found(is_off.replace("[f]", "[f, g]"))}
+    assert "policy.no_token" not in {code for _, code, _ in found(is_off.replace("g: {messages: []}", "g: {messages: [], mode: off}"))}
+    assert [code for _, code, _ in found(GOOD.replace("mode: enforce", "mode: off"))] == ["policy.mode_off", "policy.mode_off"]
 
 
 def test_branches_that_differ_are_not_redundant() -> None:

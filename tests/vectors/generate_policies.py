@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey 
 
 from kalium.errors import KaliumError  # noqa: E402
 from kalium.policy import envelope  # noqa: E402
-from kalium.policy.automaton import CompiledPolicy, FunctionAutomaton, States  # noqa: E402
+from kalium.policy.automaton import CompiledPolicy, FunctionAutomaton, MessageAutomaton, States  # noqa: E402
 from kalium.policy.compile import compile_policy  # noqa: E402
 from kalium.policy.envelope import canonical  # noqa: E402
 from kalium.policy.limits import COMPILED_BYTES_MAX  # noqa: E402
@@ -42,6 +42,7 @@ peers:
   images: {host: images.example, port: 4443, protocol: https}
   database: {host: database, port: 3306, protocol: mysql, schema: shop}
   archive: {host: archive, port: 3307, protocol: mysql, schema: old}
+  mail: {host: mail.example, port: 25, protocol: smtp}
 entries: [f]
 functions:
   g: {messages: []}
@@ -51,9 +52,9 @@ functions:
 """
 
 
-def invoke(callee: str) -> Message:
+def invoke(callee: str, peer: str = "gateway") -> Message:
     """An invocation of `callee`."""
-    return Message(Kind.INVOKE, callee=callee)
+    return Message(Kind.INVOKE, peer, callee=callee)
 
 
 def sql(verb: str, read: Sequence[str] = (), write: Sequence[str] = (), peer: str = "database") -> Message:
@@ -61,13 +62,21 @@ def sql(verb: str, read: Sequence[str] = (), write: Sequence[str] = (), peer: st
     return Message(Kind.MYSQL, peer, verb=verb, read=tuple(read), write=tuple(write))
 
 
-def http(method: str, path: str, query: Sequence[str] = (), *, peer: str = "api", kind: Kind = Kind.HTTP, judging: str = "") -> Message:
+def http(method: str, path: str, query: Sequence[str] = (), *, peer: str = "api", kind: Kind = Kind.HTTP, **further: Any) -> Message:
     """A request."""
-    return Message(kind, peer, method, path, tuple(query), judging=judging)
+    return Message(kind, peer, method, path, tuple(query), **further)
+
+
+def mail(sender: str, *to: str, peer: str = "mail") -> Message:
+    """A mail."""
+    return Message(Kind.SMTP, peer, sender=sender, to=to)
 
 
 TABLES, A, B, C = sql("show-tables"), sql("select", ["a"]), sql("select", ["b"]), sql("select", ["c"])
 UNKNOWN = Message(Kind.OTHER, "api")
+
+# Marks inside a run: from here on the answer is given, and this is no invocation but what comes before the first request.
+ANSWER, STARTUP = Message(Kind.OTHER, "the answer"), Message(Kind.OTHER, "the startup")
 
 # Name, what it shows, the steps of function f, and runs: the messages of one invocation each, allowed and denied ones.
 CASES: Sequence[tuple[str, str, str, Sequence[Sequence[Message]]]] = (
@@ -179,6 +188,124 @@ CASES: Sequence[tuple[str, str, str, Sequence[Sequence[Message]]]] = (
         ],
     ),
     (
+        "retries",
+        "the verdict carries the retries of the line: by default one for GET, HEAD, PUT and DELETE",
+        """\
+      - {http: GET, peer: api, path: /}
+      - {http: POST, peer: api, path: /}
+      - {http: POST, peer: api, path: /again, retries: 3}
+      - {https: DELETE, peer: images, path: /, retries: 0}
+      - {https: PUT, peer: images, path: /}
+""",
+        [
+            [
+                http("GET", "/"),
+                http("GET", "/"),
+                http("POST", "/"),
+                http("POST", "/again"),
+                http("DELETE", "/", peer="images", kind=Kind.HTTPS),
+                http("PUT", "/", peer="images", kind=Kind.HTTPS),
+            ]
+        ],
+    ),
+    (
+        "upgrades",
+        "an upgrade to websocket and a gRPC call are other messages than the plain request, both ways",
+        """\
+      - {http: GET, peer: api, path: /live, upgrade: websocket}
+      - {http: GET, peer: api, path: /live}
+      - {https: POST, peer: images, path: /shop.Cart/Add, grpc: true}
+      - {https: POST, peer: images, path: /shop.Cart/Add, grpc: false}
+""",
+        [
+            [
+                http("GET", "/live"),
+                http("GET", "/live", upgrade=True),
+                http("GET", "/live", upgrade=True),
+                http("GET", "/live"),
+                http("POST", "/shop.Cart/Add", peer="images", kind=Kind.HTTPS),
+                http("POST", "/shop.Cart/Add", peer="images", kind=Kind.HTTPS, upgrade=True),
+                http("POST", "/shop.Cart/Add", peer="images", kind=Kind.HTTPS, grpc=True),
+                http("POST", "/shop.Cart/Add", peer="images", kind=Kind.HTTPS),
+            ]
+        ],
+    ),
+    (
+        "mails",
+        "without from and to a line stands for any mail; to is the set that the recipients are taken from",
+        """\
+      - {smtp: mail, from: shop@shop.example, to: [anna@example.org, bert@example.org]}
+      - {smtp: mail, to: [anna@example.org]}
+      - {smtp: mail, from: shop@shop.example}
+      - {smtp: mail}
+""",
+        [
+            [
+                mail("shop@shop.example", "anna@example.org", "carl@example.org"),
+                mail("shop@shop.example", "bert@example.org", "anna@example.org"),
+                mail("", "bert@example.org"),
+                mail("", "anna@example.org"),
+                mail("Shop@shop.example", "carl@example.org"),
+                mail("shop@shop.example"),
+                mail("", "carl@example.org", peer="api"),
+                mail("", "carl@example.org"),
+                mail("eve@example.org", "carl@example.org"),
+            ]
+        ],
+    ),
+    (
+        "gateways",
+        "the same function through another gateway is another message",
+        "      - {invoke: g, peer: gateway}\n      - {invoke: g, peer: backstage}\n",
+        [[invoke("g", "backstage"), invoke("g"), invoke("g"), invoke("g", "backstage")]],
+    ),
+    (
+        "tail",
+        "the tail may begin as soon as the messages may end; after the answer nothing but the tail is left",
+        """\
+      - {mysql: select, read: [a], peer: database}
+      - optional: {invoke: g}
+    tail:
+      - {smtp: mail, from: shop@shop.example}
+      - {mysql: insert, write: [b], peer: database}
+""",
+        [
+            [A, invoke("g"), ANSWER, mail("shop@shop.example", "a@example.org"), sql("insert", (), ["b"]), mail("shop@shop.example")],
+            [A, ANSWER, invoke("g"), sql("insert", (), ["b"]), A, mail("eve@example.org"), mail("shop@shop.example")],
+            [ANSWER, mail("shop@shop.example"), A],
+            [mail("shop@shop.example"), A, mail("shop@shop.example"), invoke("g"), ANSWER, sql("insert", (), ["b"])],
+        ],
+    ),
+    (
+        "startup",
+        "what is sent before the first request has its own order, and no part in an invocation's",
+        """\
+      - {mysql: select, read: [a], peer: database}
+    startup:
+      - {mysql: show-tables, peer: database}
+      - repeat: {http: GET, peer: api, path: "/settings/{name}"}
+        at_most: 2
+""",
+        [
+            [STARTUP, A, http("GET", "/settings/a"), TABLES, http("GET", "/settings/a"), http("GET", "/settings/b"), http("GET", "/settings/c")],
+            [TABLES, A, A],
+        ],
+    ),
+    (
+        "settings",
+        "each function has its mode and what the guard does around its invocations",
+        """\
+      - {https: GET, peer: images, path: /}
+    mode: audit
+    tls: terminate
+    quiet_ms: 100
+    retire_ms: 1000
+    max_inflight: 4
+  k: {messages: [], mode: off, reuse: never, max_body: 0, invocation_timeout_ms: 1}
+""",
+        [[http("GET", "/", peer="images", kind=Kind.HTTPS), http("GET", "/", peer="images", kind=Kind.HTTPS)]],
+    ),
+    (
         "tls_connection",
         "a TLS connection that was not opened matches every https line of its peer and nothing else",
         """\
@@ -237,27 +364,37 @@ def code_of(read: Callable[..., object], *arguments: object) -> str:
 
 def message_fields(message: Message) -> dict[str, Any]:
     """The message as the vectors write it: lists for tuples, empty fields left out."""
-    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(message).items() if value}
+    names = {"sender": "from"}
+    fields = {names.get(name, name): list(value) if isinstance(value, tuple) else value for name, value in vars(message).items() if value}
     return fields | {"kind": message.kind.value}
 
 
 def judged(function: FunctionAutomaton, messages: Sequence[Message]) -> dict[str, Any]:
-    """One invocation: each message with its verdict."""
-    states, steps = function.start, []
-    for message in messages:
-        verdict, states = function.step(states, message)
+    """One invocation, or one startup: each message with its verdict."""
+    is_startup, is_answered = messages[:1] == [STARTUP], False
+    automaton: MessageAutomaton | None = function.startup if is_startup else function
+    assert automaton is not None
+    states, steps = automaton.start, []
+    for message in messages[is_startup:]:
+        if message is ANSWER:
+            is_answered = True
+            continue
+        verdict, states = automaton.step_tail(states, message) if is_answered else automaton.step(states, message)
         steps.append(
             {
                 "message": message_fields(message),
                 "text": message.text(),
+                **({"tail": True} if is_answered else {}),
                 "allowed": verdict.allowed,
                 "reason": verdict.reason.value,
                 "line": verdict.line,
                 "states": list(verdict.states),
                 "expected": list(verdict.expected),
+                "retries": verdict.retries,
             }
         )
-    return {"function": function.name, "steps": steps, "may_end": function.accepts(states)}
+    begin = {"startup": True} if is_startup else {}
+    return {"function": function.name, **begin, "steps": steps, "may_end": automaton.accepts(states)}
 
 
 def invoked(policy: CompiledPolicy, function: str, callees: Sequence[str]) -> dict[str, Any]:
@@ -307,7 +444,9 @@ def good() -> Iterator[dict[str, Any]]:
     """All vectors of policies that are accepted."""
     yield hello_retail()
     for name, what, steps, runs in CASES:
-        yield accepted(name, what, HEAD + steps, [("f", messages) for messages in runs])
+        another = "  backstage: {host: backstage, port: 8080, protocol: http, role: gateway}\n"
+        head = HEAD.replace("entries:", f"{another}entries:") if name == "gateways" else HEAD
+        yield accepted(name, what, head + steps, [("f", messages) for messages in runs])
 
 
 BASE = """\
@@ -319,6 +458,7 @@ peers:
   gateway: {host: gateway, port: 8080, protocol: http, role: gateway}
   api: {host: api.example, port: 80, protocol: http}
   database: {host: database, port: 3306, protocol: mysql, schema: shop}
+  mail: {host: mail, port: 25, protocol: smtp}
 entries: [f]
 functions:
   f:
@@ -326,6 +466,11 @@ functions:
       - {http: GET, peer: api, path: "/items/{item}", query: [page, size]}
       - {mysql: select, read: [a, b]}
       - {invoke: g}
+      - {smtp: mail, from: f@api.example, to: [a@api.example, b@api.example]}
+    tail:
+      - {http: POST, peer: api, path: /last}
+    startup:
+      - {http: GET, peer: api, path: /first}
   g: {messages: []}
 """
 
@@ -356,11 +501,13 @@ def drop(path: str) -> Change:
     return change
 
 
-F, S0, S1, S2 = "functions/f", "functions/f/symbols/0", "functions/f/symbols/1", "functions/f/symbols/2"
+F = "functions/f"
+S0, S1, S2, S3, S4 = (f"{F}/symbols/{number}" for number in range(5))
+STARTUP_S0 = f"{F}/startup/symbols/0"
 
 # Each breaks one rule of the document that BASE compiles to.
 BROKEN: Sequence[tuple[str, Change]] = (
-    ("another_format", put("format", "kalium-compiled/v2")),
+    ("another_format", put("format", "kalium-compiled/v3")),
     ("no_app", drop("app")),
     ("unknown_field", put("comment", "x")),
     ("another_case", lambda document: document.update(App=document.pop("app"))),
@@ -372,7 +519,7 @@ BROKEN: Sequence[tuple[str, Change]] = (
     ("version_is_true", put("version", True)),
     ("version_is_a_fraction", put("version", 3.5)),
     ("version_is_a_text", put("version", "3")),
-    ("mode_off", put("mode", "off")),
+    ("mode_unknown", put("mode", "watch")),
     ("mode_missing", drop("mode")),
     ("source_sha256_too_long", put("source_sha256", "0" * 65)),
     ("app_edge_allow", put("on_unavailable/app_edge", "allow")),
@@ -384,7 +531,7 @@ BROKEN: Sequence[tuple[str, Change]] = (
     ("peer_host_with_a_final_dot", put("peers/api/host", "api.example.")),
     ("peer_port_zero", put("peers/api/port", 0)),
     ("peer_port_too_high", put("peers/api/port", 65_536)),
-    ("peer_protocol_smtp", put("peers/api/protocol", "smtp")),
+    ("peer_protocol_redis", put("peers/api/protocol", "redis")),
     ("peer_role_admin", put("peers/api/role", "admin")),
     ("gateway_that_speaks_https", put("peers/gateway/protocol", "https")),
     ("mysql_without_schema", drop("peers/database/schema")),
@@ -394,7 +541,7 @@ BROKEN: Sequence[tuple[str, Change]] = (
     ("states_zero", put(f"{F}/states", 0)),
     ("states_too_many", put(f"{F}/states", 4097)),
     ("start_empty", put(f"{F}/start", [])),
-    ("start_beyond_the_states", put(f"{F}/start", [4])),
+    ("start_beyond_the_states", put(f"{F}/start", [6])),
     ("start_not_rising", put(f"{F}/start", [1, 0])),
     ("start_twice", put(f"{F}/start", [0, 0])),
     ("accept_negative", put(f"{F}/accept", [-1])),
@@ -403,13 +550,32 @@ BROKEN: Sequence[tuple[str, Change]] = (
     ("timeout_zero", put(f"{F}/invocation_timeout_ms", 0)),
     ("timeout_too_long", put(f"{F}/invocation_timeout_ms", 3_600_001)),
     ("function_with_an_unknown_field", put(f"{F}/tail", [])),
+    ("function_mode_unknown", put(f"{F}/mode", "watch")),
+    ("function_mode_missing", drop(f"{F}/mode")),
+    ("tls_unknown", put(f"{F}/tls", "trust")),
+    ("tail_ms_zero", put(f"{F}/tail_ms", 0)),
+    ("quiet_ms_too_long", put(f"{F}/quiet_ms", 3_600_001)),
+    ("retire_ms_missing", drop(f"{F}/retire_ms")),
+    ("max_inflight_zero", put(f"{F}/max_inflight", 0)),
+    ("max_inflight_17", put(f"{F}/max_inflight", 17)),
+    ("reuse_is_true", put(f"{F}/reuse", True)),
+    ("reuse_unknown", put(f"{F}/reuse", "once")),
+    ("startup_is_null", put(f"{F}/startup", None)),
+    ("startup_without_edges", drop(f"{F}/startup/edges")),
+    ("startup_with_a_mode", put(f"{F}/startup/mode", "audit")),
+    ("startup_start_empty", put(f"{F}/startup/start", [])),
+    ("startup_of_a_tail", put(f"{STARTUP_S0}/tail", True)),
+    ("startup_that_invokes", lambda document: document["functions"]["f"]["startup"].update(symbols=[document["functions"]["f"]["symbols"][2]])),
+    ("tail_that_invokes", put(f"{S2}/tail", True)),
+    ("tail_is_a_number", put(f"{S4}/tail", 1)),
+    ("tail_missing", drop(f"{S1}/tail")),
     ("edge_of_two", put(f"{F}/edges/0", [0, 0])),
-    ("edge_from_nowhere", put(f"{F}/edges/2", [4, 0, 1])),
-    ("edge_to_nowhere", put(f"{F}/edges/0", [0, 0, 4])),
-    ("edge_of_no_symbol", put(f"{F}/edges/0", [0, 3, 1])),
+    ("edge_from_nowhere", put(f"{F}/edges/4", [6, 0, 1])),
+    ("edge_to_nowhere", put(f"{F}/edges/0", [0, 0, 6])),
+    ("edge_of_no_symbol", put(f"{F}/edges/0", [0, 5, 1])),
     ("edges_not_rising", put(f"{F}/edges", [[1, 1, 2], [0, 0, 1]])),
     ("edge_twice", put(f"{F}/edges", [[0, 0, 1], [0, 0, 1]])),
-    ("kind_smtp", put(f"{S0}/kind", "smtp")),
+    ("kind_redis", put(f"{S0}/kind", "redis")),
     ("kind_other", put(f"{S0}/kind", "other")),
     ("symbol_without_line", drop(f"{S0}/line")),
     ("symbol_with_a_field_of_another_kind", put(f"{S2}/verb", "select")),
@@ -436,6 +602,23 @@ BROKEN: Sequence[tuple[str, Change]] = (
     ("path_with_half_a_placeholder", put(f"{S0}/path", "/a{item}")),
     ("path_with_an_empty_placeholder", put(f"{S0}/path", "/{}")),
     ("path_with_nested_braces", put(f"{S0}/path", "/{{a}}")),
+    ("path_with_a_parameter", put(f"{S0}/path", "/a;b")),
+    ("path_with_a_bar", put(f"{S0}/path", "/a|b")),
+    ("retries_4", put(f"{S0}/retries", 4)),
+    ("retries_negative", put(f"{S0}/retries", -1)),
+    ("retries_of_a_statement", put(f"{S1}/retries", 1)),
+    ("upgrade_is_a_text", put(f"{S0}/upgrade", "websocket")),
+    ("upgrade_by_post", put(f"{S4}/upgrade", True)),
+    ("grpc_in_clear", put(f"{S4}/grpc", True)),
+    ("smtp_to_an_http_peer", put(f"{S3}/peer", "api")),
+    ("http_to_an_smtp_peer", put(f"{S0}/peer", "mail")),
+    ("from_is_null", put(f"{S3}/from", None)),
+    ("from_without_a_domain", put(f"{S3}/from", "f@")),
+    ("from_in_brackets", put(f"{S3}/from", "<f@api.example>")),
+    ("from_with_a_domain_in_capitals", put(f"{S3}/from", "f@Api.example")),
+    ("to_not_sorted", put(f"{S3}/to", ["b@api.example", "a@api.example"])),
+    ("to_of_two_ats", put(f"{S3}/to", ["a@b@api.example"])),
+    ("to_of_a_list_in_a_text", put(f"{S3}/to", ["a@api.example,b@api.example"])),
     ("path_of_65_segments", put(f"{S0}/path", "/a" * 65)),
     ("query_not_sorted", put(f"{S0}/query", ["size", "page"])),
     ("query_twice", put(f"{S0}/query", ["page", "page"])),

@@ -4,10 +4,7 @@
 // every mode, so audit and enforce cannot drift apart. The zero value of every type denies.
 package policy
 
-import (
-	"strings"
-	"unicode/utf8"
-)
+import "unicode/utf8"
 
 // Reason says why a verdict came out as it did. The set is closed because it is a metric label and a log field.
 type Reason string
@@ -41,6 +38,9 @@ const (
 	ReasonReentrant             Reason = "reentrant"
 	ReasonUnregistered          Reason = "unregistered"
 	ReasonPolicyMismatch        Reason = "policy_mismatch"
+	ReasonNoKey                 Reason = "no_key"
+	ReasonRetired               Reason = "retired"
+	ReasonRateBound             Reason = "rate_bound"
 )
 
 var reasons = [...]Reason{
@@ -49,6 +49,7 @@ var reasons = [...]Reason{
 	ReasonLeaseExpired, ReasonControllerUnavailable, ReasonNotAnEntry, ReasonBadToken, ReasonUnknownCall,
 	ReasonEdgeNotAllowed, ReasonUnknownFunction, ReasonNameNotListed, ReasonSNIMismatch, ReasonGatewayRule,
 	ReasonIncomingNotDeclared, ReasonReentrant, ReasonUnregistered, ReasonPolicyMismatch,
+	ReasonNoKey, ReasonRetired, ReasonRateBound,
 }
 
 // Reasons returns the closed set.
@@ -74,6 +75,7 @@ const (
 	KindHTTPS
 	KindInvoke
 	KindMySQL
+	KindSMTP
 )
 
 // String spells the kind as the compiled policy and the verdict record do.
@@ -87,13 +89,15 @@ func (k Kind) String() string {
 		return "invoke"
 	case KindMySQL:
 		return "mysql"
+	case KindSMTP:
+		return "smtp"
 	default:
 		return "other"
 	}
 }
 
 func kindOf(name string) Kind {
-	for k := KindHTTP; k <= KindMySQL; k++ {
+	for k := KindHTTP; k <= KindSMTP; k++ {
 		if k.String() == name {
 			return k
 		}
@@ -108,15 +112,19 @@ const JudgingConnection = "tls=connection"
 // Message is an outgoing unit that the function CFG orders, normalised by the parser that read it. It never carries
 // payload: no header values, no bodies, no literals of a statement.
 type Message struct {
-	Kind   Kind
-	Peer   string   // the policy's name for the peer
-	Method string   // http, https
-	Path   string   // http, https: without query, as it went over the wire
-	Query  []string // http, https: the keys, in any order
-	Callee string   // invoke
-	Verb   string   // mysql, in the spelling of the compiled policy
-	Read   []string // mysql: tables, sorted, unqualified in the peer's schema
-	Write  []string // mysql: as Read
+	Kind    Kind
+	Peer    string   // the policy's name for the peer
+	Method  string   // http, https
+	Path    string   // http, https: without query, as it went over the wire
+	Query   []string // http, https: the keys, in any order
+	Upgrade bool     // http, https: asks for an upgrade to websocket
+	GRPC    bool     // https: its content type is that of gRPC
+	Callee  string   // invoke
+	Verb    string   // mysql, in the spelling of the compiled policy
+	Read    []string // mysql: tables, sorted, unqualified in the peer's schema
+	Write   []string // mysql: as Read
+	From    string   // smtp: local@domain, the domain in lower case; "" is the null reverse-path
+	To      []string // smtp: the recipients so far, each as From, in any order
 	// Judging is "" or JudgingConnection.
 	Judging string
 }
@@ -127,32 +135,55 @@ const MessageTextMax = 300
 // Text renders the message as a symbol of a policy is rendered, so that a log line can be compared with the policy
 // by eye. At most MessageTextMax bytes of printable ASCII; a path that is longer is cut and marked with "...".
 func (m *Message) Text() string {
-	var parts []string
+	var room [MessageTextMax]byte
+	return Printable(string(m.appendText(room[:0])), MessageTextMax)
+}
+
+func (m *Message) appendText(b []byte) []byte {
+	b = append(b, m.Kind.String()...)
 	switch m.Kind {
 	case KindHTTP, KindHTTPS:
 		if m.Judging == JudgingConnection {
-			parts = []string{m.Kind.String(), "connection", m.Peer}
-			break
+			return append(append(b, " connection "...), m.Peer...)
 		}
-		target := m.Path
-		if len(m.Query) > 0 {
-			target += "?" + strings.Join(m.Query, "&")
+		for _, part := range [...]string{m.Method, m.Peer, m.Path} {
+			b = append(append(b, ' '), part...)
 		}
-		parts = []string{m.Kind.String(), m.Method, m.Peer, target}
+		b = appendList(b, "?", m.Query, '&')
+		if m.Upgrade {
+			b = append(b, " websocket"...)
+		}
+		if m.GRPC {
+			b = append(b, " grpc"...)
+		}
+		return b
 	case KindInvoke:
-		parts = []string{"invoke", m.Callee}
+		return append(append(b, ' '), m.Callee...)
 	case KindMySQL:
-		parts = []string{"mysql", m.Verb}
-		if len(m.Read) > 0 {
-			parts = append(parts, "read", strings.Join(m.Read, ","))
+		b = append(append(b, ' '), m.Verb...)
+		return appendList(appendList(b, " read ", m.Read, ','), " write ", m.Write, ',')
+	case KindSMTP:
+		b = append(append(b, " mail "...), m.Peer...)
+		if m.From != "" {
+			b = append(append(b, " from "...), m.From...)
 		}
-		if len(m.Write) > 0 {
-			parts = append(parts, "write", strings.Join(m.Write, ","))
-		}
+		return appendList(b, " to ", m.To, ',')
 	default:
-		parts = []string{"other", m.Peer}
+		return append(append(b, ' '), m.Peer...)
 	}
-	return Printable(strings.Join(parts, " "), MessageTextMax)
+}
+
+// appendList writes a list behind its name, or nothing for an empty one.
+func appendList(b []byte, name string, list []string, separator byte) []byte {
+	for i, element := range list {
+		if i == 0 {
+			b = append(b, name...)
+		} else {
+			b = append(b, separator)
+		}
+		b = append(b, element...)
+	}
+	return b
 }
 
 // Printable replaces everything but printable ASCII by '?' and cuts at max bytes. Names inside messages are chosen by

@@ -20,16 +20,18 @@ const (
 	edgesMax         = 65536
 	functionsMax     = 512
 	peersMax         = 256
-	listMax          = 64 // tables of a statement, query keys, segments of a path
+	listMax          = 64 // tables of a statement, query keys, segments of a path, recipients
 	nameBytesMax     = 255
 	deadlineMSMax    = 60_000
 	timeoutMSMax     = 3_600_000
 	bodyBytesMax     = 1 << 30
+	retriesMax       = 3
+	inflightMax      = 16
 	depthMax         = 12
 )
 
 // Format is the only compiled form that this package reads.
-const Format = "kalium-compiled/v1"
+const Format = "kalium-compiled/v2"
 
 // Verbs are the mysql verbs of a compiled policy.
 var verbs = map[string]bool{
@@ -261,6 +263,24 @@ func (c *checker) oneOf(value any, path string, allowed ...string) string {
 	return ""
 }
 
+func (c *checker) boolean(value any, path string) bool {
+	flag, ok := value.(bool)
+	if !ok {
+		c.fail("%s is neither true nor false", path)
+	}
+	return flag
+}
+
+func (c *checker) mode(value any, path string) Mode {
+	name := c.oneOf(value, path, "off", "learn", "audit", "enforce")
+	for m := ModeOff; m <= ModeEnforce; m++ {
+		if m.String() == name {
+			return m
+		}
+	}
+	return ModeInvalid
+}
+
 func (c *checker) policy(document any) *Policy {
 	top := c.object(document, "the policy",
 		"format app version mode source_sha256 on_unavailable peers entries functions app_cfg", "")
@@ -276,14 +296,7 @@ func (c *checker) policy(document any) *Policy {
 		Entries:      map[string]bool{},
 		Functions:    map[string]*Function{},
 	}
-	switch c.oneOf(top["mode"], "mode", "learn", "audit", "enforce") {
-	case "learn":
-		policy.Mode = ModeLearn
-	case "audit":
-		policy.Mode = ModeAudit
-	case "enforce":
-		policy.Mode = ModeEnforce
-	}
+	policy.Mode = c.mode(top["mode"], "mode")
 	if on := c.object(top["on_unavailable"], "on_unavailable", "app_edge deadline_ms", ""); on != nil {
 		c.oneOf(on["app_edge"], "on_unavailable.app_edge", "deny")
 		policy.DeadlineMS = int(c.integer(on["deadline_ms"], "on_unavailable.deadline_ms", 1, deadlineMSMax))
@@ -315,7 +328,7 @@ func (c *checker) peer(name string, value any) Peer {
 		Name:     name,
 		Host:     c.name(fields["host"], path+".host"),
 		Port:     uint16(c.integer(fields["port"], path+".port", 1, 65535)),
-		Protocol: c.oneOf(fields["protocol"], path+".protocol", ProtocolHTTP, ProtocolHTTPS, ProtocolMySQL),
+		Protocol: c.oneOf(fields["protocol"], path+".protocol", ProtocolHTTP, ProtocolHTTPS, ProtocolMySQL, ProtocolSMTP),
 	}
 	if peer.Host != strings.ToLower(peer.Host) || strings.HasSuffix(peer.Host, ".") {
 		c.fail("%s.host is not in lower case without a final dot", path)
@@ -337,18 +350,60 @@ func (c *checker) peer(name string, value any) Peer {
 	return peer
 }
 
+// automatonFields are what any automaton consists of.
+const automatonFields = "symbols states start accept edges"
+
 func (c *checker) function(policy *Policy, name string, value any) *Function {
 	path := "functions." + name
-	fields := c.object(value, path, "symbols states start accept edges max_body invocation_timeout_ms", "")
+	fields := c.object(value, path, automatonFields+" max_body invocation_timeout_ms mode tls tail_ms quiet_ms retire_ms max_inflight reuse",
+		"startup")
 	if fields == nil {
 		return nil
 	}
+	milliseconds := func(field string) int { return int(c.integer(fields[field], path+"."+field, 1, timeoutMSMax)) }
 	function := &Function{
 		Name:                name,
-		States:              int(c.integer(fields["states"], path+".states", 1, statesMax)),
 		MaxBody:             c.integer(fields["max_body"], path+".max_body", 0, bodyBytesMax),
-		InvocationTimeoutMS: int(c.integer(fields["invocation_timeout_ms"], path+".invocation_timeout_ms", 1, timeoutMSMax)),
+		InvocationTimeoutMS: milliseconds("invocation_timeout_ms"),
+		Mode:                c.mode(fields["mode"], path+".mode"),
+		Terminate:           c.oneOf(fields["tls"], path+".tls", "open", "terminate") == "terminate",
+		TailMS:              milliseconds("tail_ms"),
+		QuietMS:             milliseconds("quiet_ms"),
+		RetireMS:            milliseconds("retire_ms"),
+		MaxInflight:         int(c.integer(fields["max_inflight"], path+".max_inflight", 1, inflightMax)),
+		ReuseNever:          c.oneOf(fields["reuse"], path+".reuse", "always", "never") == "never",
 	}
+	c.automaton(policy, function, fields, path)
+	for i := range function.Symbols {
+		if symbol := &function.Symbols[i]; symbol.Tail && symbol.Kind == KindInvoke {
+			c.fail("%s.symbols[%d] is an invocation after the answer", path, i)
+		}
+	}
+	if startup, there := fields["startup"]; there {
+		function.Startup = c.startup(policy, function, startup, path+".startup")
+	}
+	return function
+}
+
+// startup reads the automaton of what is sent before the first request. No call is there yet that an invocation could
+// belong to.
+func (c *checker) startup(policy *Policy, of *Function, value any, path string) *Function {
+	fields := c.object(value, path, automatonFields, "")
+	if fields == nil {
+		return nil
+	}
+	startup := &Function{Name: of.Name, MaxBody: of.MaxBody, Mode: of.Mode, Terminate: of.Terminate}
+	c.automaton(policy, startup, fields, path)
+	for i := range startup.Symbols {
+		if symbol := &startup.Symbols[i]; symbol.Tail || symbol.Kind == KindInvoke {
+			c.fail("%s.symbols[%d] is an invocation or of the tail", path, i)
+		}
+	}
+	return startup
+}
+
+func (c *checker) automaton(policy *Policy, function *Function, fields map[string]any, path string) {
+	function.States = int(c.integer(fields["states"], path+".states", 1, statesMax))
 	for i, element := range c.list(fields["symbols"], path+".symbols", symbolsMax) {
 		function.Symbols = append(function.Symbols, c.symbol(policy, fmt.Sprintf("%s.symbols[%d]", path, i), element))
 	}
@@ -358,7 +413,6 @@ func (c *checker) function(policy *Policy, name string, value any) *Function {
 		c.fail("%s.start is empty", path)
 	}
 	c.edges(function, fields["edges"], path+".edges")
-	return function
 }
 
 func (c *checker) states(value any, path string, states int) Cursor {
@@ -420,19 +474,11 @@ func (c *checker) symbol(policy *Policy, path string, value any) Symbol {
 	object, _ := value.(map[string]any)
 	kindName, _ := object["kind"].(string)
 	kind := kindOf(kindName)
-	var required string
-	switch kind {
-	case KindHTTP, KindHTTPS:
-		required = "kind peer method path query line text"
-	case KindInvoke:
-		required = "kind peer callee line text"
-	case KindMySQL:
-		required = "kind peer verb read write line text"
-	default:
+	if kind == KindUnknown {
 		c.fail("%s has no known kind", path)
 		return Symbol{}
 	}
-	fields := c.object(value, path, required, "")
+	fields := c.object(value, path, "kind peer line text tail "+fieldsOf[kind], "")
 	if fields == nil {
 		return Symbol{}
 	}
@@ -441,6 +487,7 @@ func (c *checker) symbol(policy *Policy, path string, value any) Symbol {
 		Peer: c.name(fields["peer"], path+".peer"),
 		Line: int(c.integer(fields["line"], path+".line", 0, 1<<31-1)),
 		Text: c.text(fields["text"], path+".text", MessageTextMax),
+		Tail: c.boolean(fields["tail"], path+".tail"),
 	}
 	if symbol.Text == "" || Printable(symbol.Text, MessageTextMax) != symbol.Text {
 		c.fail("%s.text is not a printable text", path)
@@ -461,6 +508,12 @@ func (c *checker) symbol(policy *Policy, path string, value any) Symbol {
 		symbol.Path = c.text(fields["path"], path+".path", MessageTextMax)
 		symbol.segments = c.segments(symbol.Path, path+".path")
 		symbol.Query = c.sortedNames(fields["query"], path+".query")
+		symbol.Retries = int(c.integer(fields["retries"], path+".retries", 0, retriesMax))
+		symbol.Upgrade = c.boolean(fields["upgrade"], path+".upgrade")
+		symbol.GRPC = c.boolean(fields["grpc"], path+".grpc")
+		if symbol.Upgrade && (symbol.GRPC || symbol.Method != "GET") || symbol.GRPC && (kind != KindHTTPS || symbol.Method != "POST") {
+			c.fail("%s: an upgrade is a GET, and gRPC is POST over https", path)
+		}
 	case KindInvoke:
 		if !peer.Gateway {
 			c.fail("%s: peer %q has not the role gateway", path, symbol.Peer)
@@ -476,8 +529,36 @@ func (c *checker) symbol(policy *Policy, path string, value any) Symbol {
 		}
 		symbol.Read = c.sortedNames(fields["read"], path+".read")
 		symbol.Write = c.sortedNames(fields["write"], path+".write")
+	case KindSMTP:
+		if peer.Protocol != ProtocolSMTP {
+			c.fail("%s: peer %q does not speak smtp", path, symbol.Peer)
+		}
+		symbol.From = c.text(fields["from"], path+".from", nameBytesMax)
+		symbol.To = c.sortedNames(fields["to"], path+".to")
+		for _, address := range symbol.To {
+			c.address(address, path+".to")
+		}
+		if symbol.From != "" {
+			c.address(symbol.From, path+".from")
+		}
 	}
 	return symbol
+}
+
+// fieldsOf are the fields of a symbol's kind beside those that all have.
+var fieldsOf = map[Kind]string{
+	KindHTTP: "method path query retries upgrade grpc", KindHTTPS: "method path query retries upgrade grpc",
+	KindInvoke: "callee", KindMySQL: "verb read write", KindSMTP: "from to",
+}
+
+// address checks a mail address in the one spelling that the parser of mails reports: local@domain without quotes, the
+// domain in lower case.
+func (c *checker) address(address, path string) {
+	c.checkName(address, path)
+	local, domain, _ := strings.Cut(address, "@")
+	if local == "" || domain == "" || domain != strings.ToLower(domain) || strings.ContainsAny(address, "<>,") || strings.Contains(domain, "@") {
+		c.fail("%s: %q is no address in the spelling local@domain", path, address)
+	}
 }
 
 // segments splits a path template. Literal segments hold only what an accepted request's path can hold, so that no
@@ -497,8 +578,7 @@ func (c *checker) segments(path, where string) []segment {
 		switch {
 		case strings.HasPrefix(part, "{") && strings.HasSuffix(part, "}") && len(part) > 2 && !strings.ContainsAny(part[1:len(part)-1], "{}"):
 			segments = append(segments, segment{any: true})
-		case part == "" && i < len(parts)-1, part == ".", part == "..", strings.ContainsAny(part, "{}%?#\\"),
-			Printable(part, len(part)) != part, strings.Contains(part, " "):
+		case part == "" && i < len(parts)-1, part == ".", part == "..", strings.ContainsFunc(part, notInPaths):
 			c.fail("%s: segment %q cannot be in a request's path", where, part)
 			return nil
 		default:
@@ -506,6 +586,11 @@ func (c *checker) segments(path, where string) []segment {
 		}
 	}
 	return segments
+}
+
+// notInPaths tells the characters that no path of an accepted request has: those that wire/http1 refuses in paths.
+func notInPaths(r rune) bool {
+	return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && !strings.ContainsRune("-._~!$&'()*+,=:@", r)
 }
 
 // appCFG is executed by the controller. Here only its form and its names are checked, because a document that the

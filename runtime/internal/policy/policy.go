@@ -3,6 +3,8 @@ package policy
 import (
 	"crypto/sha256"
 	"fmt"
+	"math/bits"
+	"slices"
 	"strings"
 )
 
@@ -10,9 +12,10 @@ import (
 // denied.
 type Mode uint8
 
-// The modes of docs/reference/policy.md. `off` is no mode of a policy: an app without a policy has no guard.
+// The modes of docs/reference/policy.md. In ModeOff the guard looks at nothing.
 const (
 	ModeInvalid Mode = iota
+	ModeOff
 	ModeLearn
 	ModeAudit
 	ModeEnforce
@@ -21,6 +24,8 @@ const (
 // String spells the mode as the policy does.
 func (m Mode) String() string {
 	switch m {
+	case ModeOff:
+		return "off"
 	case ModeLearn:
 		return "learn"
 	case ModeAudit:
@@ -37,6 +42,7 @@ const (
 	ProtocolHTTP  = "http"
 	ProtocolHTTPS = "https"
 	ProtocolMySQL = "mysql"
+	ProtocolSMTP  = "smtp"
 )
 
 // Peer is one name that functions may reach.
@@ -62,6 +68,15 @@ type Policy struct {
 	Functions    map[string]*Function
 }
 
+// ModeOf is the mode of one function: its own, or else the policy's. A function that the policy does not have, and a
+// missing policy, have the invalid mode, which denies.
+func (p *Policy) ModeOf(function string) Mode {
+	if p == nil || p.Functions[function] == nil {
+		return ModeInvalid
+	}
+	return p.Functions[function].Mode
+}
+
 // Function is the automaton of one function's CFG: nondeterministic, without empty transitions.
 type Function struct {
 	Name                string
@@ -69,6 +84,14 @@ type Function struct {
 	States              int
 	MaxBody             int64 // bytes of a message's body
 	InvocationTimeoutMS int
+	Mode                Mode
+	Terminate           bool      // TLS ends in the guard, which speaks to the program under its own CA
+	Startup             *Function // of what is sent before the first request; nil when nothing may be. Only its automaton counts
+	TailMS              int       // how long after the answer the symbols of the tail may be sent
+	QuietMS             int       // after an invocation without an answer: silence before the next request
+	RetireMS            int       // and how long that silence is waited for before the instance is replaced
+	MaxInflight         int       // invocations at a time
+	ReuseNever          bool      // one invocation an instance
 
 	start  Cursor
 	accept Cursor
@@ -88,7 +111,13 @@ type Symbol struct {
 	Callee       string
 	Verb         string
 	Read, Write  []string
-	Line         int // in the YAML source
+	From         string   // smtp: "" stands for any sender
+	To           []string // smtp: whom the mail may go to, sorted; empty stands for anybody
+	Upgrade      bool     // http, https: to websocket
+	GRPC         bool     // https
+	Retries      int      // http, https: how often a message without an answer may be sent again
+	Tail         bool     // may be sent after the answer
+	Line         int      // in the YAML source
 	Text         string
 
 	segments []segment // of Path, without the leading slash
@@ -107,16 +136,16 @@ func (s *Symbol) Expected() string { return fmt.Sprintf("%s @line %d", s.Text, s
 type Cursor []uint64
 
 // States lists the cursor's states in rising order.
-func (c Cursor) States() []int {
-	states := make([]int, 0, 4)
+func (c Cursor) States() []int { return c.AppendStates(make([]int, 0, 4)) }
+
+// AppendStates appends the cursor's states to dst in rising order.
+func (c Cursor) AppendStates(dst []int) []int {
 	for w, word := range c {
-		for bit := 0; word != 0; bit, word = bit+1, word>>1 {
-			if word&1 != 0 {
-				states = append(states, w*64+bit)
-			}
+		for ; word != 0; word &= word - 1 {
+			dst = append(dst, w*64+bits.TrailingZeros64(word))
 		}
 	}
-	return states
+	return dst
 }
 
 func (c Cursor) has(state int) bool {
@@ -127,6 +156,17 @@ func (c Cursor) set(state int) { c[state/64] |= 1 << (state % 64) }
 
 func newCursor(states int) Cursor { return make(Cursor, (states+63)/64) }
 
+// cleared is an empty cursor for so many states, in dst's memory if that is enough.
+func cleared(dst Cursor, states int) Cursor {
+	words := (states + 63) / 64
+	if cap(dst) < words {
+		return newCursor(states)
+	}
+	dst = dst[:words]
+	clear(dst)
+	return dst
+}
+
 // Verdict is all that the send path consults. The zero value denies, so a forgotten assignment fails closed.
 type Verdict struct {
 	Allowed  bool
@@ -134,6 +174,7 @@ type Verdict struct {
 	Expected []string // what the policy would have accepted here; nil when Allowed
 	Line     int      // of the symbol that matched, wherever it stands in the function's CFG; 0 when none does
 	States   []int    // of the returned cursor; after a denial the ones that denied
+	Retries  int      // of the symbol that matched, 0 when denied
 }
 
 // ExpectedMax bounds Verdict.Expected: a verdict has to fit a frame and a reader's eye.
@@ -180,41 +221,63 @@ func (f *Function) Knows(m *Message) bool {
 //
 // The cost depends on the edges that leave c's states, never on the length of the path behind it.
 func (f *Function) Step(c Cursor, m *Message) (Verdict, Cursor) {
+	return withStates(f.step(nil, c, m, false))
+}
+
+// StepTail judges a message that is sent after the answer: as Step, over the symbols of the tail alone.
+func (f *Function) StepTail(c Cursor, m *Message) (Verdict, Cursor) {
+	return withStates(f.step(nil, c, m, true))
+}
+
+// StepInto is Step without allocations when m is allowed: the next cursor is made in dst's memory, which c must not
+// share, and Verdict.States is left out; AppendStates of the returned cursor has them. A denial does not touch dst.
+func (f *Function) StepInto(dst, c Cursor, m *Message) (Verdict, Cursor) {
+	return f.step(dst, c, m, false)
+}
+
+func withStates(v Verdict, c Cursor) (Verdict, Cursor) {
+	if v.Allowed {
+		v.States = c.States()
+	}
+	return v, c
+}
+
+func (f *Function) step(dst, c Cursor, m *Message, tail bool) (Verdict, Cursor) {
 	if f == nil {
 		return Verdict{Reason: ReasonUnknownFunction}, c
 	}
 	// Each symbol is compared once however many edges carry it.
 	var tried, matched [symbolsMax / 64]uint64
 	var next Cursor
-	line := 0
+	var first *Symbol
 	for w, word := range c {
-		for state := w * 64; word != 0 && state < f.States; state, word = state+1, word>>1 {
-			if word&1 == 0 {
-				continue
+		for ; word != 0; word &= word - 1 {
+			state := w*64 + bits.TrailingZeros64(word)
+			if state >= f.States {
+				break // no cursor of this function
 			}
 			for _, e := range f.edges[f.first[state]:f.first[state+1]] {
-				bit := uint64(1) << (e.symbol % 64)
+				symbol, bit := &f.Symbols[e.symbol], uint64(1)<<(e.symbol%64)
 				if tried[e.symbol/64]&bit == 0 {
 					tried[e.symbol/64] |= bit
-					if f.Symbols[e.symbol].Matches(m) {
+					if (symbol.Tail || !tail) && symbol.Matches(m) {
 						matched[e.symbol/64] |= bit
 					}
 				}
 				if matched[e.symbol/64]&bit == 0 {
 					continue
 				}
-				if next == nil {
-					next = newCursor(f.States)
-					line = f.Symbols[e.symbol].Line
+				if first == nil {
+					next, first = cleared(dst, f.States), symbol
 				}
 				next.set(int(e.to))
 			}
 		}
 	}
-	if next != nil {
-		return Verdict{Allowed: true, Reason: ReasonAllowed, Line: line, States: next.States()}, next
+	if first != nil {
+		return Verdict{Allowed: true, Reason: ReasonAllowed, Line: first.Line, Retries: first.Retries}, next
 	}
-	verdict := Verdict{Reason: ReasonNotInPolicy, Expected: f.expected(c), States: c.States()}
+	verdict := Verdict{Reason: ReasonNotInPolicy, Expected: f.expected(c, tail), States: c.States()}
 	for i := range f.Symbols {
 		if f.Symbols[i].Matches(m) {
 			verdict.Reason, verdict.Line = ReasonOutOfOrder, f.Symbols[i].Line
@@ -224,8 +287,8 @@ func (f *Function) Step(c Cursor, m *Message) (Verdict, Cursor) {
 	return verdict, c
 }
 
-// expected lists the symbols that leave c, in the order of the policy's text.
-func (f *Function) expected(c Cursor) []string {
+// expected lists the symbols that leave c, in the order of the policy's text; tail: those of the tail alone.
+func (f *Function) expected(c Cursor, tail bool) []string {
 	var leaving [symbolsMax / 64]uint64
 	for state := range f.States {
 		if !c.has(state) {
@@ -237,7 +300,7 @@ func (f *Function) expected(c Cursor) []string {
 	}
 	var texts []string
 	for i := range f.Symbols {
-		if leaving[i/64]>>(i%64)&1 == 0 {
+		if leaving[i/64]>>(i%64)&1 == 0 || tail && !f.Symbols[i].Tail {
 			continue
 		}
 		if len(texts) == ExpectedMax {
@@ -250,22 +313,22 @@ func (f *Function) expected(c Cursor) []string {
 
 // Matches tells whether m is one of the symbol's messages.
 func (s *Symbol) Matches(m *Message) bool {
-	if m == nil || m.Kind == KindUnknown || s.Kind != m.Kind {
+	if m == nil || m.Kind == KindUnknown || s.Kind != m.Kind || s.Peer != m.Peer {
 		return false
+	}
+	if m.Judging != "" {
+		return m.Judging == JudgingConnection && s.Kind == KindHTTPS
 	}
 	switch s.Kind {
 	case KindHTTP, KindHTTPS:
-		if s.Peer != m.Peer {
-			return false
-		}
-		if m.Judging == JudgingConnection {
-			return s.Kind == KindHTTPS
-		}
-		return m.Judging == "" && s.Method == m.Method && matchPath(s.segments, m.Path) && subset(m.Query, s.Query)
+		return s.Method == m.Method && s.Upgrade == m.Upgrade && s.GRPC == m.GRPC && matchPath(s.segments, m.Path) &&
+			subset(m.Query, s.Query)
 	case KindInvoke:
-		return m.Judging == "" && s.Callee == m.Callee && m.Callee != ""
+		return s.Callee == m.Callee && m.Callee != ""
 	case KindMySQL:
-		return m.Judging == "" && s.Peer == m.Peer && s.Verb == m.Verb && equal(s.Read, m.Read) && equal(s.Write, m.Write)
+		return s.Verb == m.Verb && slices.Equal(s.Read, m.Read) && slices.Equal(s.Write, m.Write)
+	case KindSMTP:
+		return (s.From == "" || s.From == m.From) && (len(s.To) == 0 || subset(m.To, s.To))
 	default:
 		return false
 	}
@@ -302,25 +365,9 @@ func (s *segment) matches(part string) bool {
 	return part != "" && part != "." && part != ".." && strings.IndexByte(part, '%') < 0
 }
 
-func subset(keys, of []string) bool {
-	for _, key := range keys {
-		found := false
-		for _, allowed := range of {
-			found = found || key == allowed
-		}
-		if !found {
-			return false
-		}
-	}
-	return true
-}
-
-func equal(a, b []string) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if a[i] != b[i] {
+func subset(elements, of []string) bool {
+	for _, element := range elements {
+		if !slices.Contains(of, element) {
 			return false
 		}
 	}

@@ -15,10 +15,13 @@ import (
 )
 
 // base is a policy whose function f sends an http request and then a statement, in any number of rounds.
-const base = `{"app":"shop","app_cfg":{"f":{"edges":[[0,"f",0]],"start":[0],"states":1}},"entries":["f"],"format":"kalium-compiled/v1",` +
-	`"functions":{"f":{"accept":[0],"edges":[[0,0,1],[1,1,0]],"invocation_timeout_ms":1000,"max_body":10,"start":[0],"states":2,"symbols":[` +
-	`{"kind":"http","line":3,"method":"GET","path":"/a/{x}/","peer":"api","query":["p","q"],"text":"http GET api /a/{x}/"},` +
-	`{"kind":"mysql","line":4,"peer":"db","read":["t"],"text":"mysql select read t","verb":"select","write":[]}]}},` +
+const base = `{"app":"shop","app_cfg":{"f":{"edges":[[0,"f",0]],"start":[0],"states":1}},"entries":["f"],"format":"kalium-compiled/v2",` +
+	`"functions":{"f":{"accept":[0],"edges":[[0,0,1],[1,1,0]],"invocation_timeout_ms":1000,"max_body":10,"max_inflight":1,"mode":"enforce",` +
+	`"quiet_ms":200,"retire_ms":30000,"reuse":"always","start":[0],"states":2,"symbols":[` +
+	`{"kind":"http","line":3,"method":"GET","path":"/a/{x}/","peer":"api","query":["p","q"],` +
+	`"retries":1,"grpc":false,"upgrade":false,"tail":false,"text":"http GET api /a/{x}/"},` +
+	`{"kind":"mysql","line":4,"peer":"db","read":["t"],"tail":false,"text":"mysql select read t","verb":"select","write":[]}],` +
+	`"tail_ms":10000,"tls":"open"}},` +
 	`"mode":"enforce","on_unavailable":{"app_edge":"deny","deadline_ms":250},` +
 	`"peers":{"api":{"host":"api.example","port":80,"protocol":"http"},"db":{"host":"db","port":3306,"protocol":"mysql","schema":"shop"}},` +
 	`"source_sha256":"","version":7}`
@@ -65,7 +68,7 @@ func TestZeroValuesDeny(t *testing.T) {
 	if v, _ := f.Step(nil, request("/a/1/")); v.Allowed || v.Reason != ReasonOutOfOrder {
 		t.Errorf("no cursor: %#v", v)
 	}
-	for name, m := range map[string]*Message{"no message": nil, "the zero message": {}, "a kind beyond the last": {Kind: KindMySQL + 1}} {
+	for name, m := range map[string]*Message{"no message": nil, "the zero message": {}, "a kind beyond the last": {Kind: KindSMTP + 1}} {
 		if v, next := f.Step(f.Start(), m); v.Allowed || v.Reason != ReasonNotInPolicy || !slices.Equal(next, f.Start()) {
 			t.Errorf("%s: %#v", name, v)
 		}
@@ -166,7 +169,7 @@ func wide(t *testing.T, states, symbols int) *Function {
 	t.Helper()
 	var list []string
 	for i := range symbols {
-		list = append(list, fmt.Sprintf(`{"kind":"mysql","line":%d,"peer":"db","read":["t%04d"],"text":"s%d","verb":"select","write":[]}`, i+1, i, i))
+		list = append(list, fmt.Sprintf(`{"kind":"mysql","line":%d,"peer":"db","read":["t%04d"],"tail":false,"text":"s%d","verb":"select","write":[]}`, i+1, i, i))
 	}
 	var edges []string
 	for i := range states {
@@ -186,7 +189,7 @@ func wide(t *testing.T, states, symbols int) *Function {
 	text := strings.Replace(base, `"edges":[[0,0,1],[1,1,0]]`, `"edges":[`+strings.Join(edges, ",")+`]`, 1)
 	text = strings.Replace(text, `"states":2`, fmt.Sprintf(`"states":%d`, states), 1)
 	begin := strings.Index(text, `"symbols":[`) + len(`"symbols":[`)
-	end := strings.Index(text, `]}},"mode"`)
+	end := strings.Index(text, `],"tail_ms"`)
 	p, err := Parse([]byte(text[:begin] + strings.Join(list, ",") + text[end:]))
 	if err != nil {
 		t.Fatal(err)

@@ -23,20 +23,22 @@ type (
 	}
 	run struct {
 		Function string
+		Startup  bool
 		Steps    []step
 		MayEnd   bool `json:"may_end"`
 	}
 	step struct {
 		Message struct {
-			Kind, Peer, Method, Path, Callee, Verb, Judging string
-			Query, Read, Write                              []string
+			Kind, Peer, Method, Path, Callee, Verb, From, Judging string
+			Query, Read, Write, To                                []string
+			Upgrade, GRPC                                         bool
 		}
-		Text     string
-		Allowed  bool
-		Reason   Reason
-		Line     int
-		States   []int
-		Expected []string
+		Text          string
+		Tail, Allowed bool
+		Reason        Reason
+		Line, Retries int
+		States        []int
+		Expected      []string
 	}
 	refusedVector struct {
 		Name, Compiled, Code string
@@ -96,17 +98,27 @@ func TestTheSharedPoliciesJudgeAsTheVectorsSay(t *testing.T) {
 		}
 		for i, run := range v.Runs {
 			function := p.Functions[run.Function]
+			if run.Startup {
+				function = function.Startup
+			}
 			cursor := function.Start()
 			for j, step := range run.Steps {
 				steps++
 				message := &Message{
 					Kind: kindOf(step.Message.Kind), Peer: step.Message.Peer, Method: step.Message.Method, Path: step.Message.Path,
 					Query: step.Message.Query, Callee: step.Message.Callee, Verb: step.Message.Verb, Read: step.Message.Read,
-					Write: step.Message.Write, Judging: step.Message.Judging,
+					Write: step.Message.Write, From: step.Message.From, To: step.Message.To, Judging: step.Message.Judging,
+					Upgrade: step.Message.Upgrade, GRPC: step.Message.GRPC,
 				}
-				verdict, next := function.Step(cursor, message)
+				judge := function.Step
+				if step.Tail {
+					judge = function.StepTail
+				}
+				verdict, next := judge(cursor, message)
 
-				want := Verdict{Allowed: step.Allowed, Reason: step.Reason, Expected: step.Expected, Line: step.Line, States: step.States}
+				want := Verdict{
+					Allowed: step.Allowed, Reason: step.Reason, Expected: step.Expected, Line: step.Line, States: step.States, Retries: step.Retries,
+				}
 				if len(want.Expected) == 0 {
 					want.Expected = nil
 				}

@@ -21,14 +21,20 @@ import (
 // buyer's CFG: GET /a, then a select, then an invoke of payer, and a POST /b after that. In the first state it may also
 // open connections to the image server.
 const compiled = `{"app":"shop","app_cfg":{"buyer":{"edges":[[0,"payer",1]],"start":[0],"states":2},"payer":{"edges":[],"start":[0],"states":1}},
-"entries":["buyer"],"format":"kalium-compiled/v1","functions":{"buyer":{"accept":[4],
-"edges":[[0,0,1],[0,3,0],[1,1,2],[2,2,3],[3,4,4]],"invocation_timeout_ms":60000,"max_body":100,"start":[0],"states":5,"symbols":[
-{"kind":"http","line":1,"method":"GET","path":"/a","peer":"api","query":[],"text":"http GET api /a"},
-{"kind":"mysql","line":2,"peer":"database","read":["items"],"text":"mysql select read items","verb":"select","write":[]},
-{"callee":"payer","kind":"invoke","line":3,"peer":"gateway","text":"invoke payer"},
-{"kind":"https","line":4,"method":"GET","path":"/i","peer":"images","query":[],"text":"https GET images /i"},
-{"kind":"http","line":5,"method":"POST","path":"/b","peer":"api","query":[],"text":"http POST api /b"}]},
-"payer":{"accept":[0],"edges":[],"invocation_timeout_ms":60000,"max_body":100,"start":[0],"states":1,"symbols":[]}},
+"entries":["buyer"],"format":"kalium-compiled/v2","functions":{"buyer":{"accept":[4],
+"edges":[[0,0,1],[0,3,0],[1,1,2],[2,2,3],[3,4,4]],"invocation_timeout_ms":60000,"max_body":100,"max_inflight":1,"mode":"MODE",
+"quiet_ms":200,"retire_ms":30000,"reuse":"always","start":[0],"states":5,"symbols":[
+{"kind":"http","line":1,"method":"GET","path":"/a","peer":"api","grpc":false,"query":[],"retries":0,"tail":false,
+"text":"http GET api /a","upgrade":false},
+{"kind":"mysql","line":2,"peer":"database","read":["items"],"tail":false,"text":"mysql select read items","verb":"select","write":[]},
+{"callee":"payer","kind":"invoke","line":3,"peer":"gateway","tail":false,"text":"invoke payer"},
+{"kind":"https","line":4,"method":"GET","path":"/i","peer":"images","grpc":false,"query":[],"retries":0,"tail":false,
+"text":"https GET images /i","upgrade":false},
+{"kind":"http","line":5,"method":"POST","path":"/b","peer":"api","grpc":false,"query":[],"retries":0,"tail":false,
+"text":"http POST api /b","upgrade":false}],
+"tail_ms":10000,"tls":"open"},
+"payer":{"accept":[0],"edges":[],"invocation_timeout_ms":60000,"max_body":100,"max_inflight":1,"mode":"MODE",
+"quiet_ms":200,"retire_ms":30000,"reuse":"always","start":[0],"states":1,"symbols":[],"tail_ms":10000,"tls":"open"}},
 "mode":"MODE","on_unavailable":{"app_edge":"deny","deadline_ms":250},"peers":{
 "api":{"host":"api.test","port":8080,"protocol":"http"},"database":{"host":"database","port":3306,"protocol":"mysql","schema":"shop"},
 "gateway":{"host":"gateway","port":8080,"protocol":"http","role":"gateway"},
