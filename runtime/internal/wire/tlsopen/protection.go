@@ -27,14 +27,19 @@ const (
 type protection struct {
 	suite    *suite
 	aead     cipher.AEAD
-	iv       [nonceBytes]byte
 	sequence uint64
+	mask     uint64 // the tail of the IV, which the sequence number is added to
 	explicit uint64 // TLS 1.2 with AES-GCM: the nonce's part that the last record carried or, to seal, the next one will
 	secret   secret // TLS 1.3
 
 	// Arguments of a call through an interface escape: in here they need no allocation.
-	nonce      [nonceBytes]byte
+	nonce      [nonceBytes]byte // begins as the IV does
 	additional [13]byte
+}
+
+func (p *protection) setIV(iv []byte) {
+	copy(p.nonce[:], iv)
+	p.mask = binary.BigEndian.Uint64(p.nonce[saltBytes:])
 }
 
 const reasonNoKey policy.Reason = "no_key"
@@ -45,13 +50,11 @@ var errDoesNotOpen = noKey("a record that does not open under the logged key")
 
 // setNonce follows RFC 8446 section 5.3, which is RFC 7905 section 2 as well, or RFC 5288 section 3.
 func (p *protection) setNonce() {
-	p.nonce = p.iv
-	if p.suite.explicit() > 0 {
-		binary.BigEndian.PutUint64(p.nonce[saltBytes:], p.explicit)
-		return
+	tail := p.mask ^ p.sequence
+	if p.suite.explicit > 0 {
+		tail = p.explicit
 	}
-	tail := p.nonce[nonceBytes-8:]
-	binary.BigEndian.PutUint64(tail, binary.BigEndian.Uint64(tail)^p.sequence)
+	binary.BigEndian.PutUint64(p.nonce[saltBytes:], tail)
 }
 
 // setAdditional is for content of n bytes; header is the record's.
@@ -68,11 +71,11 @@ func (p *protection) setAdditional(header []byte, n int) []byte {
 // openInPlace opens a whole record, header included; content lies in it. When the record does not open, its body is
 // lost.
 func (p *protection) openInPlace(record []byte) (content []byte, kind byte, err error) {
-	from := headerBytes + p.suite.explicit()
-	if len(record) < headerBytes+p.suite.overhead() || len(record) > headerBytes+p.suite.overhead()+fragmentBytes {
+	from := headerBytes + p.suite.explicit
+	if len(record) < headerBytes+p.suite.overhead || len(record) > headerBytes+p.suite.overhead+fragmentBytes {
 		return nil, 0, wire.Malformed("an encrypted record of %d bytes", len(record)-headerBytes)
 	}
-	if p.suite.explicit() > 0 {
+	if p.suite.explicit > 0 {
 		p.explicit = binary.BigEndian.Uint64(record[headerBytes:])
 	}
 	p.setNonce()
@@ -94,7 +97,7 @@ func (p *protection) openInPlace(record []byte) (content []byte, kind byte, err 
 
 // seal appends one record to dst, which must not overlap content.
 func (p *protection) seal(dst []byte, kind byte, content []byte) []byte {
-	body := len(content) + p.suite.overhead()
+	body := len(content) + p.suite.overhead
 	dst = slices.Grow(dst, headerBytes+body)
 	at := len(dst)
 	outer := kind
@@ -103,7 +106,7 @@ func (p *protection) seal(dst []byte, kind byte, content []byte) []byte {
 	}
 	dst = append(dst, outer, 3, 3, byte(body>>8), byte(body))
 	p.setNonce()
-	dst = append(dst, p.nonce[nonceBytes-p.suite.explicit():]...)
+	dst = append(dst, p.nonce[nonceBytes-p.suite.explicit:]...)
 	from := len(dst)
 	dst = append(dst, content...)
 	if p.suite.tls13 {

@@ -28,41 +28,27 @@ type suite struct {
 	key    int // bytes
 	hash   func() hash.Hash
 	digest int // bytes of hash
+
+	explicit int // bytes of the nonce that stand in each record
+	overhead int // bytes by which a record's body is longer than its content: those, the tag, and in TLS 1.3 the type
 }
 
 var (
-	aes128 = suite{key: 16, hash: sha256.New, digest: sha256.Size}
-	aes256 = suite{key: 32, hash: sha512.New384, digest: sha512.Size384}
-	chacha = suite{key: 32, hash: sha256.New, digest: sha256.Size, chacha: true}
+	aes128 = suite{key: 16, hash: sha256.New, digest: sha256.Size, explicit: explicitBytes, overhead: explicitBytes + tagBytes}
+	aes256 = suite{key: 32, hash: sha512.New384, digest: sha512.Size384, explicit: explicitBytes, overhead: explicitBytes + tagBytes}
+	chacha = suite{key: 32, hash: sha256.New, digest: sha256.Size, chacha: true, overhead: tagBytes}
 )
 
 // suites by number in the IANA registry "TLS Cipher Suites".
 var suites = map[uint16]*suite{
-	0x1301: {key: 16, hash: sha256.New, digest: sha256.Size, tls13: true},
-	0x1302: {key: 32, hash: sha512.New384, digest: sha512.Size384, tls13: true},
-	0x1303: {key: 32, hash: sha256.New, digest: sha256.Size, tls13: true, chacha: true},
+	0x1301: {key: 16, hash: sha256.New, digest: sha256.Size, tls13: true, overhead: tagBytes + 1},
+	0x1302: {key: 32, hash: sha512.New384, digest: sha512.Size384, tls13: true, overhead: tagBytes + 1},
+	0x1303: {key: 32, hash: sha256.New, digest: sha256.Size, tls13: true, chacha: true, overhead: tagBytes + 1},
 
 	// RSA, DHE-RSA, ECDHE-ECDSA and ECDHE-RSA.
 	0x009c: &aes128, 0x009e: &aes128, 0xc02b: &aes128, 0xc02f: &aes128,
 	0x009d: &aes256, 0x009f: &aes256, 0xc02c: &aes256, 0xc030: &aes256,
 	0xccaa: &chacha, 0xcca9: &chacha, 0xcca8: &chacha,
-}
-
-// explicit counts the bytes of the nonce that stand in each record.
-func (s *suite) explicit() int {
-	if s.tls13 || s.chacha {
-		return 0
-	}
-	return explicitBytes
-}
-
-// overhead counts the bytes by which a record's body is longer than its content.
-func (s *suite) overhead() int {
-	n := s.explicit() + tagBytes
-	if s.tls13 {
-		n++ // the content type
-	}
-	return n
 }
 
 func (s *suite) aead(key []byte) (cipher.AEAD, error) {
@@ -116,7 +102,7 @@ func (s *suite) traffic(logged []byte) (protection, error) {
 		return protection{}, unusable(err)
 	}
 	p := protection{suite: s}
-	copy(p.iv[:], iv)
+	p.setIV(iv)
 	p.secret.n = copy(p.secret.bytes[:], logged)
 	if p.aead, err = s.aead(key); err != nil {
 		return protection{}, unusable(err)
@@ -142,7 +128,7 @@ func (s *suite) client(master []byte, client, server [randomBytes]byte) (protect
 	// client_write_key, server_write_key, client_write_IV, server_write_IV; AEADs have no MAC keys.
 	block := s.expandMaster(master, client, server, 2*(s.key+iv))
 	p := protection{suite: s}
-	copy(p.iv[:], block[2*s.key:2*s.key+iv])
+	p.setIV(block[2*s.key : 2*s.key+iv])
 	var err error
 	if p.aead, err = s.aead(block[:s.key]); err != nil {
 		return protection{}, unusable(err)

@@ -9,9 +9,13 @@
 // another one ends the connection there.
 //
 // Before that, records leave as they are: hellos, and messages of the handshake in a strict order, which in TLS 1.3 have
-// to open under the logged handshake key, and the Finished of TLS 1.2 under the logged master secret. Everything that
-// would hide a message is refused: encrypted hellos, early data, renegotiation, padding, authentication behind the
-// handshake, suites without an AEAD or with CCM.
+// to open under the logged handshake key, and the Finished of TLS 1.2 under the logged master secret. A wrong key gains
+// nothing there either. Application data counts for a server only behind a Finished, all bits of which, and of the
+// records before it, go into its own hash; so a record that is that Finished for the server leaves no freedom to make it
+// open as something else for us, and we stop passing records where the server starts to take data.
+//
+// Everything that would hide a message is refused: encrypted hellos, early data, renegotiation, padding, authentication
+// behind the handshake, suites without an AEAD or with CCM.
 package tlsopen
 
 import (
@@ -27,7 +31,7 @@ import (
 
 // Bounds of what is no application data.
 const (
-	handshakeBytesMax = 64 * 1024 // behind the hellos, in all; a client's certificates may be in it
+	handshakeBytesMax = 32 * 1024 // behind the hellos, in all; a client's certificates may be in it
 	alertsMax         = 8
 	updatesMax        = 1024
 	fragmentBytesLeft = 512 // the smallest maximum that a server may ask for (RFC 6066 section 4)
@@ -135,48 +139,49 @@ func (c *Client) Next(b []byte) (n int, u Unit, err error) {
 	if c.refused != nil {
 		return 0, Unit{}, c.refused
 	}
-	n, u, err = c.next(b)
-	if err != nil && err != wire.ErrShort {
-		c.release()
-		c.refused = err
+	if n, err = c.next(b, &u); err != nil {
+		if err != wire.ErrShort {
+			c.release()
+			c.refused = err
+		}
+		return 0, Unit{}, err
 	}
-	return n, u, err
+	return n, u, nil
 }
 
-func (c *Client) next(b []byte) (n int, u Unit, err error) {
+// next and those below it fill u, whatever they return.
+func (c *Client) next(b []byte, u *Unit) (n int, err error) {
 	if c.stage == silent {
-		return c.greet(b)
+		return c.greet(b, u)
 	}
 	kind, length, err := recordHeader(b)
 	if err != nil {
-		return 0, Unit{}, err
+		return 0, err
 	}
 	if kind == contentHandshake && c.stage == greeted {
 		if s := c.server.now(); s.refused == nil && s.retry && !s.answered {
-			return c.greet(b)
+			return c.greet(b, u)
 		}
 	}
 	if n = headerBytes + length; len(b) < n {
-		return 0, Unit{}, wire.ErrShort
+		return 0, wire.ErrShort
 	}
 	if c.OnRecord != nil {
 		c.OnRecord()
 	}
 	record := b[:n]
+	u.Kind = KindPass
 	switch c.stage {
 	case greeted, exchanged:
-		u, err = c.clear(kind, record)
+		err = c.clear(kind, record)
 	case changed:
-		u, err = c.finished(kind, record)
+		err = c.finished(kind, record)
 	case finishing:
-		u, err = c.handshake(kind, record)
+		err = c.handshake(kind, record)
 	default: // protected
-		u, err = c.application(kind, record)
+		err = c.application(kind, record, u)
 	}
-	if err != nil {
-		return 0, Unit{}, err
-	}
-	return n, u, nil
+	return n, err
 }
 
 // recordHeader refuses each byte as soon as it is there.
@@ -199,86 +204,87 @@ func recordHeader(b []byte) (kind byte, length int, err error) {
 
 // greet reads a hello. The second one, which a HelloRetryRequest asks for, must be for the same server (RFC 8446 section
 // 4.1.2).
-func (c *Client) greet(b []byte) (int, Unit, error) {
+func (c *Client) greet(b []byte, u *Unit) (int, error) {
 	hello, n, err := tlshello.Parse(b)
 	if err != nil {
-		return 0, Unit{}, err
+		return 0, err
 	}
 	switch {
 	case hello.ECH:
-		return 0, Unit{}, wire.Unsupported("an encrypted hello")
+		return 0, wire.Unsupported("an encrypted hello")
 	case hello.EarlyData:
-		return 0, Unit{}, wire.Unsupported("early data")
+		return 0, wire.Unsupported("early data")
 	case c.hellos == 0:
 		if c.holds = c.keys.hold(hello.Random); !c.holds {
-			return 0, Unit{}, noKey("more keys were logged than are kept")
+			return 0, noKey("more keys were logged than are kept")
 		}
 		c.hello, c.stage = &hello, greeted
 	case c.hellos > 1:
-		return 0, Unit{}, wire.Malformed("a third ClientHello")
+		return 0, wire.Malformed("a third ClientHello")
 	case hello.SNI != c.hello.SNI:
-		return 0, Unit{}, &wire.Error{Reason: policy.ReasonSNIMismatch, Text: "a second ClientHello for another server"}
+		return 0, &wire.Error{Reason: policy.ReasonSNIMismatch, Text: "a second ClientHello for another server"}
 	case hello.Random != c.hello.Random || !slices.Equal(hello.ALPN, c.hello.ALPN):
-		return 0, Unit{}, wire.Malformed("a second ClientHello that differs from the first")
+		return 0, wire.Malformed("a second ClientHello that differs from the first")
 	}
 	c.hellos++
-	return n, Unit{Kind: KindHello, Hello: &hello}, nil
+	*u = Unit{Kind: KindHello, Hello: &hello}
+	return n, nil
 }
 
 // clear reads what is not encrypted, and the record that shows that keys have come into force.
-func (c *Client) clear(kind byte, record []byte) (Unit, error) {
+func (c *Client) clear(kind byte, record []byte) error {
 	body := record[headerBytes:]
 	if len(body) > fragmentBytes {
-		return Unit{}, wire.Malformed("a record of %d bytes", len(body))
+		return wire.Malformed("a record of %d bytes", len(body))
 	}
 	if kind == contentAlert {
-		return Unit{Kind: KindPass}, c.alert(body)
+		return c.alert(body)
 	}
 	if c.closed {
-		return Unit{}, errClosed
+		return errClosed
 	}
 	s := c.server.now()
 	switch {
 	case s.refused != nil:
-		return Unit{}, s.refused
+		return s.refused
 	case !s.answered && (!s.retry || kind != contentChangeCipherSpec):
-		return Unit{}, wire.Malformed("record type %d before a ServerHello", kind)
+		return wire.Malformed("record type %d before a ServerHello", kind)
 	}
 	tls13 := s.retry || s.hello.TLS13
 	suite := suites[s.hello.Suite]
 	if suite == nil || suite.tls13 != tls13 {
-		return Unit{}, wire.Unsupported("cipher suite %#04x", s.hello.Suite)
+		return wire.Unsupported("cipher suite %#04x", s.hello.Suite)
 	}
 	switch {
 	case kind == contentChangeCipherSpec:
 		if len(body) != 1 || body[0] != 1 {
-			return Unit{}, wire.Malformed("a ChangeCipherSpec of other content")
+			return wire.Malformed("a ChangeCipherSpec of other content")
 		}
 		if tls13 {
 			// One for the sake of middleboxes before each flight (RFC 8446 appendix D.4).
 			if c.changes++; c.changes > c.hellos {
-				return Unit{}, wire.Malformed("a ChangeCipherSpec out of place")
+				return wire.Malformed("a ChangeCipherSpec out of place")
 			}
-			return Unit{Kind: KindPass}, nil
+			return nil
 		}
-		return Unit{Kind: KindPass}, c.change(suite, s.hello.Random)
+		return c.change(suite, s.hello.Random)
 	case kind == contentHandshake && !tls13:
 		c.stage = exchanged
 		_, err := c.flight.take(body, flightTLS12)
-		return Unit{Kind: KindPass}, err
+		return err
 	case kind == contentApplicationData && tls13:
 		logged := c.keys.get(c.hello.Random, handshakeSecret)
 		if logged.n == 0 {
-			return Unit{}, noKey("no handshake secret was logged")
+			return noKey("no handshake secret was logged")
 		}
 		var err error
 		if c.opening, err = suite.traffic(logged.bytes[:logged.n]); err != nil {
-			return Unit{}, err
+			return err
 		}
 		c.stage = finishing
 		return c.handshake(kind, record)
 	}
-	return Unit{}, wire.Malformed("record type %d inside the handshake", kind)
+	return wire.Malformed("record type %d inside the handshake", kind)
 }
 
 // change takes the keys of TLS 1.2.
@@ -302,58 +308,58 @@ func (c *Client) change(suite *suite, server [randomBytes]byte) error {
 const finishedBytes = 12 // verify_data of TLS 1.2 (RFC 5246 section 7.4.9)
 
 // finished reads the Finished of TLS 1.2, which must open and be nothing else.
-func (c *Client) finished(kind byte, record []byte) (Unit, error) {
+func (c *Client) finished(kind byte, record []byte) error {
 	if kind != contentHandshake {
-		return Unit{}, wire.Malformed("record type %d where a Finished is expected", kind)
+		return wire.Malformed("record type %d where a Finished is expected", kind)
 	}
 	content, _, err := c.openCopy(record)
 	if err != nil {
-		return Unit{}, err
+		return err
 	}
 	if len(content) != messageHeaderBytes+finishedBytes || !bytes.HasPrefix(content, []byte{messageFinished, 0, 0, finishedBytes}) {
-		return Unit{}, wire.Malformed("a Finished of other content")
+		return wire.Malformed("a Finished of other content")
 	}
 	c.sealing = c.opening
 	c.sealing.explicit++
-	c.stage = protected
-	return Unit{Kind: KindPass}, nil
+	c.stage, c.scratch = protected, nil
+	return nil
 }
 
 // handshake reads what is encrypted under the handshake key of TLS 1.3.
-func (c *Client) handshake(kind byte, record []byte) (Unit, error) {
+func (c *Client) handshake(kind byte, record []byte) error {
 	if kind != contentApplicationData {
-		return Unit{}, wire.Malformed("record type %d inside the handshake", kind)
+		return wire.Malformed("record type %d inside the handshake", kind)
 	}
 	content, kind, err := c.openCopy(record)
 	if err != nil {
-		return Unit{}, err
+		return err
 	}
 	switch {
 	case kind == contentAlert:
-		return Unit{Kind: KindPass}, c.alert(content)
+		return c.alert(content)
 	case c.closed:
-		return Unit{}, errClosed
+		return errClosed
 	case kind != contentHandshake || len(content) == 0:
-		return Unit{}, wire.Malformed("content type %d under the handshake key", kind)
+		return wire.Malformed("content type %d under the handshake key", kind)
 	}
 	ended, err := c.flight.take(content, flightTLS13(c.opening.suite.digest))
 	if ended {
 		// The application secret may be logged only after this record was written.
-		c.stage, c.opening.aead = protected, nil
+		c.stage, c.opening.aead, c.scratch = protected, nil, nil
 	}
-	return Unit{Kind: KindPass}, err
+	return err
 }
 
 // openCopy opens a record that leaves as it is.
 func (c *Client) openCopy(record []byte) (content []byte, kind byte, err error) {
-	if err := c.checkVersion(record); err != nil {
+	if err := checkVersion(record); err != nil {
 		return nil, 0, err
 	}
 	c.scratch = append(c.scratch[:0], record...)
 	return c.opening.openInPlace(c.scratch)
 }
 
-func (c *Client) checkVersion(record []byte) error {
+func checkVersion(record []byte) error {
 	if record[2] != 3 {
 		return wire.Malformed("an encrypted record's version")
 	}
@@ -361,35 +367,37 @@ func (c *Client) checkVersion(record []byte) error {
 }
 
 // application reads what is encrypted under the application key.
-func (c *Client) application(kind byte, record []byte) (Unit, error) {
-	if err := c.checkVersion(record); err != nil {
-		return Unit{}, err
+func (c *Client) application(kind byte, record []byte, u *Unit) error {
+	if err := checkVersion(record); err != nil {
+		return err
 	}
 	if c.opening.suite.tls13 && kind != contentApplicationData || kind == contentChangeCipherSpec {
-		return Unit{}, wire.Malformed("record type %d behind the handshake", kind)
+		return wire.Malformed("record type %d behind the handshake", kind)
 	}
 	if c.opening.aead == nil {
 		if err := c.applicationKeys(); err != nil {
-			return Unit{}, err
+			return err
 		}
 	}
 	content, kind, err := c.openFirst(record)
 	switch {
 	case err != nil:
-		return Unit{}, err
+		return err
 	case kind == contentAlert:
-		err = c.alert(content)
+		u.Kind = KindControl
 		c.keep(kind, content)
-		return Unit{Kind: KindControl}, err
+		return c.alert(content)
 	case c.closed:
-		return Unit{}, errClosed
+		return errClosed
 	case kind == contentHandshake:
-		return Unit{Kind: KindControl}, c.keyUpdate(content)
+		u.Kind = KindControl
+		return c.keyUpdate(content)
 	case kind == contentApplicationData:
 		c.fragment = max(c.fragment, len(content))
-		return Unit{Kind: KindData, Data: content}, nil
+		u.Kind, u.Data = KindData, content
+		return nil
 	}
-	return Unit{}, wire.Malformed("content type %d behind the handshake", kind)
+	return wire.Malformed("content type %d behind the handshake", kind)
 }
 
 // openFirst opens a record in place. The first one under the key is kept until it has opened: a wrong key must not spoil
@@ -404,7 +412,7 @@ func (c *Client) openFirst(record []byte) (content []byte, kind byte, err error)
 		copy(record, kept)
 		return nil, 0, err
 	}
-	c.opened, c.scratch = true, nil
+	c.opened = true
 	return content, kind, nil
 }
 

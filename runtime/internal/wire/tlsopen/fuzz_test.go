@@ -1,0 +1,149 @@
+package tlsopen
+
+import (
+	"bytes"
+	"errors"
+	"testing"
+
+	"kalium.dev/kalium/runtime/internal/wire"
+)
+
+// pack writes a session for the fuzzer: of each step its side, two bytes of length, and its bytes.
+func pack(steps []step) (all []byte) {
+	for _, s := range steps {
+		side := byte('C')
+		if s.server {
+			side = 'S'
+		}
+		all = append(append(all, side), vector(2, s.bytes)...)
+	}
+	return all
+}
+
+func unpack(all []byte) (steps []step) {
+	for len(all) >= 3 {
+		n := min(int(all[1])<<8|int(all[2]), len(all)-3)
+		steps = append(steps, step{all[0] == 'S', bytes.Clone(all[3 : 3+n])})
+		all = all[3+n:]
+	}
+	return steps
+}
+
+// scripted is a whole session of one suite, with what is rare in it.
+func scripted(t testing.TB, number uint16) (steps []step, keys string) {
+	t.Helper()
+	tls13Suite := suites[number].tls13
+	send := func(b []byte) { steps = append(steps, step{false, b}) }
+	version := tls12
+	if tls13Suite {
+		version = tls13
+	}
+	send(firstHello())
+	if tls13Suite {
+		steps = append(steps, step{true, record(contentHandshake, hrr())})
+		send(append(bytes.Clone(changeCipherSpec), firstHello()...))
+	}
+	steps = append(steps, step{true, record(contentHandshake, serverHello(serverRandom, number, version))})
+	var s *script
+	if tls13Suite {
+		s = finishingWith(t, number)
+		send(s.seal(contentHandshake, message(messageCertificate, []byte{0, 0, 0, 0})))
+		send(s.seal(contentHandshake, finishedOf(suites[number].digest)))
+		s.traffic(number, "CLIENT_TRAFFIC_SECRET_0")
+	} else {
+		s = changedWith(t, number)
+		send(record(contentHandshake, message(messageClientKeyExchange, make([]byte, 33))))
+		send(changeCipherSpec)
+		send(s.seal(contentHandshake, finishedOf(finishedBytes)))
+	}
+	send(s.seal(contentApplicationData, []byte("GET / HTTP/1.1\r\n\r\n")))
+	if tls13Suite {
+		send(s.seal(contentHandshake, message(messageKeyUpdate, []byte{1})))
+		next, err := s.sending.update()
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.sending = next
+	}
+	send(append(s.seal(contentApplicationData, []byte("more")), s.seal(contentAlert, []byte{1, 0})...))
+	for label, n := range map[string]int{
+		"CLIENT_RANDOM": secretMax, "CLIENT_HANDSHAKE_TRAFFIC_SECRET": suites[number].digest, "CLIENT_TRAFFIC_SECRET_0": suites[number].digest,
+	} {
+		keys += lineFor(label, n)
+	}
+	return steps, keys
+}
+
+func TestScriptedSessionsAreWhole(t *testing.T) {
+	for _, number := range allSuites {
+		steps, keys := scripted(t, number)
+		s := session{keys: keys}
+		if plain, err := s.replay(unpack(pack(steps))); err != nil || string(plain) != "GET / HTTP/1.1\r\n\r\nmore" {
+			t.Errorf("%#04x: %q, %v", number, plain, err)
+		}
+	}
+}
+
+// FuzzClient: whatever both sides and the key log say, only the declared errors come out, a short record is left as it
+// is, data lies in the bytes that were given, and what is sealed for it opens to the same.
+func FuzzClient(f *testing.F) {
+	for _, number := range allSuites {
+		steps, keys := scripted(f, number)
+		f.Add(pack(steps), []byte(keys))
+	}
+	f.Fuzz(func(t *testing.T, packed, lines []byte) {
+		keys := NewKeys()
+		_, _ = keys.Writer().Write(lines)
+		client := NewClient(keys)
+		var held, dst []byte
+		for _, s := range unpack(packed) {
+			if s.server {
+				client.Inbound(s.bytes)
+				continue
+			}
+			held = append(held, s.bytes...)
+			for {
+				before := bytes.Clone(held)
+				n, u, err := client.Next(held)
+				if err != nil {
+					var refused *wire.Error
+					if err != wire.ErrShort && !errors.As(err, &refused) {
+						t.Fatalf("error of another kind: %v", err)
+					}
+					if _, _, again := client.Next(before); again != err {
+						t.Fatalf("%v, and then %v", err, again)
+					}
+					if (err == wire.ErrShort || !client.Opened()) && !bytes.Equal(before, held) {
+						t.Fatalf("bytes were changed behind %v", err)
+					}
+					break
+				}
+				if n <= 0 || n > len(held) || u.Kind == 0 || u.Kind > KindControl || (u.Kind == KindHello) != (u.Hello != nil) {
+					t.Fatalf("%d bytes of %d, %+v", n, len(held), u)
+				}
+				if u.Kind != KindData && u.Kind != KindControl && !bytes.Equal(before, held) {
+					t.Fatal("bytes that leave as they are were changed")
+				}
+				if u.Kind == KindControl {
+					dst = client.SealControl(dst[:0])
+				}
+				if u.Kind == KindData {
+					server := reader{t, client.sealing}
+					dst = client.Seal(dst[:0], u.Data)
+					var got string
+					for _, r := range server.all(dst) {
+						got += r.content
+					}
+					if got != string(u.Data) {
+						t.Fatalf("%q was sealed for %q", got, u.Data)
+					}
+				}
+				held = held[n:]
+			}
+		}
+		client.Close()
+		if len(keys.entries) > randomsMax {
+			t.Fatal("too many keys")
+		}
+	})
+}
