@@ -25,6 +25,7 @@ type Stream struct {
 	out   *guard.Outgoing // kindOutgoing
 	in    *guard.Incoming // kindIncoming
 	rx    inbound         // kindIncoming
+	shown shown           // kindOutgoing
 	ended atomic.Bool     // by the guard: the connection was reset
 
 	write sync.Mutex // one Write at a time, also while the judge waits for an answer
@@ -72,7 +73,6 @@ func (s *Stream) Connect(to tcpip.FullAddress) tcpip.Error {
 			return &tcpip.ErrNotPermitted{}
 		}
 		kind = kindOutgoing
-		out.OnSever(s.reset)
 	}
 	s.out = out
 	s.kind.Store(kind)
@@ -231,6 +231,7 @@ func (s *Stream) sendOutgoing(m *message, o tcpip.WriteOptions) tcpip.Error {
 	default:
 		err = s.tx.send(&message{b: send}, o)
 	}
+	s.out.Sent()
 	if outcome == guard.Denied {
 		// What was judged before the denied unit is on its way as far as TCP takes it at once.
 		s.reset()
@@ -275,6 +276,7 @@ func (s *Stream) giveUp(cut bool) {
 		s.reset()
 	} else if len(send) > 0 {
 		s.tx.send(&message{b: send}, tcpip.WriteOptions{})
+		s.out.Sent()
 	}
 }
 
@@ -297,8 +299,7 @@ func (s *Stream) sendAnswer(m *message, o tcpip.WriteOptions) tcpip.Error {
 	return &tcpip.ErrNotPermitted{}
 }
 
-// reset ends the connection with a RST. Nothing that waits is sent. The guard calls it, too, when an invocation ends, so
-// it takes no lock that is held while something is judged.
+// reset ends the connection with a RST. Nothing that waits is sent. It takes no lock that is held while something is judged.
 func (s *Stream) reset() {
 	s.ended.Store(true)
 	s.tx.drop()
@@ -311,8 +312,11 @@ func (s *Stream) Read(w io.Writer, o tcpip.ReadOptions) (tcpip.ReadResult, tcpip
 	if s.ended.Load() {
 		return tcpip.ReadResult{}, &tcpip.ErrConnectionReset{}
 	}
-	if s.kind.Load() == kindIncoming {
+	switch s.kind.Load() {
+	case kindIncoming:
 		return s.readRequest(w, o)
+	case kindOutgoing:
+		return s.readAnswer(w, o)
 	}
 	return s.inner.Read(w, o)
 }
@@ -322,7 +326,7 @@ func (s *Stream) Readiness(mask waiter.EventMask) waiter.EventMask {
 	ready := s.inner.Readiness(mask)
 	switch s.kind.Load() {
 	case kindOutgoing:
-		ready = s.tx.readiness(mask, ready)
+		ready = s.shown.readiness(mask, s.tx.readiness(mask, ready))
 	case kindIncoming:
 		ready = s.rx.readiness(mask, s.tx.readiness(mask, ready))
 	}
@@ -399,8 +403,11 @@ func (s *Stream) GetSockOptInt(o tcpip.SockOptInt) (int, tcpip.Error) {
 	case tcpip.SendQueueSizeOption:
 		v += s.tx.size()
 	case tcpip.ReceiveQueueSizeOption:
-		if s.kind.Load() == kindIncoming {
+		switch s.kind.Load() {
+		case kindIncoming:
 			v = s.rx.size(v)
+		case kindOutgoing:
+			v += s.shown.size()
 		}
 	}
 	return v, nil

@@ -375,31 +375,6 @@ func TestAnInvokeWaitsForTheControllerAndNobodyElse(t *testing.T) {
 	server.read(invoke + "X-Kalium-Token: " + guardtest.Token + "\r\n\r\n")
 }
 
-func TestATLSConnectionIsResetWhenItsInvocationEnds(t *testing.T) {
-	n := newNet(t, "enforce")
-	gateway, program := n.working()
-	listener := n.plain(tcp.ProtocolNumber).listen(guardtest.HostAddress + ":4443")
-	defer listener.Close()
-	client := n.stream().connect(guardtest.HostAddress + ":4443")
-	server := listener.accept()
-	hello := guardtest.ClientHello("images.test")
-	client.write(hello)
-	server.read(hello)
-
-	program.write(noContent)
-
-	gateway.read(noContent)
-	if _, end := server.end(); !isReset(end) {
-		t.Errorf("the server sees %v", end)
-	}
-	if client.Readiness(waiter.ReadableEvents|waiter.EventHUp) == 0 {
-		t.Error("a connection pool could not see that the connection is gone")
-	}
-	if got := n.reasons(); got != "" {
-		t.Errorf("denials: %s", got)
-	}
-}
-
 func TestBindChoosesNoInterface(t *testing.T) {
 	n := newNet(t, "enforce")
 	to := full("127.0.0.1:0")

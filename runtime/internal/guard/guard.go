@@ -14,17 +14,17 @@ import (
 
 	"kalium.dev/kalium/runtime/internal/frame"
 	"kalium.dev/kalium/runtime/internal/policy"
+	"kalium.dev/kalium/runtime/internal/wire/tlsopen"
 )
 
 // Bounds of what the guard holds and waits for.
 const (
-	HoldMax     = 10 * time.Second // bytes that complete no unit, and requests that wait for their turn
-	waitingMax  = 64               // requests that wait for the instance
-	peersMax    = 4096             // addresses that are remembered for listed hosts
-	pinnedFor   = 5 * time.Minute  // how long an address stays valid after its host's list was replaced
-	labelMax    = 128              // bytes of X-Call-Id that are logged
-	tokenMax    = 128              // bytes of a token that are worth asking about
-	boundTLSMax = 1024             // TLS connections of one invocation
+	HoldMax    = 10 * time.Second // bytes that complete no unit, and requests that wait for their turn
+	waitingMax = 64               // requests that wait for the instance
+	peersMax   = 4096             // addresses that are remembered for listed hosts
+	pinnedFor  = 5 * time.Minute  // how long an address stays valid after its host's list was replaced
+	labelMax   = 128              // bytes of X-Call-Id that are logged
+	tokenMax   = 128              // bytes of a token that are worth asking about
 )
 
 // Controller is whom the guard asks and tells. Link is the real one.
@@ -51,6 +51,7 @@ type Guard struct {
 	sources    []netip.Prefix
 	healthPath string
 
+	keys   *tlsopen.Keys
 	slot   slot
 	timers *timers // nil when nothing is measured
 
@@ -87,7 +88,7 @@ func New(identity Identity, key ed25519.PublicKey, welcome *frame.Welcome, contr
 	g := &Guard{
 		identity: identity, key: key, controller: controller, now: time.Now,
 		port: uint16(welcome.Port), healthPath: welcome.HealthPath,
-		policy: verified, hosts: map[string][]pin{},
+		policy: verified, hosts: map[string][]pin{}, keys: tlsopen.NewKeys(),
 	}
 	for _, source := range welcome.Sources {
 		prefix, err := netip.ParsePrefix(source)
@@ -101,6 +102,14 @@ func New(identity Identity, key ed25519.PublicKey, welcome *frame.Welcome, contr
 	}
 	g.Renew(welcome.LeaseMS)
 	return g, nil
+}
+
+// Keys is where the TLS keys go that programs log. Without a guard nobody reads them.
+func (g *Guard) Keys() *tlsopen.Keys {
+	if g == nil {
+		return tlsopen.NewKeys()
+	}
+	return g.keys
 }
 
 // Renew begins a lease of ms milliseconds. Nothing is decided after its end.

@@ -28,7 +28,6 @@ type invocation struct {
 	ended   bool
 	unknown bool // the outcome of an app edge is not known, so where the call stands is not known either
 	timer   *time.Timer
-	bound   map[*Outgoing]struct{} // TLS connections, which last as long as the invocation at most
 }
 
 // judge steps the function CFG with m, which is what the live invocation wants to send. ask is the app edge's question,
@@ -95,8 +94,6 @@ func (g *Guard) end(inv *invocation, outcome string) {
 		return
 	}
 	inv.ended = true
-	bound := inv.bound
-	inv.bound = nil
 	inv.mu.Unlock()
 	inv.timer.Stop()
 	g.mu.Lock()
@@ -104,27 +101,9 @@ func (g *Guard) end(inv *invocation, outcome string) {
 		g.live = nil
 	}
 	g.mu.Unlock()
-	for out := range bound {
-		out.sever()
-	}
 	if inv.id != "" {
 		g.controller.End(&frame.End{Call: inv.call, Invocation: inv.id, Outcome: outcome})
 	}
-}
-
-// bind makes a TLS connection end with the invocation. What is said inside it is not seen, so without this a later
-// request could be sent over it and never be judged. It says no when the invocation is over.
-func (inv *invocation) bind(out *Outgoing) bool {
-	inv.mu.Lock()
-	defer inv.mu.Unlock()
-	if inv.ended || len(inv.bound) >= boundTLSMax {
-		return false
-	}
-	if inv.bound == nil {
-		inv.bound = map[*Outgoing]struct{}{}
-	}
-	inv.bound[out] = struct{}{}
-	return true
 }
 
 // over tells that nothing more may leave for the invocation. No invocation is one that is over.
@@ -135,12 +114,6 @@ func (inv *invocation) over() bool {
 	inv.mu.Lock()
 	defer inv.mu.Unlock()
 	return inv.ended
-}
-
-func (inv *invocation) unbind(out *Outgoing) {
-	inv.mu.Lock()
-	defer inv.mu.Unlock()
-	delete(inv.bound, out)
 }
 
 // newStep names one question. The same step asked again would get the stored answer.

@@ -16,18 +16,38 @@ type Outgoing struct {
 	g *Guard
 	t *timing // nil when nothing is measured
 
-	cut atomic.Pointer[func()] // ends the connection
+	watching atomic.Bool // what the server says has to be known
 
 	mu    sync.Mutex
 	peers []policy.Peer // that have the connection's address, by name; fewer when the program has said whom it means
 	front channel       // the bytes as the program writes them
-	bound *invocation   // that the connection belongs to
+	tls   *tlsSpeaker   // of front; nil in clear
 }
 
 func newOutgoing(g *Guard, peers []policy.Peer) *Outgoing {
 	o := &Outgoing{g: g, t: g.timing(), peers: peers}
-	o.front = channel{o: o, speaker: opener{o}}
+	o.front = channel{o: o}
+	o.choose()
+	o.watch()
 	return o
+}
+
+// choose finds the protocol by what the peers at this address speak.
+func (o *Outgoing) choose() {
+	speaks := map[string]bool{}
+	for _, peer := range o.peers {
+		speaks[peer.Protocol] = true
+	}
+	switch {
+	case len(speaks) == 1 && speaks[policy.ProtocolHTTP]:
+		o.front.speaker = &http1Speaker{o: o, protocol: policy.ProtocolHTTP}
+	case len(speaks) == 1 && speaks[policy.ProtocolHTTPS]:
+		o.startTLS(func(t *tlsSpeaker) speaker { return httpOpener{t} })
+	case len(speaks) == 1 && speaks[policy.ProtocolMySQL]:
+		o.front.speaker = newMySQLSpeaker(o)
+	default:
+		o.front.speaker = opener{o}
+	}
 }
 
 // newMarked is a connection that enforce would have refused.
@@ -35,15 +55,6 @@ func newMarked(g *Guard) *Outgoing {
 	o := &Outgoing{g: g}
 	o.front = channel{o: o, opaque: true}
 	return o
-}
-
-// OnSever sets how the guard ends the connection by itself. cut must not call back.
-func (o *Outgoing) OnSever(cut func()) { o.cut.Store(&cut) }
-
-func (o *Outgoing) sever() {
-	if cut := o.cut.Load(); cut != nil {
-		(*cut)()
-	}
 }
 
 // Write takes bytes that the program sends and returns those that may leave now, before and beside those that are held.
@@ -54,14 +65,66 @@ func (o *Outgoing) Write(b []byte) (send []byte, outcome Outcome) {
 	defer o.mu.Unlock()
 	o.t.begin()
 	defer o.t.end()
-	return o.front.take(b)
+	send, outcome = o.front.take(b)
+	o.watch()
+	return send, outcome
+}
+
+// Sent is told that what Write or Expire returned has left or was copied: its memory is used again.
+func (o *Outgoing) Sent() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.front.rest()
+}
+
+// Watches tells whether the server's bytes have to be shown to Inbound before the program reads them. Once it says no, it
+// stays so.
+func (o *Outgoing) Watches() bool { return o.watching.Load() }
+
+// Inbound takes what the server has sent, in its order and each byte once.
+func (o *Outgoing) Inbound(b []byte) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.tls != nil {
+		o.tls.client.Inbound(b)
+	} else if listener, ok := o.front.speaker.(listener); ok {
+		listener.server(b)
+	}
+	o.watch()
+}
+
+// listener is a speaker that has to know what the server says.
+type listener interface{ server(b []byte) }
+
+// watch says whether Inbound is needed. The lock is held.
+func (o *Outgoing) watch() {
+	needed := false
+	switch {
+	case o.front.dead || o.front.opaque:
+	case o.tls != nil:
+		needed = !o.tls.client.InboundDone()
+	default:
+		switch o.front.speaker.(type) {
+		case listener, opener:
+			needed = true
+		}
+	}
+	o.watching.Store(needed)
 }
 
 // Held tells how many bytes wait for the rest of their unit, and since when.
 func (o *Outgoing) Held() (n int, since time.Time) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return len(o.front.held), o.front.since
+	if o.tls != nil && len(o.tls.inner.held.b) > 0 {
+		n, since = len(o.tls.inner.held.b), o.tls.inner.since
+	}
+	if outer := len(o.front.held.b); outer > 0 && (o.tls == nil || !o.tls.patient) {
+		if n += outer; since.IsZero() || o.front.since.Before(since) {
+			since = o.front.since
+		}
+	}
+	return n, since
 }
 
 // Expire judges bytes that waited longer than HoldMax, or that nothing can follow any more (cut). Marked: send leaves as
@@ -69,46 +132,57 @@ func (o *Outgoing) Held() (n int, since time.Time) {
 func (o *Outgoing) Expire(cut bool) (send []byte, outcome Outcome) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if len(o.front.held) == 0 {
-		return nil, Allowed
-	}
 	reason := policy.ReasonHeldTooLong
 	if cut {
 		reason = policy.ReasonMalformed
 	}
-	return o.front.giveUp(reason)
+	switch {
+	case o.tls != nil && len(o.tls.inner.held.b) > 0:
+		send, outcome = o.tls.giveUp(reason)
+	case len(o.front.held.b) > 0 && o.tls != nil && o.tls.client.Opened():
+		outcome = o.tls.lose(reason, cut)
+	case len(o.front.held.b) > 0:
+		send, outcome = o.front.giveUp(reason)
+	default:
+		return nil, Allowed
+	}
+	o.watch()
+	return send, outcome
 }
 
 // Close forgets the connection.
 func (o *Outgoing) Close() {
 	o.mu.Lock()
-	inv := o.bound
-	o.bound = nil
-	o.mu.Unlock()
-	if inv != nil {
-		inv.unbind(o)
+	defer o.mu.Unlock()
+	if o.tls != nil {
+		o.tls.client.Close()
 	}
+	o.front.dead = true
+	o.watch()
 }
 
-// opener chooses the protocol by what the peers at this address speak; only where one port has both, the first byte tells.
+// opener tells TLS from HTTP by the first byte where one port has both. Other protocols do not share a port: their servers
+// speak first.
 type opener struct{ o *Outgoing }
 
 func (p opener) unit(data []byte, _ *output) ruling {
 	o := p.o
-	speaks := map[string]bool{}
+	wanted := policy.ProtocolHTTP
+	if data[0] == contentHandshake {
+		wanted = policy.ProtocolHTTPS
+	}
+	var peers []policy.Peer
 	for _, peer := range o.peers {
-		speaks[peer.Protocol] = true
+		switch peer.Protocol {
+		case wanted:
+			peers = append(peers, peer)
+		case policy.ProtocolHTTP, policy.ProtocolHTTPS:
+		default:
+			return ruling{outcome: o.refuse("bytes where several protocols are", policy.ReasonUnknownProtocol)}
+		}
 	}
-	switch {
-	case speaks[policy.ProtocolMySQL] && len(speaks) == 1: // its server speaks first, so nothing could tell it from others
-		o.front.speaker = newMySQLSpeaker(o)
-	case speaks[policy.ProtocolMySQL]:
-		return ruling{outcome: o.refuse("bytes where two protocols are", policy.ReasonUnknownProtocol)}
-	case speaks[policy.ProtocolHTTPS] && (!speaks[policy.ProtocolHTTP] || data[0] == recordHandshake):
-		o.front.speaker = &tlsSpeaker{o: o}
-	default:
-		o.front.speaker = &http1Speaker{o: o}
-	}
+	o.peers = peers
+	o.choose()
 	return ruling{outcome: Allowed}
 }
 

@@ -33,18 +33,19 @@ var short = ruling{short: true}
 type output struct {
 	data     []byte // what is judged
 	from, at int    // data[from:at] passes as it is, behind buf
-	buf      []byte // memory of our own
-	changed  bool   // the unit at the front is replaced by what was appended to buf
+	buffer          // memory of our own
+	changed  bool   // the unit at the front is replaced by what was appended to the buffer
 }
 
-// instead begins to replace the unit at the front: what is appended to buf takes its place.
+// instead begins to replace the unit at the front: what is appended to the buffer takes its place.
 func (w *output) instead() {
 	w.flush()
 	w.changed = true
 }
 
 func (w *output) flush() {
-	w.buf = append(w.buf, w.data[w.from:w.at]...)
+	w.begin()
+	w.b = append(w.b, w.data[w.from:w.at]...)
 	w.from = w.at
 }
 
@@ -55,8 +56,8 @@ type channel struct {
 	opaque  bool // enforce would have ended the connection: bytes flow unseen
 	dead    bool
 
-	held  []byte // our own memory
-	since time.Time
+	held  buffer
+	since time.Time // the first held byte came
 	out   output
 }
 
@@ -75,43 +76,56 @@ func (c *channel) take(b []byte) (send []byte, outcome Outcome) {
 		return nil, c.o.deny()
 	}
 	w := &c.out
-	w.buf = w.buf[:0]
-	for len(c.held) > 0 && len(b) > 0 {
-		n := len(b)
-		if whole := c.speaker.whole(c.held); whole > len(c.held) {
-			n = min(n, whole-len(c.held))
-		}
-		c.held = append(c.held, b[:n]...)
-		b = b[n:]
-		outcome = c.run(c.held)
-		w.flush() // the memory of what was held is used again
-		if w.at > 0 {
-			c.held = c.held[:copy(c.held, c.held[w.at:])]
-			c.since = c.o.g.now()
-		}
-		if outcome == Denied {
-			c.held, c.dead = nil, true
-			return w.buf, Denied
+	w.b = w.b[:0]
+	if len(c.held.b) > 0 {
+		if b, outcome = c.takeHeld(b); outcome == Denied || len(b) == 0 {
+			return w.b, outcome
 		}
 		if c.opaque {
-			c.held = nil
-			return append(w.buf, b...), Allowed
+			w.b = append(w.b, b...)
+			return w.b, Allowed
 		}
-	}
-	if len(b) == 0 {
-		return w.buf, Allowed
 	}
 	outcome = c.run(b)
 	if outcome == Denied {
 		c.dead = true
 	} else if w.at < len(b) {
-		c.held, c.since = append(c.held, b[w.at:]...), c.o.g.now()
+		c.held.begin()
+		c.held.b, c.since = append(c.held.b, b[w.at:]...), c.o.g.now()
 	}
-	if w.from == 0 && len(w.buf) == 0 {
+	if w.from == 0 && len(w.b) == 0 {
 		return b[:w.at], outcome
 	}
 	w.flush()
-	return w.buf, outcome
+	return w.b, outcome
+}
+
+// takeHeld judges what is held together with as much of b as completes it. It returns the rest of b.
+func (c *channel) takeHeld(b []byte) (rest []byte, outcome Outcome) {
+	w := &c.out
+	for len(c.held.b) > 0 && len(b) > 0 {
+		n := len(b)
+		if whole := c.speaker.whole(c.held.b); whole > len(c.held.b) {
+			n = min(n, whole-len(c.held.b))
+		}
+		c.held.b = append(c.held.b, b[:n]...)
+		b = b[n:]
+		outcome = c.run(c.held.b)
+		w.flush() // the memory of what was held is used again
+		if w.at > 0 {
+			c.held.b = c.held.b[:copy(c.held.b, c.held.b[w.at:])]
+			c.since = c.o.g.now()
+		}
+		if outcome == Denied {
+			c.held.end()
+			c.dead = true
+			return nil, Denied
+		}
+	}
+	if len(c.held.b) == 0 {
+		c.held.end()
+	}
+	return b, Allowed
 }
 
 // run judges the units at the front of data until one is not whole. What enforce would have ended goes on unseen, so that
@@ -121,21 +135,21 @@ func (c *channel) run(data []byte) Outcome {
 	w.data, w.from, w.at = data, 0, 0
 	for w.at < len(data) {
 		c.o.t.next()
-		s := c.speaker.unit(data[w.at:], w)
-		if s.short {
+		r := c.speaker.unit(data[w.at:], w)
+		if r.short {
 			if len(data)-w.at <= c.speaker.holdMax() {
 				break
 			}
-			s.outcome = c.o.refuse("a unit beyond its bound", policy.ReasonTooLarge)
+			r.outcome = c.o.refuse("a unit beyond its bound", policy.ReasonTooLarge)
 		}
-		c.o.t.sized(s.n)
-		if s.outcome != Denied {
-			w.at += s.n
+		c.o.t.sized(r.n)
+		if r.outcome != Denied {
+			w.at += r.n
 		}
 		if w.changed {
 			w.from, w.changed = w.at, false
 		}
-		switch s.outcome {
+		switch r.outcome {
 		case Denied:
 			return Denied
 		case Marked:
@@ -148,11 +162,16 @@ func (c *channel) run(data []byte) Outcome {
 // giveUp settles what is held and can not become whole any more. It returns what leaves nevertheless.
 func (c *channel) giveUp(reason policy.Reason) (send []byte, outcome Outcome) {
 	outcome = c.o.refuse("an unfinished unit", reason)
-	send, c.held = c.held, nil
 	if outcome == Denied {
+		c.held.end()
 		c.dead = true
 		return nil, Denied
 	}
 	c.opaque = true
-	return send, outcome
+	c.out.end()
+	c.out.buffer, c.held = c.held, buffer{}
+	return c.out.b, outcome
 }
+
+// rest gives back the memory of what has left.
+func (c *channel) rest() { c.out.end() }

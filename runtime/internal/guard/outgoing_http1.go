@@ -10,9 +10,10 @@ import (
 
 // http1Speaker judges HTTP/1.1 requests by their heads.
 type http1Speaker struct {
-	o    *Outgoing
-	body *http1.Body // of the request whose head has passed
-	inv  *invocation // that the body belongs to
+	o        *Outgoing
+	protocol string      // http or https
+	body     *http1.Body // of the request whose head has passed
+	inv      *invocation // that the body belongs to
 }
 
 func (*http1Speaker) whole([]byte) int { return 0 }
@@ -32,30 +33,38 @@ func (h *http1Speaker) request(data []byte, w *output) ruling {
 	if err != nil {
 		return o.refuseFor(err, "")
 	}
-	peer, found := o.peerOfHost(head.Host)
-	message := &policy.Message{Kind: policy.KindHTTP, Peer: peer.Name, Method: head.Method, Path: head.Path, Query: head.Query}
-	if !found {
-		return ruling{outcome: o.refuse(message.Text()+" to host "+head.Host, policy.ReasonUnknownPeer)}
+	message := &policy.Message{Kind: policy.KindHTTP, Method: head.Method, Path: head.Path, Query: head.Query, Upgrade: head.Upgrade != ""}
+	if h.protocol == policy.ProtocolHTTPS {
+		message.Kind = policy.KindHTTPS
 	}
-	if head.Upgrade != "" {
-		return ruling{outcome: o.refuse(message.Text()+" with an upgrade to "+head.Upgrade, policy.ReasonUnsupported)}
-	}
-	bound := int64(0)
-	if s := o.g.stand(); s.refusal == "" {
-		if bound = s.policy.Functions[o.g.identity.Function].MaxBody; head.ContentLength > bound {
-			return ruling{outcome: o.refuse(message.Text(), policy.ReasonTooLarge)}
-		}
-	}
-	var outcome Outcome
-	if peer.Gateway {
+	peer, bound, outcome := o.addressed(message, h.protocol, head.Host, head.ContentLength)
+	switch {
+	case outcome != Allowed:
+		return ruling{n: n, outcome: outcome}
+	case peer.Gateway:
 		outcome, h.inv = o.invoke(peer, head, message, w)
-	} else {
-		outcome, h.inv = o.g.judge(o.t, message, "http", nil)
+	default:
+		outcome, h.inv = o.g.judge(o.t, message, h.protocol, nil)
 	}
 	if outcome == Allowed && (head.Chunked || head.ContentLength > 0) {
 		h.body = http1.NewBody(head.ContentLength, head.Chunked, false, bound)
 	}
 	return ruling{n: n, outcome: outcome}
+}
+
+// addressed finds the peer that a request is for, whose body has length bytes if that is said, and the bound of its body.
+func (o *Outgoing) addressed(m *policy.Message, protocol, host string, length int64) (peer policy.Peer, bound int64, outcome Outcome) {
+	peer, found := o.peerOfHost(protocol, host)
+	if !found {
+		return peer, 0, o.refuse(m.Text()+" to host "+host, policy.ReasonUnknownPeer)
+	}
+	m.Peer = peer.Name
+	if s := o.g.stand(); s.refusal == "" {
+		if bound = s.policy.Functions[o.g.identity.Function].MaxBody; length > bound {
+			return peer, 0, o.refuse(m.Text(), policy.ReasonTooLarge)
+		}
+	}
+	return peer, bound, Allowed
 }
 
 // content passes the body of a request. It ends with the invocation that its head belongs to: what a later request brings
@@ -73,17 +82,18 @@ func (h *http1Speaker) content(data []byte) ruling {
 	if done {
 		h.body = nil
 	}
-	return ruling{n: n, outcome: h.o.support("http", "http body")}
+	return ruling{n: n, outcome: h.o.support(h.protocol, h.protocol+" body")}
 }
 
-const httpPort = 80 // may be left out of a Host field (RFC 9110 section 4.2.1)
+// defaultPorts may be left out of a Host field (RFC 9110 sections 4.2.1 and 4.2.2).
+var defaultPorts = map[string]uint16{policy.ProtocolHTTP: 80, policy.ProtocolHTTPS: 443}
 
 // peerOfHost finds the peer that a Host field means.
-func (o *Outgoing) peerOfHost(host string) (policy.Peer, bool) {
+func (o *Outgoing) peerOfHost(protocol, host string) (policy.Peer, bool) {
 	name, port, hasPort := strings.Cut(host, ":")
 	for _, peer := range o.peers {
-		right := port == strconv.Itoa(int(peer.Port)) || !hasPort && peer.Port == httpPort
-		if peer.Protocol == policy.ProtocolHTTP && name == peer.Host && right {
+		right := port == strconv.Itoa(int(peer.Port)) || !hasPort && peer.Port == defaultPorts[protocol]
+		if peer.Protocol == protocol && name == peer.Host && right {
 			return peer, true
 		}
 	}

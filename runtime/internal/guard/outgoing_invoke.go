@@ -34,7 +34,7 @@ func (o *Outgoing) invoke(peer policy.Peer, head *http1.RequestHead, message *po
 		return Denied, nil
 	}
 	w.instead()
-	w.buf = head.Append(w.buf, func(name string) bool {
+	w.b = head.Append(w.b, func(name string) bool {
 		return strings.HasPrefix(name, "x-forwarded-") || strings.HasPrefix(name, "x-kalium-")
 	}, token...)
 	return outcome, inv

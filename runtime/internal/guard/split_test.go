@@ -26,7 +26,7 @@ func conversation(random *rand.Rand) (to, bytes string) {
 		return database, guardtest.LoginPacket("shop") + pick(guardtest.Packet(0, "\x0e"), guardtest.Packet(0, "\x03SELECT a FROM items"),
 			guardtest.Packet(0, "\x03DROP TABLE items"), guardtest.Packet(0, "\x01"), "\x05\x00\x00")
 	default:
-		return images, pick(guardtest.ClientHello("images.test"), guardtest.ClientHello("elsewhere.test"), change, "\x17\x03\x03\x00\x05data.", "record", "\x16\x03")
+		return images, pick(guardtest.ClientHello("images.test"), guardtest.ClientHello("elsewhere.test"), "\x14\x03\x03\x00\x01\x01", "\x17\x03\x03\x00\x05data.", "record", "\x16\x03")
 	}
 }
 

@@ -121,6 +121,11 @@ func Examine(args []string) error {
 	if err := c.checkDescriptors(); err != nil {
 		return err
 	}
+	if c.name == "create" || c.name == "run" {
+		if err := c.prepareBundle(); err != nil {
+			return err
+		}
+	}
 	started = c
 	return nil
 }

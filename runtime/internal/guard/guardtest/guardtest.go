@@ -19,10 +19,10 @@ import (
 )
 
 // buyer's CFG: GET /a, then a select, then an invoke of payer, and a POST /b after that. In the first state it may also
-// open connections to the image server.
+// get images, and before the POST put them, open a WebSocket and make calls of gRPC.
 const compiled = `{"app":"shop","app_cfg":{"buyer":{"edges":[[0,"payer",1]],"start":[0],"states":2},"payer":{"edges":[],"start":[0],"states":1}},
 "entries":["buyer"],"format":"kalium-compiled/v2","functions":{"buyer":{"accept":[4],
-"edges":[[0,0,1],[0,3,0],[1,1,2],[2,2,3],[3,4,4]],"invocation_timeout_ms":60000,"max_body":100,"max_inflight":1,"mode":"MODE",
+"edges":[[0,0,1],[0,3,0],[1,1,2],[2,2,3],[3,4,4],[3,5,3],[3,6,3],[3,7,3]],"invocation_timeout_ms":60000,"max_body":100,"max_inflight":1,"mode":"MODE",
 "quiet_ms":200,"retire_ms":30000,"reuse":"always","start":[0],"states":5,"symbols":[
 {"kind":"http","line":1,"method":"GET","path":"/a","peer":"api","grpc":false,"query":[],"retries":0,"tail":false,
 "text":"http GET api /a","upgrade":false},
@@ -31,7 +31,13 @@ const compiled = `{"app":"shop","app_cfg":{"buyer":{"edges":[[0,"payer",1]],"sta
 {"kind":"https","line":4,"method":"GET","path":"/i","peer":"images","grpc":false,"query":[],"retries":0,"tail":false,
 "text":"https GET images /i","upgrade":false},
 {"kind":"http","line":5,"method":"POST","path":"/b","peer":"api","grpc":false,"query":[],"retries":0,"tail":false,
-"text":"http POST api /b","upgrade":false}],
+"text":"http POST api /b","upgrade":false},
+{"kind":"https","line":6,"method":"PUT","path":"/p","peer":"images","grpc":false,"query":[],"retries":0,"tail":false,
+"text":"https PUT images /p","upgrade":false},
+{"kind":"http","line":7,"method":"GET","path":"/w","peer":"api","grpc":false,"query":[],"retries":0,"tail":false,
+"text":"http GET api /w websocket","upgrade":true},
+{"kind":"https","line":8,"method":"POST","path":"/g","peer":"images","grpc":true,"query":[],"retries":0,"tail":false,
+"text":"https POST images /g grpc","upgrade":false}],
 "tail_ms":10000,"tls":"open"},
 "payer":{"accept":[0],"edges":[],"invocation_timeout_ms":60000,"max_body":100,"max_inflight":1,"mode":"MODE",
 "quiet_ms":200,"retire_ms":30000,"reuse":"always","start":[0],"states":1,"symbols":[],"tail_ms":10000,"tls":"open"}},
