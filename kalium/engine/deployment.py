@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from kalium.engine.config import Runtime
-from kalium.engine.limits import IMAGE_CHARACTERS_MAX, NAME_CHARACTERS_MAX, REPLICAS_MAX, VALUES_MAX
+from kalium.engine.limits import IMAGE_CHARACTERS_MAX, INFLIGHT_MAX, NAME_CHARACTERS_MAX, REPLICAS_MAX, VALUES_MAX
 
 NAMESPACE = "openfaas-fn"
 OURS = "kalium.io/"  # labels and annotations of this engine
 RUNTIME_LABEL = OURS + "runtime"
 APP_ANNOTATION = OURS + "app"
+INFLIGHT_ANNOTATION = OURS + "max-inflight"
 TIMERS_ANNOTATION = OURS + "timers"  # "on": the guard measures what it judges
 SCALE_LABEL = "com.openfaas.scale.min"
 RUNTIME_DEFAULT = "stock"
@@ -50,6 +51,7 @@ class Deployment:
     secrets: tuple[str, ...]
     is_read_only: bool
     replicas: int
+    max_inflight: int  # requests at a time in one instance
 
     @property
     def is_timed(self) -> bool:
@@ -135,7 +137,8 @@ def parse(document: Mapping[str, Any], runtimes: Mapping[str, Runtime]) -> Deplo
         annotations=annotations,
         secrets=tuple(secret_name(secret) for secret in secrets),
         is_read_only=is_read_only,
-        replicas=_replicas(labels),
+        replicas=_count(labels, "label", SCALE_LABEL, REPLICAS_MAX),
+        max_inflight=_count(annotations, "annotation", INFLIGHT_ANNOTATION, INFLIGHT_MAX),
     )
 
 
@@ -171,7 +174,7 @@ def _runtime(labels: Mapping[str, str], runtimes: Mapping[str, Runtime]) -> str:
 
 def _app(annotations: Mapping[str, str], runtime: str, is_guarded: bool) -> str:
     for annotation in annotations:
-        if annotation.startswith(OURS) and annotation not in (APP_ANNOTATION, TIMERS_ANNOTATION):
+        if annotation.startswith(OURS) and annotation not in (APP_ANNOTATION, INFLIGHT_ANNOTATION, TIMERS_ANNOTATION):
             raise Refused(400, f"annotation {annotation} is this gateway's own: leave it out")
     app = annotations.get(APP_ANNOTATION)
     if app is not None and not is_guarded:
@@ -182,8 +185,9 @@ def _app(annotations: Mapping[str, str], runtime: str, is_guarded: bool) -> str:
     return app or ""
 
 
-def _replicas(labels: Mapping[str, str]) -> int:
-    text = labels.get(SCALE_LABEL, "1")
-    if not text.isascii() or not text.isdigit() or len(text) > 3 or not 1 <= int(text) <= REPLICAS_MAX:
-        raise Refused(400, f"label {SCALE_LABEL} is {text[:200]!r}, and not a number from 1 to {REPLICAS_MAX}")
+def _count(texts: Mapping[str, str], what: str, key: str, count_max: int) -> int:
+    """The number from 1 to `count_max` that a label or an annotation gives; 1 without it."""
+    text = texts.get(key, "1")
+    if not text.isascii() or not text.isdigit() or len(text) > 3 or not 1 <= int(text) <= count_max:
+        raise Refused(400, f"{what} {key} is {text[:200]!r}, and not a number from 1 to {count_max}")
     return int(text)

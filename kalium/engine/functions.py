@@ -57,11 +57,17 @@ class Replica:
         await asyncio.wait([self._task])
 
     async def _keep(self, instance: Instance | None) -> None:
+        try:
+            await self._replace_for_ever(instance)
+        finally:
+            self._function.slots.expect_no_more(self)
+
+    async def _replace_for_ever(self, instance: Instance | None) -> None:
         function, host, log = self._function, self._function.host, self._function.log
         pause = RESTART_PAUSE_SECONDS[0]
         while True:
             begin = ready = time.monotonic()
-            is_ready = False
+            is_ready = is_retired = False
             try:
                 if instance is None:
                     image = self._image or await host.image_of(self._deployment)
@@ -78,15 +84,25 @@ class Replica:
                 await self._attend(instance)
             except (Refused, NotReady) as error:
                 function.reason = str(error)[:ERROR_CHARACTERS_MAX]
-                event = "instance_ended" if is_ready else "instance_failed"
+                is_retired = is_ready and instance is not None and instance.is_retired
+                event = "instance_retired" if is_retired else "instance_ended" if is_ready else "instance_failed"
                 log(event, function=self._deployment.name, instance=instance.id if instance else "", detail=function.reason)
+                if is_retired and instance is not None:
+                    # Not a failure: requests wait for the next one, and those in this one go on.
+                    function.slots.expect(self)
+                    function.slots.withdraw(instance)
+                    await function.slots.drained(instance, DRAIN_SECONDS_MAX)
+                else:
+                    function.slots.expect_no_more(self)
             finally:
                 if instance is not None:
                     function.slots.withdraw(instance)
                     await asyncio.shield(host.remove(instance))
                 self.instance = instance = None
-            if is_ready and time.monotonic() - ready > STEADY_SECONDS:
+            if is_retired or (is_ready and time.monotonic() - ready > STEADY_SECONDS):
                 pause = RESTART_PAUSE_SECONDS[0]
+            if is_retired:
+                continue
             await asyncio.sleep(pause)
             pause = min(pause * 2, RESTART_PAUSE_SECONDS[1])
 
@@ -95,10 +111,11 @@ class Replica:
         function = self._function
         while True:
             function.slots.add(instance)
+            function.slots.expect_no_more(self)
             function.is_ready(self)
             await instance.alarm.wait()
             function.slots.suspend(instance)
-            if not instance.has_ended:
+            if not instance.has_ended and not instance.is_retired:
                 function.log("instance_suspected", function=self._deployment.name, instance=instance.id)
             await function.host.until_ready(instance)
 

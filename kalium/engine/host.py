@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import os
 import secrets
 import time
@@ -25,15 +26,18 @@ from kalium.engine.limits import (
     READY_SECONDS_MAX,
     REMOVE_ATTEMPTS_MAX,
     REMOVE_PAUSE_SECONDS,
+    RETIRED_BYTES_MAX,
 )
 from kalium.engine.log import LogLine
 from kalium.engine.network import AddressPool, Network, PoolExhausted
 from kalium.engine.podman import ImageAbsent, Podman
 from kalium.errors import KaliumError
 
+RETIRED = "retired"  # the guard's reason (docs/reference/policy.md) for a request that it does not let in any more
+
 
 class NotReady(Exception):
-    """The instance ended, or did not answer its health path with 200 in time; the end of its own output says why."""
+    """The instance ended or is retired, or did not answer its health path with 200 in time; the end of its own output says why."""
 
 
 @dataclass(eq=False)
@@ -51,7 +55,8 @@ class Instance:
     is_registered: bool = False
     pid: int = 0  # of the sandbox; 0 before it was started
     has_ended: bool = False  # the sandbox's process is gone
-    alarm: asyncio.Event = field(default_factory=asyncio.Event)  # it has ended, or a request to it failed
+    is_retired: bool = False  # its guard lets no more requests in
+    alarm: asyncio.Event = field(default_factory=asyncio.Event)  # it has ended or is retired, or a request to it failed
     breaker: upstream.Breaker = field(default_factory=upstream.Breaker)
 
     @property
@@ -64,6 +69,23 @@ class Instance:
         self.has_ended = True
         self.alarm.set()
         self.breaker.trip(reason)
+
+    def retires(self, answer: upstream.Answer) -> bool:
+        """Whether `answer` is that of a guard that lets no more requests in; then it has not let this one in either.
+
+        Where no guard is, a program's own words are the program's.
+        """
+        if not self.runtime.guarded or answer.status != 503 or len(answer.body) > RETIRED_BYTES_MAX:
+            return False
+        try:
+            said = json.loads(answer.body)
+        except ValueError:
+            return False
+        if not isinstance(said, dict) or said.get("error") != RETIRED:
+            return False
+        self.is_retired = True
+        self.alarm.set()
+        return True
 
     def host(self) -> str:
         """The address that requests go to."""
@@ -197,14 +219,16 @@ class Host:
         self._watch.start(instance, self.podman.pid_file(instance.id))
 
     async def until_ready(self, instance: Instance) -> None:
-        """Return when the health path answers 200. Raises NotReady at the deadline, or at once when the process ends."""
+        """Return when the health path answers 200. Raises NotReady at the deadline, or at once when the process ends or its guard retires it."""
         deadline = time.monotonic() + READY_SECONDS_MAX
         pause, pause_max = PROBE_PAUSE_SECONDS
         while True:
             instance.alarm.clear()
-            found = "nothing" if instance.has_ended else await self._probe_or_alarm(instance)
+            found = "nothing" if instance.has_ended or instance.is_retired else await self._probe_or_alarm(instance)
             if instance.has_ended:
                 raise NotReady(await self.told(instance, "its process ended"))
+            if instance.is_retired:
+                raise NotReady("its guard lets no more requests in")
             if found == "200":
                 return
             if time.monotonic() > deadline:
@@ -230,6 +254,7 @@ class Host:
             answer = await upstream.exchange(instance.host(), self.function_port, request, instance.breaker, seconds_max=PROBE_SECONDS_MAX)
         except upstream.UpstreamError as error:
             return f"nothing ({error})"
+        instance.retires(answer)
         return str(answer.status)
 
     async def told(self, instance: Instance, found: str) -> str:

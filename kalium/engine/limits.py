@@ -13,10 +13,12 @@ QUEUE_SECONDS_MAX = 60.0  # a request waits for a free instance
 INVOCATION_SECONDS_MAX = 60.0  # then for its answer
 CONNECT_SECONDS_MAX = 5.0
 RETRY_AFTER_SECONDS = 1
+RETIRED_BYTES_MAX = 4096  # of the body by which a guard says that its instance takes no more requests
 
 # What is deployed.
 QUEUE_REQUESTS_MAX = 100  # waiting requests of one function; the next is refused
 REPLICAS_MAX = 16
+INFLIGHT_MAX = 16  # requests at a time in one instance, as a policy bounds its max_inflight
 FUNCTIONS_MAX = 100
 NAME_CHARACTERS_MAX = 63  # a DNS label, as on a cluster
 IMAGE_CHARACTERS_MAX = 512

@@ -22,6 +22,7 @@ EVENTS = {
     "instance_failed": "warning",
     "instance_left": "error",
     "instance_ready": "info",
+    "instance_retired": "info",
     "instance_suspected": "warning",
     "invocation_failed": "warning",
     "leftover_removed": "warning",

@@ -102,14 +102,29 @@ class Proxy:
         return _passed_back(request.method, answer, own)
 
     async def _pass_on(self, function: Function, request: upstream.Request) -> tuple[upstream.Answer, float]:
-        """Send the request to one instance, once: a request that a function may have seen is never sent again."""
+        """Send the request to one instance. A request that a function may have seen is never sent again.
+
+        A guard that answers `retired` has not let it in, so it goes to another instance then; once, or a program that says so
+        itself would have its request for ever.
+        """
+        function.invocations += 1
+        answer, seconds, was_let_in = await self._exchange(function, request)
+        if not was_let_in:
+            answer, seconds, _ = await self._exchange(function, request)
+        return answer, seconds
+
+    async def _exchange(self, function: Function, request: upstream.Request) -> tuple[upstream.Answer, float, bool]:
+        """An instance's answer, how long it took, and whether the instance's guard let the request in."""
         instance: Instance = await function.slots.take()
         try:
-            function.invocations += 1
             begin = time.perf_counter()
             host, port = instance.host(), self._functions.port
             answer = await upstream.exchange(host, port, request, instance.breaker, seconds_max=INVOCATION_SECONDS_MAX)
-            return answer, time.perf_counter() - begin
+            seconds = time.perf_counter() - begin
+            is_retired = instance.retires(answer)
+            if is_retired:
+                function.slots.suspend(instance)  # requests wait for the one that takes its place
+            return answer, seconds, not is_retired
         except upstream.UpstreamError:
             # It gets no further request before it answers its health path again.
             (function.slots.withdraw if instance.has_ended else function.slots.suspend)(instance)

@@ -91,6 +91,7 @@ class Machine:
     fails: Callable[[str], str | None] = lambda command: None
     answering: Answering = echo
     is_healthy: bool = True
+    health: bytes = b""  # the whole answer to a question for it; "" as is_healthy says
     requests: list[str] = field(default_factory=list)
     logs: bytes = b"2026-01-01T00:00:00Z hello from the function\n"
     made: int = 0  # containers, ever
@@ -217,7 +218,7 @@ class Machine:
                 length = re.search(r"(?i)^content-length: (\d+)", head, re.MULTILINE)
                 body = (await reader.readexactly(int(length[1]))).decode("latin-1") if length else ""
                 if head.startswith("GET /_/health "):
-                    answer = http_answer(200 if self.is_healthy else 500, b"")
+                    answer = self.health or http_answer(200 if self.is_healthy else 500, b"")
                 else:
                     self.requests.append(head.partition("\r\n")[0])
                     answer = await self.answering(head, body)

@@ -84,6 +84,9 @@ def test_a_put_of_an_absent_function_is_not_found_whatever_else_is_wrong(tmp_pat
         ({"service": "echo", "image": "shop/echo:1", "readOnlyRootFilesystem": "yes"}, "neither true nor false"),
         ({"service": "echo", "image": "shop/echo:1", "envProcess": 1}, "envProcess is not a text"),
         ({"service": "echo", "image": "shop/echo:1", "labels": {"com.openfaas.scale.min": "0"}}, "not a number from 1"),
+        ({"service": "echo", "image": "shop/echo:1", "annotations": {"kalium.io/max-inflight": "0"}}, "not a number from 1 to 16"),
+        ({"service": "echo", "image": "shop/echo:1", "annotations": {"kalium.io/max-inflight": "17"}}, "not a number from 1 to 16"),
+        ({"service": "echo", "image": "shop/echo:1", "annotations": {"kalium.io/max-inflight": "\u0662"}}, "not a number from 1 to 16"),
     ],
 )
 def test_what_cannot_be_deployed_is_refused_with_the_reason(tmp_path: Path, body: Any, told: str) -> None:

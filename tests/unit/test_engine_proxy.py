@@ -3,12 +3,14 @@
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engine_world import PORT, World, echo, http_answer, play, until, world
+from engine_world import APP, GUARDED, PORT, World, echo, http_answer, play, until, world
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +18,8 @@ from kalium.engine.host import Instance
 from kalium.engine.limits import BODY_BYTES_MAX
 from kalium.engine.proxy import split_target
 from kalium.engine.slots import Busy, NoInstance, Slots
+
+RETIRED = http_answer(503, b'{"error":"retired","detail":"another instance has to serve it"}', "Content-Type: application/json")
 
 
 def with_function(tmp_path: Path, story: Callable[[World], Awaitable[None]]) -> None:
@@ -231,6 +235,186 @@ def test_a_client_that_waits_for_100_is_told_to_go_on(tmp_path: Path) -> None:
     with_function(tmp_path, story)
 
 
+# An instance that takes no more
+
+
+GUARDED_FUNCTION: dict[str, Any] = {"labels": GUARDED, "annotations": APP}
+
+
+def retiring(site: World, times: int, answer: bytes = RETIRED) -> Callable[[str, str], Awaitable[bytes]]:
+    """The guard's answer to so many requests, and then the function's."""
+    left = [times]
+
+    async def answering(head: str, body: str) -> bytes:
+        left[0] -= 1
+        return answer if left[0] >= 0 else await echo(head, body)
+
+    return answering
+
+
+def with_guarded(tmp_path: Path, story: Callable[[World], Awaitable[None]], **fields: Any) -> None:
+    """Play a story with the guarded function `echo` ready."""
+
+    async def played() -> None:
+        async with world(tmp_path) as site:
+            await site.deploy(**{**GUARDED_FUNCTION, **fields})
+            await site.ready()
+            await story(site)
+
+    play(played())
+
+
+def test_a_retired_instance_is_replaced_and_its_request_is_served_by_the_next(tmp_path: Path) -> None:
+    """There is one instance, so the request waits for the one that takes its place, as do those behind it."""
+
+    async def story(site: World) -> None:
+        site.machine.answering = retiring(site, 1)
+        first = (await site.describe())["annotations"]["kalium.io/address"]
+
+        answers = await asyncio.gather(*(site.invoke(body=f"{number}".encode()) for number in range(5)))
+
+        assert [(status, seen(text)[2]) for status, text, _ in answers] == [(200, f"{number}") for number in range(5)]
+        assert len(site.machine.requests) == 6
+        assert site.machine.made == 2
+        assert len(site.events("instance_retired")) == 1
+        assert not site.events("instance_suspected")
+        after = await site.ready()
+        assert after["annotations"]["kalium.io/address"] != first
+        assert after["invocationCount"] == 5
+        assert len(site.agent.registered) == 1
+
+    with_guarded(tmp_path, story)
+
+
+def test_a_request_is_sent_again_once(tmp_path: Path) -> None:
+    """A hijacked function may say that it is retired; it gets the request one more time and not for ever."""
+
+    async def story(site: World) -> None:
+        site.machine.answering = retiring(site, 2)
+
+        status, text, _ = await site.invoke()
+
+        assert (status, json.loads(text)["error"]) == (503, "retired")
+        assert len(site.machine.requests) == 2
+        await until(lambda: len(site.events("instance_retired")) == 2, "both to be replaced")
+        assert (await site.invoke())[0] == 200
+
+    with_guarded(tmp_path, story)
+
+
+def test_instances_that_serve_one_request_each_are_replaced_without_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kalium.engine.functions.RESTART_PAUSE_SECONDS", (600.0, 600.0))
+
+    async def story(site: World) -> None:
+        served: set[str] = set()
+
+        async def once(head: str, body: str) -> bytes:
+            address = next(line for line in head.split("\r\n") if line.startswith("Host: "))
+            if address in served:
+                return RETIRED
+            served.add(address)
+            return await echo(head, body)
+
+        site.machine.answering = once
+        for _ in range(6):
+            assert (await site.invoke())[0] == 200
+        assert len(site.events("instance_retired")) == 5
+
+    with_guarded(tmp_path, story)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        http_answer(503, b'{"error":"reentrant"}'),
+        http_answer(503, b'{"error":"retired"'),
+        http_answer(503, b'["retired"]'),
+        http_answer(503, b"retired"),
+        http_answer(500, b'{"error":"retired"}'),
+        http_answer(503, b'{"error":"retired"}' + b" " * 4096),
+    ],
+)
+def test_other_answers_are_the_functions_own(tmp_path: Path, answer: bytes) -> None:
+    async def story(site: World) -> None:
+        site.machine.answering = retiring(site, 1, answer)
+
+        assert (await site.invoke())[0] in (500, 503)
+        assert len(site.machine.requests) == 1
+        assert not site.events("instance_retired")
+
+    with_guarded(tmp_path, story)
+
+
+def test_an_instance_without_a_guard_is_not_believed(tmp_path: Path) -> None:
+    async def story(site: World) -> None:
+        site.machine.answering = retiring(site, 1)
+
+        assert (await site.invoke())[0] == 503
+        assert len(site.machine.requests) == site.machine.made == 1
+
+    with_function(tmp_path, story)
+
+
+def test_who_says_retired_when_asked_for_its_health_is_replaced_at_once(tmp_path: Path) -> None:
+    """A request that failed makes the gateway ask; it does not wait a minute for a 200 that will not come."""
+
+    async def story(site: World) -> None:
+        async def broken(head: str, body: str) -> bytes:
+            site.machine.health = RETIRED
+            return b""
+
+        site.machine.answering = broken
+        assert (await site.invoke())[0] == 502
+        await until(lambda: site.events("instance_retired"), "its end")
+        site.machine.health, site.machine.answering = b"", echo
+
+        assert (await site.invoke())[0] == 200
+
+    with_guarded(tmp_path, story)
+
+
+def test_a_replacement_that_does_not_start_leaves_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kalium.engine.functions.RESTART_PAUSE_SECONDS", (0.05, 0.05))
+
+    async def story(site: World) -> None:
+        site.machine.answering = retiring(site, 1)
+        site.machine.fails = lambda command: "as the test says" if " create " in command else None
+
+        status, text, _ = await site.invoke()
+
+        assert (status, text) == (503, "No endpoints available for: echo.")
+        site.machine.fails = lambda command: None
+        await site.ready()
+
+    with_guarded(tmp_path, story)
+
+
+def test_an_instance_gets_as_many_requests_as_its_function_says_and_they_end_before_it_is_replaced(tmp_path: Path) -> None:
+    async def story(site: World) -> None:
+        inside, gate = [0], asyncio.Event()
+
+        async def slow(head: str, body: str) -> bytes:
+            if body == "out":
+                return RETIRED
+            inside[0] += 1
+            await gate.wait()
+            return await echo(head, body)
+
+        site.machine.answering = slow
+        running = [asyncio.ensure_future(site.invoke()) for _ in range(3)]
+        await until(lambda: inside[0] == 3, "three requests in one instance")
+        out = asyncio.ensure_future(site.invoke(body=b"out"))
+        await until(lambda: site.events("instance_retired"), "the fourth to be refused")
+        assert site.machine.made == 1
+        site.machine.answering = echo
+        gate.set()
+
+        assert [(await each)[0] for each in (*running, out)] == [200] * 4
+        assert site.machine.made == 2
+
+    with_guarded(tmp_path, story, annotations={**APP, "kalium.io/max-inflight": "4"})
+
+
 # No answer
 
 
@@ -378,8 +562,8 @@ def test_a_full_queue_refuses_with_a_hint_when_to_come_back(tmp_path: Path, monk
     with_function(tmp_path, story)
 
 
-def instance() -> Instance:
-    return Instance(None, "", None)  # type: ignore[arg-type]
+def instance(room: int = 1) -> Instance:
+    return Instance(SimpleNamespace(max_inflight=room), "", None)  # type: ignore[arg-type]
 
 
 def test_the_wait_in_the_queue_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,9 +603,55 @@ def test_who_waits_for_an_instance_that_goes_is_told_at_once() -> None:
     play(story())
 
 
-@given(st.lists(st.sampled_from(["add", "take", "give", "suspend", "withdraw", "cancel", "again"]), max_size=60))
-def test_no_instance_is_lost_and_none_is_given_twice(events: list[str]) -> None:
-    """Whatever happens in whatever order: an instance is free, busy, away or gone, and nobody waits while one is free."""
+def test_who_waits_for_an_instance_that_is_expected_waits_on() -> None:
+    async def story() -> None:
+        slots = Slots()
+        slots.add(first := instance())
+        slots.expect("its replica")
+        slots.withdraw(first)
+        waiting = asyncio.ensure_future(slots.take())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+
+        slots.add(second := instance())
+        slots.expect_no_more("its replica")
+        assert await waiting is second
+
+        slots.expect("its replica")
+        slots.withdraw(second)
+        slots.give_back(second)
+        waiting = asyncio.ensure_future(slots.take())
+        await asyncio.sleep(0)
+        slots.expect_no_more("its replica")
+        with pytest.raises(NoInstance):
+            await waiting
+
+    play(story())
+
+
+def test_a_request_goes_to_the_instance_with_the_fewest() -> None:
+    async def story() -> None:
+        slots = Slots()
+        slots.add(wide := instance(3))
+        slots.add(narrow := instance(1))
+
+        taken = [await slots.take() for _ in range(4)]
+
+        assert taken == [wide, narrow, wide, wide]
+        slots.withdraw(wide)
+        for _ in range(2):
+            slots.give_back(wide)
+            assert not await slots.drained(wide, 0.001)
+        slots.give_back(wide)
+        assert await slots.drained(wide, 0.001)
+        assert slots.ready() == [narrow]
+
+    play(story())
+
+
+@given(st.integers(1, 3), st.lists(st.sampled_from(["add", "take", "take", "give", "suspend", "withdraw", "cancel", "again", "expect"]), max_size=60))
+def test_no_instance_is_lost_and_none_is_given_too_often(room: int, events: list[str]) -> None:
+    """Whatever happens in whatever order: an instance has room or has not, is away or gone, and nobody waits while one has room."""
 
     async def story() -> None:
         slots = Slots()
@@ -431,8 +661,10 @@ def test_no_instance_is_lost_and_none_is_given_twice(events: list[str]) -> None:
         asking: list[asyncio.Task[Instance]] = []
         for event in events:
             if event == "add":
-                known.append(instance())
+                known.append(instance(room))
                 slots.add(known[-1])
+            elif event == "expect":
+                (slots.expect_no_more if slots._expected else slots.expect)("somebody")
             elif event == "take":
                 asking.append(asyncio.ensure_future(slots.take()))
             elif event == "give" and held:
@@ -441,7 +673,7 @@ def test_no_instance_is_lost_and_none_is_given_twice(events: list[str]) -> None:
                 gone = known.pop(0)
                 (slots.suspend if event == "suspend" else slots.withdraw)(gone)
                 away += [gone] * (event == "suspend")
-            elif event == "again" and away and away[0] not in held:
+            elif event == "again" and away:
                 known.append(away.pop(0))
                 slots.add(known[-1])
             elif event == "cancel" and asking:
@@ -451,12 +683,13 @@ def test_no_instance_is_lost_and_none_is_given_twice(events: list[str]) -> None:
             for task in [task for task in asking if task.done()]:
                 asking.remove(task)
                 if not task.cancelled() and task.exception() is None:
-                    assert task.result() not in held
                     held.append(task.result())
-            assert slots._busy == set(held)
+            assert slots._busy == Counter(held)
+            assert max(slots._busy.values(), default=0) <= room
             assert not (slots._free and slots._waiting)
             assert set(slots.ready()) == set(known)
             assert len(slots._waiting) == len(asking)
+            assert not asking or known or away or slots._expected
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
