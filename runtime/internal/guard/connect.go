@@ -15,6 +15,7 @@ const dnsPort = 53
 // returned stream judges what is sent.
 func (g *Guard) Connect(to netip.AddrPort) (*Outgoing, Outcome) {
 	began := g.clock()
+	g.stir()
 	s := g.stand()
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	what := subject{kind: "connect", text: "connect " + to.String()}
@@ -54,6 +55,7 @@ func (g *Guard) peersAt(p *policy.Policy, to netip.AddrPort) []policy.Peer {
 // lets one pass.
 func (g *Guard) Datagram(to netip.AddrPort) Outcome {
 	began := g.clock()
+	g.stir()
 	s := g.stand()
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	reason := s.refusal

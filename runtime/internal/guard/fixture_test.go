@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"kalium.dev/kalium/runtime/internal/guard/guardtest"
+	"kalium.dev/kalium/runtime/internal/policy"
 )
 
 var client = netip.MustParseAddrPort(guardtest.HostAddress + ":40000")
@@ -50,3 +51,45 @@ func connect(t testing.TB, g *Guard, to string) *Outgoing {
 func request(line, host string, more ...string) string {
 	return line + " HTTP/1.1\r\nHost: " + host + "\r\n" + strings.Join(more, "") + "\r\n"
 }
+
+// edited is a guard with parts of its policy replaced.
+func edited(t testing.TB, mode string, pairs ...string) (*Guard, *guardtest.Controller) {
+	t.Helper()
+	c := guardtest.NewController()
+	g, err := New(testIdentity, guardtest.PublicKey, guardtest.WelcomeEdited(t, mode, pairs...), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return g, c
+}
+
+// setPolicy brings a newer version.
+func setPolicy(t testing.TB, g *Guard, mode, version string, pairs ...string) {
+	t.Helper()
+	if err := g.SetPolicy("shop", guardtest.Edited(t, mode, version, pairs...)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+var getA = &policy.Message{Kind: policy.KindHTTP, Peer: "api", Method: "GET", Path: "/a"}
+var postB = &policy.Message{Kind: policy.KindHTTP, Peer: "api", Method: "POST", Path: "/b"}
+var selectItems = &policy.Message{Kind: policy.KindMySQL, Peer: "database", Verb: "select", Read: []string{"items"}}
+
+// judged judges messages in turn and expects the same outcome of each.
+func judged(t testing.TB, g *Guard, want Outcome, messages ...*policy.Message) {
+	t.Helper()
+	for _, m := range messages {
+		if outcome, _ := g.judge(nil, m, m.Kind.String(), nil); outcome != want {
+			t.Fatalf("%s: outcome %d, want %d", m.Text(), outcome, want)
+		}
+	}
+}
+
+func lastReason(t testing.TB, c *guardtest.Controller, want policy.Reason) {
+	t.Helper()
+	if r := c.Last(t); r.Reason != string(want) {
+		t.Fatalf("verdict %+v, want %s", r, want)
+	}
+}
+
+const noContentAnswer = "HTTP/1.1 204 No Content\r\n\r\n"

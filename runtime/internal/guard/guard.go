@@ -53,13 +53,26 @@ type Guard struct {
 
 	keys   *tlsopen.Keys
 	slot   slot
+	rest   rest
+	walk   walk
 	timers *timers // nil when nothing is measured
 
 	mu        sync.RWMutex
-	policy    *policy.Policy
+	force     rule
 	leaseEnds time.Time
 	hosts     map[string][]pin
-	live      *invocation
+	live      *invocation // by whose rule a message is judged that none of them allows; nil between invocations
+}
+
+// rule is what a version of the policy says of this sandbox's function.
+type rule struct {
+	policy   *policy.Policy
+	function *policy.Function // nil when the policy does not have it
+	mode     policy.Mode
+}
+
+func (g *Guard) ruleOf(p *policy.Policy) rule {
+	return rule{policy: p, function: p.Functions[g.identity.Function], mode: p.ModeOf(g.identity.Function)}
 }
 
 // pin is an address of a listed host. An address whose host's list was replaced ends after pinnedFor.
@@ -88,8 +101,11 @@ func New(identity Identity, key ed25519.PublicKey, welcome *frame.Welcome, contr
 	g := &Guard{
 		identity: identity, key: key, controller: controller, now: time.Now,
 		port: uint16(welcome.Port), healthPath: welcome.HealthPath,
-		policy: verified, hosts: map[string][]pin{}, keys: tlsopen.NewKeys(),
+		keys: tlsopen.NewKeys(), hosts: map[string][]pin{},
 	}
+	g.force = g.ruleOf(verified)
+	g.rest.born = time.Now()
+	g.beginStartup(g.force)
 	for _, source := range welcome.Sources {
 		prefix, err := netip.ParsePrefix(source)
 		if err != nil {
@@ -133,14 +149,19 @@ func (g *Guard) SetPolicy(app string, envelope []byte) error {
 		return fmt.Errorf("a policy for app %q reached a sandbox of %q", verified.App, g.identity.App)
 	}
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	if verified.Version == g.policy.Version && verified.SourceSHA256 == g.policy.SourceSHA256 {
+	before := g.force.policy
+	if verified.Version == before.Version && verified.SourceSHA256 == before.SourceSHA256 {
+		g.mu.Unlock()
 		return nil // said again
 	}
-	if verified.Version <= g.policy.Version {
-		return fmt.Errorf("policy version %d arrived, %d is in force", verified.Version, g.policy.Version)
+	if verified.Version <= before.Version {
+		g.mu.Unlock()
+		return fmt.Errorf("policy version %d arrived, %d is in force", verified.Version, before.Version)
 	}
-	g.policy = verified
+	next := g.ruleOf(verified)
+	g.force = next
+	g.mu.Unlock()
+	g.renewStartup(next)
 	return nil
 }
 
@@ -202,41 +223,68 @@ func (g *Guard) addresses(host string, all bool) []netip.Addr {
 	return list
 }
 
-// standing is what a judgement begins with: the policy in force, the live invocation, and the reason why nothing may be
-// decided at all, if there is one.
+// standing is what a judgement begins with: the rule that applies, the invocation that it comes from, and the reason why
+// nothing may be decided at all, if there is one.
 type standing struct {
-	policy     *policy.Policy
+	rule
 	invocation *invocation
+	force      policy.Mode // of the newest policy, which may be newer than the rule
 	refusal    policy.Reason
 }
 
-func (g *Guard) stand() standing {
+// stand begins a judgement of what the program sends or of what comes to it.
+func (g *Guard) stand() standing { return g.standing(true) }
+
+// standNew begins the judgement of a request that would begin an invocation. Those that are not over may have begun with
+// another version.
+func (g *Guard) standNew() standing { return g.standing(false) }
+
+func (g *Guard) standing(live bool) standing {
 	if g == nil {
 		return standing{refusal: policy.ReasonNoGuard}
 	}
 	g.mu.RLock()
-	s := standing{policy: g.policy, invocation: g.live}
+	s := standing{rule: g.force, force: g.force.mode}
+	// A call keeps the version that it began with, and so its mode; only off comes at once.
+	if live && g.live != nil && g.force.mode != policy.ModeOff {
+		s.rule, s.invocation = g.live.rule, g.live
+	}
 	ends := g.leaseEnds
 	g.mu.RUnlock()
-	// A call keeps the version that it began with.
-	if s.invocation != nil {
-		s.policy = s.invocation.policy
-	}
 	switch {
-	case s.policy == nil || s.policy.Mode == policy.ModeInvalid:
+	case s.off(): // needs no right to decide
+	case s.policy == nil:
 		s.refusal = policy.ReasonNoGuard
 	case !g.now().Before(ends):
 		s.refusal = policy.ReasonLeaseExpired
-	case s.policy.Functions[g.identity.Function] == nil:
+	case s.function == nil:
 		s.refusal = policy.ReasonUnknownFunction
+	case s.mode != policy.ModeLearn && s.mode != policy.ModeAudit && s.mode != policy.ModeEnforce:
+		s.refusal = policy.ReasonNoGuard
 	}
 	return s
 }
 
-// lenient tells whether what enforce would refuse passes and is only logged. A missing guard, a lease that ended and an
-// unknown function are refused in every mode: there is no policy then that could ask for less.
-func (s *standing) lenient() bool {
-	return s.refusal == "" && (s.policy.Mode == policy.ModeAudit || s.policy.Mode == policy.ModeLearn)
+// off tells that nothing is looked at: all bytes pass, unjudged and unlogged. The lease does not matter then, because
+// nothing is decided.
+func (s *standing) off() bool { return s.policy != nil && s.mode == policy.ModeOff }
+
+// lenient tells whether what enforce would refuse passes. A missing guard, a lease that ended and an unknown function are
+// refused in every mode but off: there is no policy then that could ask for less.
+func (s *standing) lenient() bool { return s.refusal == "" && lenient(s.mode) }
+
+// spares tells whether a connection goes on that enforce would have ended. Here the mode in force counts, too: no
+// connection outlives the switch to enforce because an older invocation still runs.
+func (s *standing) spares() bool { return s.lenient() && lenient(s.force) }
+
+func lenient(m policy.Mode) bool {
+	return m == policy.ModeOff || m == policy.ModeLearn || m == policy.ModeAudit
+}
+
+// Off tells that the guard looks at nothing now.
+func (g *Guard) Off() bool {
+	s := g.stand()
+	return s.off()
 }
 
 func (s *standing) deadline() time.Duration {
@@ -276,6 +324,9 @@ func (g *Guard) settle(s standing, what subject, v policy.Verdict, began time.Ti
 			outcome = Marked
 		}
 	}
+	if s.off() {
+		return outcome
+	}
 	if v.Reason == "" {
 		v.Reason = policy.ReasonMalformed
 	}
@@ -287,7 +338,10 @@ func (g *Guard) settle(s standing, what subject, v policy.Verdict, began time.Ti
 		LatencyUS: int(g.now().Sub(began).Microseconds()),
 	}
 	if s.policy != nil {
-		record.Mode, record.PolicyVersion = s.policy.Mode.String(), s.policy.Version
+		record.Mode, record.PolicyVersion = s.mode.String(), s.policy.Version
+		if s.function == nil {
+			record.Mode = s.policy.Mode.String()
+		}
 	}
 	if s.invocation != nil {
 		record.Call, record.Invocation = s.invocation.call, s.invocation.id

@@ -75,12 +75,12 @@ func TestANewerPolicyIsTakenAndABadOneChangesNothing(t *testing.T) {
 	if err := g.SetPolicy("shop", guardtest.Signed(t, "enforce", "3")); err != nil {
 		t.Errorf("the same policy said again: %v", err)
 	}
-	if g.policy.Version != 3 {
-		t.Fatalf("version %d is in force", g.policy.Version)
+	if g.force.policy.Version != 3 {
+		t.Fatalf("version %d is in force", g.force.policy.Version)
 	}
 
-	if err := g.SetPolicy("shop", guardtest.Signed(t, "audit", "4")); err != nil || g.policy.Version != 4 {
-		t.Errorf("version %d is in force: %v", g.policy.Version, err)
+	if err := g.SetPolicy("shop", guardtest.Signed(t, "audit", "4")); err != nil || g.force.policy.Version != 4 {
+		t.Errorf("version %d is in force: %v", g.force.policy.Version, err)
 	}
 }
 

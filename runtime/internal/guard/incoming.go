@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -55,19 +56,15 @@ func (g *Guard) Accept(port uint16, from netip.AddrPort) (*Incoming, Outcome) {
 	if g == nil {
 		return nil, Denied
 	}
-	if port == g.port {
-		for _, source := range g.sources {
-			if source.Contains(from.Addr()) {
-				return &Incoming{g: g, from: from, idle: closedChannel}, Allowed
-			}
-		}
+	in := &Incoming{g: g, from: from, idle: closedChannel}
+	if port == g.port && slices.ContainsFunc(g.sources, func(source netip.Prefix) bool { return source.Contains(from.Addr()) }) && !s.off() {
+		return in, Allowed
 	}
 	what := subject{kind: "incoming", text: fmt.Sprintf("incoming %s to port %d", from, port)}
 	outcome := g.refuse(s, what, policy.ReasonIncomingNotDeclared, began)
 	if outcome == Denied {
 		return nil, Denied
 	}
-	in := &Incoming{g: g, from: from, idle: closedChannel}
 	in.free.Store(true)
 	return in, outcome
 }
@@ -99,7 +96,7 @@ const probeAnswerMax = 16 << 10
 // before it, for the instance, and for the controller. gone ends the waiting.
 func (in *Incoming) Admit(b []byte, gone <-chan struct{}) Admission {
 	head, n, err := http1.ParseIncoming(b)
-	if err == wire.ErrShort {
+	if err == wire.ErrShort && !in.g.Off() {
 		return Admission{Short: true}
 	}
 	// The earlier answer on this connection comes first in any case; it has the invocation's own deadline.
@@ -119,6 +116,10 @@ func (in *Incoming) Admit(b []byte, gone <-chan struct{}) Admission {
 		return Admission{Gone: true}
 	}
 	g := in.g
+	if g.Off() {
+		in.free.Store(true)
+		return Admission{Free: true}
+	}
 	if err != nil {
 		if in.refuse(err.Error(), reasonOf(err), false) == Marked {
 			in.free.Store(true)
@@ -127,18 +128,26 @@ func (in *Incoming) Admit(b []byte, gone <-chan struct{}) Admission {
 		return refusal(reasonOf(err), err.Error())
 	}
 	if isProbe(head, g.healthPath) {
+		if g.unfit() {
+			return refusal(policy.ReasonRetired, detailRetired)
+		}
 		return in.release(head, n, nil)
 	}
 	began := g.now()
-	if !g.slot.acquire(HoldMax, gone) {
-		select {
-		case <-gone:
-			return Admission{Gone: true}
-		default:
-		}
-		what := subject{kind: "start", text: "start " + g.identity.Function, never: true}
-		g.refuse(g.stand(), what, policy.ReasonHeldTooLong, began)
-		return refusal(policy.ReasonHeldTooLong, "the instance is busy with another request")
+	s := g.standNew()
+	switch g.slot.acquire(s.maxInflight(), HoldMax, gone) {
+	case turnGone:
+		return Admission{Gone: true}
+	case turnRetired:
+		return in.turnAway(policy.ReasonRetired, detailRetired, began)
+	case turnTaken:
+	default:
+		return in.turnAway(policy.ReasonHeldTooLong, "the instance is busy with another request", began)
+	}
+	if g.Off() { // since the request waits
+		g.slot.release()
+		in.free.Store(true)
+		return Admission{Free: true}
 	}
 	began = g.now() // what a verdict took does not count the requests before it
 	inv, reason, detail := g.start(head, began)
@@ -148,12 +157,33 @@ func (in *Incoming) Admit(b []byte, gone <-chan struct{}) Admission {
 	}
 	select {
 	case <-gone:
-		g.end(inv, outcomeClosed)
-		g.slot.release()
-		return Admission{Gone: true}
+		return in.abandon(inv)
 	default:
 	}
 	return in.release(head, n, inv)
+}
+
+const detailRetired = "the instance takes no more requests and waits to be replaced"
+
+// turnAway refuses a request that cannot have its turn. No mode lets it pass: it would be mixed up with another one.
+func (in *Incoming) turnAway(reason policy.Reason, detail string, began time.Time) Admission {
+	what := subject{kind: "start", text: "start " + in.g.identity.Function, never: true}
+	in.g.refuse(in.g.stand(), what, reason, began)
+	return refusal(reason, detail)
+}
+
+// abandon ends an invocation whose request the program did not see.
+func (in *Incoming) abandon(inv *invocation) Admission {
+	in.g.finish(inv, outcomeClosed)
+	in.g.slot.release()
+	return Admission{Gone: true}
+}
+
+func (s *standing) maxInflight() int {
+	if s.function == nil {
+		return 1
+	}
+	return s.function.MaxInflight
 }
 
 // Overdue refuses a head that did not become whole in HoldMax.
@@ -189,31 +219,41 @@ func isProbe(head *http1.RequestHead, healthPath string) bool {
 func (in *Incoming) release(head *http1.RequestHead, n int, inv *invocation) Admission {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	if in.over {
-		if inv != nil {
-			in.g.end(inv, outcomeClosed)
-			in.g.slot.release()
-		}
+	switch {
+	case in.over && inv == nil:
 		return Admission{Gone: true}
+	case in.over, inv != nil && !in.g.released(inv):
+		return in.abandon(inv)
 	}
 	in.exchange = &exchange{inv: inv, method: head.Method}
 	in.idle = make(chan struct{})
+	// With several requests at a time, the call of an app edge is told by what the program copies from its request. The
+	// client's own label stays with the guard. See judgeOf.
+	var call []http1.Field
+	if inv != nil && inv.call != "" && inv.function.MaxInflight > 1 {
+		call = []http1.Field{{Name: callField, Value: inv.call}}
+	}
 	return Admission{
 		Taken: n,
 		// The token is between guards; a program that knew it could hand it to somebody else.
-		Release: head.Append(nil, func(name string) bool { return strings.HasPrefix(name, "x-kalium-") }),
-		Body:    http1.NewBody(head.ContentLength, head.Chunked, false, bodyBytesMax),
+		Release: head.Append(nil, func(name string) bool {
+			return strings.HasPrefix(name, "x-kalium-") || call != nil && name == "x-call-id"
+		}, call...),
+		Body: http1.NewBody(head.ContentLength, head.Chunked, false, bodyBytesMax),
 	}
 }
 
+// callField carries a client's label, or the call where a function works on several at a time.
+const callField = "X-Call-Id"
+
 // start asks for an invocation.
 func (g *Guard) start(head *http1.RequestHead, began time.Time) (inv *invocation, reason policy.Reason, detail string) {
-	s := g.stand()
+	s := g.standNew()
 	what := subject{kind: "start", text: "start " + g.identity.Function}
 	verdict := policy.Verdict{Reason: s.refusal}
 	var call, id string
+	token, label, whole := tokenAndLabel(head)
 	if s.refusal == "" {
-		token, label, whole := tokenAndLabel(head)
 		answer := &frame.Answer{Reason: string(policy.ReasonBadToken)}
 		if whole {
 			var err error
@@ -231,7 +271,7 @@ func (g *Guard) start(head *http1.RequestHead, began time.Time) (inv *invocation
 		}
 	}
 	// The verdict belongs to the invocation that it begins.
-	s.invocation = &invocation{policy: s.policy, call: call, id: id}
+	s.invocation = &invocation{rule: s.rule, call: call, id: id}
 	if g.settle(s, what, verdict, began) == Denied {
 		if verdict.Allowed {
 			g.controller.End(&frame.End{Call: call, Invocation: id, Outcome: outcomeClosed})
@@ -239,7 +279,7 @@ func (g *Guard) start(head *http1.RequestHead, began time.Time) (inv *invocation
 		}
 		return nil, verdict.Reason, detail
 	}
-	return g.begin(s.policy, call, id), "", ""
+	return g.begin(s.rule, call, id, label), "", ""
 }
 
 // tokenAndLabel reads the fields that are for the guard. Two tokens are not a token.
@@ -250,7 +290,7 @@ func tokenAndLabel(head *http1.RequestHead) (token, label string, whole bool) {
 		switch {
 		case strings.EqualFold(field.Name, tokenField):
 			token, tokens = field.Value, tokens+1
-		case strings.EqualFold(field.Name, "X-Call-Id"):
+		case strings.EqualFold(field.Name, callField):
 			label = policy.Printable(field.Value, labelMax)
 		}
 	}
@@ -261,7 +301,7 @@ func tokenAndLabel(head *http1.RequestHead) (token, label string, whole bool) {
 func refusal(reason policy.Reason, detail string) Admission {
 	status := "403 Forbidden"
 	switch reason {
-	case policy.ReasonControllerUnavailable, policy.ReasonLeaseExpired, policy.ReasonReentrant, policy.ReasonHeldTooLong:
+	case policy.ReasonControllerUnavailable, policy.ReasonLeaseExpired, policy.ReasonReentrant, policy.ReasonHeldTooLong, policy.ReasonRetired:
 		status = "503 Service Unavailable"
 	}
 	body, err := json.Marshal(struct {
@@ -280,7 +320,7 @@ func refusal(reason policy.Reason, detail string) Admission {
 func (in *Incoming) Answer(b []byte) (n int, outcome Outcome) {
 	if in.free.Load() {
 		// Audit may have become enforce since the connection was marked.
-		if s := in.g.stand(); s.lenient() {
+		if s := in.g.stand(); s.spares() {
 			return len(b), Allowed
 		}
 		return 0, in.refuse("bytes on a connection that was not judged", policy.ReasonConnectionDead, true)
@@ -329,20 +369,19 @@ func (in *Incoming) finish() {
 // answered ends the invocation of x, whose program is done with it.
 func (g *Guard) answered(x *exchange, outcome string) {
 	if x.inv != nil {
-		g.end(x.inv, outcome)
-		g.slot.release()
+		g.finish(x.inv, outcome)
+		g.left(x.inv)
 	}
 }
 
 // Lost is told that the peer's side of the connection failed. The invocation is over, but the program may not know it
-// yet: the instance takes the next request when the program has closed its side, so that late messages of this
-// invocation are not taken for those of the next.
+// yet.
 func (in *Incoming) Lost() {
 	in.mu.Lock()
 	x := in.exchange
 	in.mu.Unlock()
 	if x != nil && x.inv != nil {
-		in.g.end(x.inv, outcomeClosed)
+		in.g.finish(x.inv, outcomeClosed)
 	}
 }
 

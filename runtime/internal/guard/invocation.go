@@ -3,7 +3,8 @@ package guard
 import (
 	"crypto/rand"
 	"encoding/hex"
-	"sync"
+	"reflect"
+	"sync/atomic"
 	"time"
 
 	"kalium.dev/kalium/runtime/internal/frame"
@@ -17,103 +18,166 @@ const (
 	outcomeTimeout  = "timeout"
 )
 
-// invocation is one released request and its place in the function CFG.
+// tailsMax bounds the invocations whose work goes on after their answer. Beyond it the oldest one's is over.
+const tailsMax = 64
+
+// invocation is one released request and its place in the function CFG. What a program sends before its first request
+// has one, too, with a CFG of its own.
 type invocation struct {
-	policy   *policy.Policy
-	function *policy.Function
+	rule
 	call, id string // "" when the controller granted none, which only audit goes on with
+	label    string // the client's X-Call-Id, when the program sees the call in its place
 
-	mu      sync.Mutex // held while the controller is asked: the messages of an invocation have an order
-	cursor  policy.Cursor
-	ended   bool
-	unknown bool // the outcome of an app edge is not known, so where the call stands is not known either
-	timer   *time.Timer
+	done atomic.Bool // nothing more may leave for it
+
+	// Guarded by walk.mu.
+	cursor, spare policy.Cursor
+	released      bool // the program saw the request
+	tailing       bool // it was answered, and goes on with its tail
+	ended         bool
+	unknown       bool // the outcome of an app edge is not known, so where the call stands is not known either
+	timer         *time.Timer
+	retire        *time.Timer // not nil after a released request that was not answered; runs until the instance is at rest
+	lost          []lostMessage
+
+	// among holds, in the place of all of the above, the invocations one of which a message belongs to.
+	among []*invocation
 }
 
-// judge steps the function CFG with m, which is what the live invocation wants to send. ask is the app edge's question,
-// nil for other messages; the cursor moves only when both agree.
-func (g *Guard) judge(t *timing, m *policy.Message, kind string, ask func(*invocation) (policy.Verdict, error)) (Outcome, *invocation) {
-	began := g.clock()
-	s := g.stand()
-	what := subject{kind: kind, text: m.Text(), peer: m.Peer, judging: m.Judging}
-	inv := s.invocation
-	if s.refusal != "" {
-		return g.refuse(s, what, s.refusal, began), nil
-	}
-	if inv == nil {
-		return g.refuse(s, what, policy.ReasonNoInvocation, began), nil
-	}
-	inv.mu.Lock()
-	defer inv.mu.Unlock()
-	if inv.ended {
-		return g.refuse(s, what, policy.ReasonNoInvocation, began), nil
-	}
-	t.mark(phaseEvent)
-	verdict, next := inv.function.Step(inv.cursor, m)
-	t.mark(phaseLocal)
-	if verdict.Allowed && ask != nil {
-		states, line := verdict.States, verdict.Line
-		if inv.unknown {
-			verdict = policy.Verdict{Reason: policy.ReasonControllerUnavailable}
-		} else if answered, err := ask(inv); err != nil {
-			inv.unknown = true
-			verdict = policy.Verdict{Reason: policy.ReasonControllerUnavailable}
-		} else {
-			verdict = answered
-		}
-		t.mark(phaseController)
-		if verdict.Line, verdict.States = line, states; !verdict.Allowed {
-			verdict.States = inv.cursor.States()
-		}
-	}
-	outcome := g.settle(s, what, verdict, began)
-	if outcome == Allowed {
-		inv.cursor = next
-	}
-	t.judged(kind, inv)
-	return outcome, inv
-}
-
-// begin makes the live invocation. The caller holds the slot.
-func (g *Guard) begin(p *policy.Policy, call, id string) *invocation {
-	function := p.Functions[g.identity.Function]
-	inv := &invocation{policy: p, function: function, call: call, id: id, cursor: function.Start()}
-	inv.timer = time.AfterFunc(time.Duration(function.InvocationTimeoutMS)*time.Millisecond, func() { g.end(inv, outcomeTimeout) })
-	g.mu.Lock()
-	g.live = inv
-	g.mu.Unlock()
+// begin makes a live invocation. The caller holds the slot.
+func (g *Guard) begin(r rule, call, id, label string) *invocation {
+	inv := &invocation{rule: r, call: call, id: id, label: label, cursor: r.function.Start()}
+	g.walk.mu.Lock()
+	defer g.walk.mu.Unlock()
+	g.walk.add(inv)
+	inv.timer = time.AfterFunc(time.Duration(r.function.InvocationTimeoutMS)*time.Millisecond, func() { g.finish(inv, outcomeTimeout) })
+	g.choose()
 	return inv
 }
 
-// end takes the invocation's cursor away. Only the first end counts. The slot is released by whoever knows that the
-// program is done with the request: until then a message could still be a late one of this invocation.
-func (g *Guard) end(inv *invocation, outcome string) {
-	inv.mu.Lock()
+// released marks that the program is about to see the request. From here on the startup is over. released says no when
+// the invocation has ended before that.
+func (g *Guard) released(inv *invocation) bool {
+	g.walk.mu.Lock()
+	defer g.walk.mu.Unlock()
+	if startup := g.walk.startup; startup != nil {
+		g.walk.startup = nil
+		g.walk.remove(startup)
+		g.choose()
+	}
+	g.walk.started = true
+	inv.released = !inv.ended
+	return inv.released
+}
+
+// finish ends the invocation: by its answer its tail begins, if the CFG has one there. Only the first end counts. The
+// slot is released by whoever knows that the program is done with the request: until then a message could still be a
+// late one of this invocation.
+func (g *Guard) finish(inv *invocation, outcome string) {
+	g.walk.mu.Lock()
 	if inv.ended {
-		inv.mu.Unlock()
+		g.walk.mu.Unlock()
 		return
 	}
 	inv.ended = true
-	inv.mu.Unlock()
 	inv.timer.Stop()
-	g.mu.Lock()
-	if g.live == inv {
-		g.live = nil
+	if outcome == outcomeAnswered && g.walk.tailAt(inv) {
+		inv.tailing = true
+		inv.timer = time.AfterFunc(time.Duration(inv.function.TailMS)*time.Millisecond, func() {
+			g.walk.mu.Lock()
+			defer g.walk.mu.Unlock()
+			g.drop(inv)
+		})
+		if oldest := g.walk.beyond(tailsMax); oldest != nil {
+			g.drop(oldest)
+		}
+	} else {
+		g.walk.remove(inv)
 	}
-	g.mu.Unlock()
+	g.choose()
+	if outcome != outcomeAnswered && inv.released {
+		g.unsettle(inv)
+	}
+	g.walk.mu.Unlock()
 	if inv.id != "" {
 		g.controller.End(&frame.End{Call: inv.call, Invocation: inv.id, Outcome: outcome})
 	}
 }
 
-// over tells that nothing more may leave for the invocation. No invocation is one that is over.
+// drop ends a tail. The walk's lock is held.
+func (g *Guard) drop(inv *invocation) {
+	inv.timer.Stop()
+	g.walk.remove(inv)
+	g.choose()
+}
+
+// choose finds by whose rule a message is judged that no invocation allows: by the strictest one's, and among equals by
+// the youngest one's that is not answered. The walk's lock is held.
+func (g *Guard) choose() {
+	var chosen *invocation
+	for _, inv := range g.walk.parts {
+		if chosen == nil || lenient(chosen.mode) && !lenient(inv.mode) ||
+			lenient(chosen.mode) == lenient(inv.mode) && (chosen.tailing || !inv.tailing) {
+			chosen = inv
+		}
+	}
+	g.mu.Lock()
+	g.live = chosen
+	g.mu.Unlock()
+}
+
+// beginStartup opens the CFG of what the program sends before its first request.
+func (g *Guard) beginStartup(r rule) {
+	if r.function == nil || r.function.Startup == nil || r.mode == policy.ModeOff {
+		return
+	}
+	startup := &invocation{rule: r, cursor: r.function.Startup.Start()}
+	startup.function = r.function.Startup
+	g.walk.startup = startup
+	g.walk.add(startup)
+	g.choose()
+}
+
+// renewStartup puts a newer version in force for what comes before the first request, which belongs to no call. Where
+// the CFG is another one, it begins anew if nothing was sent, and is over otherwise.
+func (g *Guard) renewStartup(r rule) {
+	g.walk.mu.Lock()
+	defer g.walk.mu.Unlock()
+	before := g.walk.startup
+	if before == nil {
+		if !g.walk.started {
+			g.beginStartup(r)
+		}
+		return
+	}
+	if r.mode != policy.ModeOff && r.function != nil && reflect.DeepEqual(before.function, r.function.Startup) {
+		g.mu.Lock()
+		before.rule = r
+		before.function = r.function.Startup
+		g.mu.Unlock()
+		return
+	}
+	untouched := reflect.DeepEqual(before.cursor, before.function.Start())
+	g.walk.startup = nil
+	g.walk.remove(before)
+	if g.walk.started = !untouched; untouched {
+		g.beginStartup(r)
+	}
+	g.choose()
+}
+
+// over tells that nothing more may leave for the invocation: it has ended, and so has its tail. No invocation is one
+// that is over.
 func (inv *invocation) over() bool {
 	if inv == nil {
 		return true
 	}
-	inv.mu.Lock()
-	defer inv.mu.Unlock()
-	return inv.ended
+	for _, other := range inv.among {
+		if !other.done.Load() {
+			return false
+		}
+	}
+	return inv.among != nil || inv.done.Load()
 }
 
 // newStep names one question. The same step asked again would get the stored answer.
@@ -121,64 +185,4 @@ func newStep() string {
 	var raw [frame.StepBytes / 2]byte
 	rand.Read(raw[:]) // never fails, see its documentation
 	return hex.EncodeToString(raw[:])
-}
-
-// slot lets one request into the instance at a time, in the order of arrival.
-type slot struct {
-	mu      sync.Mutex
-	busy    bool
-	waiting []chan struct{}
-}
-
-// acquire waits for the slot until the deadline or until gone is closed.
-func (s *slot) acquire(wait time.Duration, gone <-chan struct{}) bool {
-	s.mu.Lock()
-	if !s.busy {
-		s.busy = true
-		s.mu.Unlock()
-		return true
-	}
-	if len(s.waiting) >= waitingMax {
-		s.mu.Unlock()
-		return false
-	}
-	turn := make(chan struct{})
-	s.waiting = append(s.waiting, turn)
-	s.mu.Unlock()
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
-	select {
-	case <-turn:
-		return true
-	case <-gone:
-	case <-timer.C:
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for i, other := range s.waiting {
-		if other == turn {
-			s.waiting = append(s.waiting[:i], s.waiting[i+1:]...)
-			return false
-		}
-	}
-	// The turn came at the same moment: pass it on.
-	s.next()
-	return false
-}
-
-func (s *slot) release() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.next()
-}
-
-// next gives the slot to the first in the queue. The lock is held.
-func (s *slot) next() {
-	if len(s.waiting) == 0 {
-		s.busy = false
-		return
-	}
-	turn := s.waiting[0]
-	s.waiting = s.waiting[1:]
-	close(turn)
 }

@@ -61,6 +61,7 @@ func newMarked(g *Guard) *Outgoing {
 // send is b itself, cut, when all of it passes as it is, and otherwise memory that is valid until the next call. Denied:
 // send holds what was judged before the denied unit; none of the bytes behind it leave, and the connection must be ended.
 func (o *Outgoing) Write(b []byte) (send []byte, outcome Outcome) {
+	o.g.stir()
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.t.begin()

@@ -69,7 +69,7 @@ func (c *channel) take(b []byte) (send []byte, outcome Outcome) {
 		return nil, c.o.deny()
 	case c.opaque:
 		// Audit may have become enforce since the connection was marked.
-		if s := c.o.g.stand(); s.lenient() {
+		if s := c.o.g.stand(); s.spares() {
 			return b, Allowed
 		}
 		c.opaque, c.dead = false, true
