@@ -5,9 +5,7 @@ package guardtest
 import (
 	"bytes"
 	"crypto/ed25519"
-	"encoding/base64"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"strings"
 	"sync"
@@ -64,15 +62,7 @@ var PublicKey = privateKey.Public().(ed25519.PublicKey)
 // Signed is the envelope of the policy in a mode and version.
 func Signed(t testing.TB, mode string, version string) []byte {
 	t.Helper()
-	text := strings.NewReplacer("MODE", mode, "VERSION", version, "SOURCE", strings.Repeat("0", 64), "\n", "").Replace(compiled)
-	document, err := json.Marshal(map[string]string{
-		"format": policy.SignedFormat, "key_id": policy.KeyID(PublicKey), "policy": base64.StdEncoding.EncodeToString([]byte(text)),
-		"signature": base64.StdEncoding.EncodeToString(ed25519.Sign(privateKey, []byte(policy.SignedFormat+"\n"+text))),
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return document
+	return Edited(t, mode, version)
 }
 
 // Controller answers as the test says and keeps what it was told.
