@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"kalium.dev/kalium/runtime/internal/frame"
-	"kalium.dev/kalium/runtime/internal/policy"
 )
 
 // buyer's CFG: GET /a, then a select, then an invoke of payer, and a POST /b after that. In the first state it may also
