@@ -2,22 +2,22 @@ package guard
 
 import (
 	"kalium.dev/kalium/runtime/internal/policy"
-	"kalium.dev/kalium/runtime/internal/wire"
 	"kalium.dev/kalium/runtime/internal/wire/mysql"
 )
 
 // mysqlSpeaker judges the packets of a MySQL client.
 type mysqlSpeaker struct {
-	o       *Outgoing
-	clients []*mysql.Client // one for each of the connection's peers
+	o      *Outgoing
+	client *mysql.Client
 }
 
 func newMySQLSpeaker(o *Outgoing) *mysqlSpeaker {
-	m := &mysqlSpeaker{o: o}
+	// Peers at one address differ by schema, which the handshake names.
+	var schemas []string
 	for _, peer := range o.peers {
-		m.clients = append(m.clients, mysql.NewClient(peer.Schema))
+		schemas = append(schemas, peer.Schema)
 	}
-	return m
+	return &mysqlSpeaker{o: o, client: mysql.NewClient(schemas...)}
 }
 
 // whole reads the length in a packet's header.
@@ -32,25 +32,24 @@ func (*mysqlSpeaker) holdMax() int { return mysql.PacketBytesMax + holdBytesMax 
 
 func (m *mysqlSpeaker) unit(data []byte, _ *output) ruling {
 	o := m.o
-	var n int
-	var unit mysql.Unit
-	var err error
-	// Peers at one address differ by schema. The handshake names it, so only one client gets past it.
-	for i, client := range m.clients {
-		n, unit, err = client.Next(data)
-		if err == wire.ErrShort {
-			return short
-		}
-		if err == nil {
-			m.clients, o.peers = m.clients[i:i+1], o.peers[i:i+1]
-			break
-		}
-	}
+	n, unit, err := m.client.Next(data)
 	if err != nil {
 		return o.refuseFor(err, "")
 	}
-	if unit.Support {
+	if schema := m.client.Schema(); schema != "" && len(o.peers) > 1 {
+		for i, peer := range o.peers {
+			if peer.Schema == schema {
+				o.peers = o.peers[i : i+1]
+				break
+			}
+		}
+	}
+	switch unit.Kind {
+	case mysql.Support:
 		return ruling{n: n, outcome: o.support("mysql", unit.Text)}
+	case mysql.Message:
+	default:
+		return ruling{outcome: o.refuse(unit.Text, policy.ReasonUnsupported)}
 	}
 	message := &policy.Message{Kind: policy.KindMySQL, Peer: o.peer(), Verb: unit.Verb, Read: unit.Read, Write: unit.Write}
 	outcome, _ := o.g.judge(o.t, message, "mysql", nil)

@@ -1,9 +1,27 @@
-// Package mysql reads what a client sends over the MySQL protocol: the connection phase and then commands. Page names
-// are those of the MySQL developer documentation ("Client/Server Protocol").
+// Package mysql reads what a client sends over the MySQL protocol: the connection phase, in clear or inside TLS, and then
+// commands, prepared statements among them. Page names are those of the MySQL developer documentation ("Client/Server
+// Protocol").
+//
+// # Prepared statements
+//
+// COM_STMT_EXECUTE names its statement by a number that the server chose, so Server follows the server's packets in
+// clear and learns the number from the answer. Inside TLS Server is not called, and what it would see there could not
+// be trusted: in TLS 1.3 nothing ties the server's secret that a program logs to the connection. Then, and when the
+// answers cannot be followed, an execute is only accepted as long as all statements that were prepared since the beginning,
+// or since COM_RESET_CONNECTION, are the same message: whichever of them the number means, it is judged as what it is.
+// COM_STMT_CLOSE does not take a statement out of that account. A program could close a number that does not exist,
+// prepare a second statement, and execute the first one under its name; counting along does not help either, since
+// MariaDB counts over all connections. That COM_RESET_CONNECTION closes all holds from MySQL 5.7.3 and MariaDB 10.2.4.
+//
+// # Bounds
+//
+// A Client keeps no bytes of packets, except the first prefixBytes of the server's. It keeps at most statementsMax
+// numbers with statementNamesMax bytes of names: about 100 KiB, of which a connection without prepared statements uses less
+// than 1 KiB.
 package mysql
 
 import (
-	"encoding/binary"
+	"slices"
 
 	"kalium.dev/kalium/runtime/internal/policy"
 	"kalium.dev/kalium/runtime/internal/wire"
@@ -20,50 +38,22 @@ const (
 	authPacketBytesMax = 1024
 	userBytesMax       = 128
 	authResponseMax    = 250 // one length byte, whichever of the two encodings the server uses
-)
-
-// Capability flags (page "Capabilities Flags").
-const (
-	clientLongPassword    = 1 << 0
-	clientFoundRows       = 1 << 1
-	clientLongFlag        = 1 << 2
-	clientConnectWithDB   = 1 << 3
-	clientODBC            = 1 << 6
-	clientIgnoreSpace     = 1 << 8
-	clientProtocol41      = 1 << 9
-	clientInteractive     = 1 << 10
-	clientSSL             = 1 << 11
-	clientIgnoreSIGPIPE   = 1 << 12
-	clientTransactions    = 1 << 13
-	clientReserved        = 1 << 14
-	clientSecure          = 1 << 15
-	clientMultiResults    = 1 << 17
-	clientPSMultiResults  = 1 << 18
-	clientPluginAuth      = 1 << 19
-	clientConnectAttrs    = 1 << 20
-	clientLenencAuth      = 1 << 21
-	clientExpiredPassword = 1 << 22
-	clientSessionTrack    = 1 << 23
-	clientDeprecateEOF    = 1 << 24
-
-	// Without these the packet has other fields, or the connection another schema.
-	requiredCapabilities = clientConnectWithDB | clientProtocol41 | clientSecure | clientPluginAuth
-
-	// A closed list. Left out, beside what changes the transport (SSL, COMPRESS, ZSTD): LOCAL_FILES lets the server ask
-	// for files, MULTI_STATEMENTS puts two messages into one packet, OPTIONAL_RESULTSET_METADATA and QUERY_ATTRIBUTES
-	// change what a command looks like, IGNORE_SPACE changes the lexer.
-	allowedCapabilities = requiredCapabilities | clientLongPassword | clientFoundRows | clientLongFlag | clientODBC |
-		clientInteractive | clientIgnoreSIGPIPE | clientTransactions | clientReserved | clientMultiResults |
-		clientPSMultiResults | clientConnectAttrs | clientLenencAuth | clientExpiredPassword | clientSessionTrack |
-		clientDeprecateEOF
+	statementsMax      = 256
+	statementNamesMax  = 32 << 10
+	longDataMax        = PacketBytesMax // between two executes: it leaves before a message is judged
 )
 
 // Commands (page "Command Phase").
 const (
-	comQuit            = 0x01
-	comQuery           = 0x03
-	comPing            = 0x0e
-	comResetConnection = 0x1f
+	comQuit             = 0x01
+	comQuery            = 0x03
+	comPing             = 0x0e
+	comStmtPrepare      = 0x16
+	comStmtExecute      = 0x17
+	comStmtSendLongData = 0x18
+	comStmtClose        = 0x19
+	comStmtReset        = 0x1a
+	comResetConnection  = 0x1f
 )
 
 // commandNames is for people who read a refusal.
@@ -71,28 +61,43 @@ var commandNames = map[byte]string{
 	0x00: "COM_SLEEP", 0x02: "COM_INIT_DB", 0x04: "COM_FIELD_LIST", 0x05: "COM_CREATE_DB", 0x06: "COM_DROP_DB",
 	0x07: "COM_REFRESH", 0x08: "COM_SHUTDOWN", 0x09: "COM_STATISTICS", 0x0a: "COM_PROCESS_INFO",
 	0x0c: "COM_PROCESS_KILL", 0x0d: "COM_DEBUG", 0x11: "COM_CHANGE_USER", 0x12: "COM_BINLOG_DUMP",
-	0x16: "COM_STMT_PREPARE", 0x17: "COM_STMT_EXECUTE", 0x18: "COM_STMT_SEND_LONG_DATA", 0x19: "COM_STMT_CLOSE",
-	0x1a: "COM_STMT_RESET", 0x1b: "COM_SET_OPTION", 0x1c: "COM_STMT_FETCH", 0xfe: "COM_MULTI",
+	0x1b: "COM_SET_OPTION", 0x1c: "COM_STMT_FETCH", 0xfa: "COM_STMT_BULK_EXECUTE", 0xfe: "COM_MULTI",
 }
+
+// Kind tells what a unit is. The zero kind is no unit at all.
+type Kind uint8
+
+// Kinds of units.
+const (
+	Support  Kind = iota + 1 // handshake or upkeep: judged here, never a step of the function CFG
+	Message                  // a statement: COM_QUERY or COM_STMT_EXECUTE
+	Prepare                  // a statement that is not executed yet: the function's CFG has to hold it somewhere
+	StartTLS                 // an SSLRequest: what follows is TLS, and Next goes on inside
+)
 
 // Unit is one packet of the client.
 type Unit struct {
-	Support bool   // handshake or upkeep: judged here, never a step of the function CFG
-	Prepare bool   // always false: prepared statements are refused, see commandPacket
-	Text    string // normalised, never payload
-	Verb    string // in the spelling of the compiled policy; "" when Support
-	Read    []string
-	Write   []string
+	Kind  Kind
+	Text  string   // normalised, never payload
+	Verb  string   // of Message and Prepare, in the spelling of the compiled policy
+	Read  []string // as sql.Statement
+	Write []string
 }
 
-// Client follows the client's side of one connection. It sees nothing of the server's side, so it never relies on
-// what the server said.
+// Client follows the client's side of one connection. Its methods must not be called at the same time.
 type Client struct {
-	schema      string
+	schemas []string // of the peers at the address
+	schema  string   // which the handshake named
+
 	phase       phase
+	inTLS       bool
+	request     [requestBytes]byte // the SSLRequest
 	authPackets int
 	sequence    byte // of the last packet in the connection phase
 	refused     error
+
+	server     server
+	statements statements
 }
 
 type phase uint8
@@ -104,11 +109,27 @@ const (
 	afterQuit
 )
 
-// NewClient begins a connection to a peer whose schema is schema; the client must name it in its handshake.
-func NewClient(schema string) *Client { return &Client{schema: schema} }
+// NewClient begins a connection to a peer. The client must name one of schemas, its peers' at that address, in its
+// handshake.
+func NewClient(schemas ...string) *Client { return &Client{schemas: schemas} }
 
-// Next reads the packet at the front of b; n counts its bytes, the header included. After an error other than
-// wire.ErrShort the connection cannot be followed any more and every call returns that error.
+// Schema is the schema that the handshake named, "" before.
+func (c *Client) Schema() string { return c.schema }
+
+// InTLS tells that an SSLRequest has passed: what the client sends after it is TLS, and Next is for what is inside.
+func (c *Client) InTLS() bool { return c.inTLS }
+
+// Server takes what the server sends in clear, in order and in any pieces, before the client sees it. It must not be
+// called with what comes inside TLS.
+func (c *Client) Server(b []byte) {
+	if !c.inTLS {
+		c.server.follow(b, c.statements.answered)
+	}
+}
+
+// Next reads the packet at the front of b; n counts its bytes, the header included. In an SSLRequest and a handshake
+// response it clears, in b itself, the flags that the server must not see (clearedCapabilities). After an error other
+// than wire.ErrShort the connection cannot be followed any more and every call returns that error.
 func (c *Client) Next(b []byte) (n int, u Unit, err error) {
 	if c.refused != nil {
 		return 0, Unit{}, c.refused
@@ -128,203 +149,149 @@ func (c *Client) next(b []byte) (int, Unit, error) {
 		return 0, Unit{}, wire.ErrShort
 	}
 	length := int(b[0]) | int(b[1])<<8 | int(b[2])<<16
+	bound, err := c.header(length, b[3])
+	if err != nil {
+		return 0, Unit{}, err
+	}
+	if length > bound {
+		return 0, Unit{}, wire.TooLarge("a packet of %d bytes, at most %d", length, bound)
+	}
+	n := headerBytes + length
+	if len(b) < n {
+		return 0, Unit{}, wire.ErrShort
+	}
+	u, err := c.packet(b[headerBytes:n])
+	if err != nil {
+		return 0, Unit{}, err
+	}
+	return n, u, nil
+}
+
+// header checks a packet's length and sequence id and tells how long a packet may be in this phase.
+func (c *Client) header(length int, sequence byte) (bound int, err error) {
 	if length > PacketBytesMax {
-		return 0, Unit{}, wire.TooLarge("a packet of %d bytes, at most %d", length, PacketBytesMax)
+		return PacketBytesMax, nil
 	}
-	if length == 0 && c.phase != inAuthentication {
-		return 0, Unit{}, wire.Malformed("an empty packet")
+	if length == 0 && (c.phase != inAuthentication || sequence == 0) {
+		return 0, wire.Malformed("an empty packet")
 	}
-	sequence := b[3]
-	bound := PacketBytesMax
 	switch c.phase {
 	case inHandshake:
-		// The server's greeting has sequence id 0.
-		if sequence != 1 {
-			return 0, Unit{}, wire.Malformed("sequence id %d of a handshake response", sequence)
+		// The server's greeting has sequence id 0; an SSLRequest has no answer in packets.
+		want := byte(1)
+		if c.inTLS {
+			want = 2
 		}
-		bound = handshakeBytesMax
+		if sequence != want {
+			return 0, wire.Malformed("sequence id %d of a handshake response", sequence)
+		}
+		c.sequence = sequence
+		return handshakeBytesMax, nil
 	case inAuthentication:
 		// A command begins a new count at 0, so the two phases cannot be taken for each other by either side.
 		if sequence == 0 {
 			c.phase = inCommands
-			break
+			return PacketBytesMax, nil
 		}
-		// The server answers each packet with one of its own.
+		// The server answers each packet with one of its own. A packet that is asked for again has been looked at already.
 		if sequence != c.sequence+2 {
-			return 0, Unit{}, wire.Malformed("sequence id %d after %d while authenticating", sequence, c.sequence)
+			return 0, wire.Malformed("sequence id %d after %d while authenticating", sequence, c.sequence)
 		}
-		bound = authPacketBytesMax
-	case inCommands:
+		return authPacketBytesMax, nil
+	default:
 		if sequence != 0 {
-			return 0, Unit{}, wire.Malformed("sequence id %d of a command", sequence)
+			return 0, wire.Malformed("sequence id %d of a command", sequence)
 		}
+		return PacketBytesMax, nil
 	}
-	if c.phase == inCommands && length == 0 {
-		return 0, Unit{}, wire.Malformed("an empty packet")
-	}
-	if length > bound {
-		return 0, Unit{}, wire.TooLarge("a packet of %d bytes while connecting, at most %d", length, bound)
-	}
-	if len(b) < headerBytes+length {
-		return 0, Unit{}, wire.ErrShort
-	}
-	payload := b[headerBytes : headerBytes+length]
-	n := headerBytes + length
+}
+
+// packet reads the payload of a whole packet.
+func (c *Client) packet(p []byte) (Unit, error) {
 	switch c.phase {
 	case inHandshake:
-		if err := c.handshake(payload); err != nil {
-			return 0, Unit{}, err
+		if len(p) == requestBytes && !c.inTLS {
+			if err := c.startTLS(p); err != nil {
+				return Unit{}, err
+			}
+			clearFlags(p)
+			return Unit{Kind: StartTLS, Text: "mysql start tls"}, nil
 		}
-		c.phase, c.sequence = inAuthentication, sequence
-		return n, Unit{Support: true, Text: "mysql handshake " + policy.Printable(c.schema, 64)}, nil
+		if err := c.handshake(p); err != nil {
+			return Unit{}, err
+		}
+		clearFlags(p)
+		c.phase = inAuthentication
+		return Unit{Kind: Support, Text: "mysql handshake " + policy.Printable(c.schema, 64)}, nil
 	case inAuthentication:
 		if c.authPackets == authPacketsMax {
-			return 0, Unit{}, wire.Malformed("more than %d packets while authenticating", authPacketsMax)
+			return Unit{}, wire.Malformed("more than %d packets while authenticating", authPacketsMax)
 		}
 		c.authPackets++
-		c.sequence = sequence
-		return n, Unit{Support: true, Text: "mysql authentication"}, nil
+		c.sequence += 2
+		return Unit{Kind: Support, Text: "mysql authentication"}, nil
 	default:
-		u, err := c.command(payload)
-		if err != nil {
-			return 0, Unit{}, err
-		}
-		return n, u, nil
+		return c.command(p)
 	}
 }
 
-// handshake reads Protocol::HandshakeResponse41.
-func (c *Client) handshake(p []byte) error {
-	if len(p) < 32 {
-		return wire.Malformed("a handshake response of %d bytes", len(p))
-	}
-	flags := binary.LittleEndian.Uint32(p)
-	if flags&clientSSL != 0 {
-		return wire.Unsupported("TLS inside the MySQL protocol")
-	}
-	if stranger := flags &^ allowedCapabilities; stranger != 0 {
-		return wire.Unsupported("capability flags %#x", stranger)
-	}
-	if missing := requiredCapabilities &^ flags; missing != 0 {
-		return wire.Unsupported("a handshake without capability flags %#x", missing)
-	}
-	if !charsetAllowed(p[8]) {
-		return wire.Unsupported("collation %d in the handshake", p[8])
-	}
-	// MariaDB puts its own capability flags into the last four of the 23 filler bytes.
-	for _, filler := range p[9:32] {
-		if filler != 0 {
-			return wire.Unsupported("a handshake with MariaDB's own capability flags")
-		}
-	}
-	rest := p[32:]
-	_, rest, ok := cutNUL(rest, userBytesMax)
-	if !ok || len(rest) == 0 || int(rest[0]) > authResponseMax || len(rest) < 1+int(rest[0]) {
-		return wire.Malformed("user or password field of a handshake response")
-	}
-	rest = rest[1+int(rest[0]):]
-	schema, rest, ok := cutNUL(rest, 255)
-	if !ok {
-		return wire.Malformed("schema field of a handshake response")
-	}
-	if string(schema) != c.schema {
-		return wire.Unsupported("schema %q in the handshake, the peer's is %q", schema, c.schema)
-	}
-	_, rest, ok = cutNUL(rest, 64)
-	if !ok {
-		return wire.Malformed("plugin field of a handshake response")
-	}
-	if flags&clientConnectAttrs == 0 {
-		if len(rest) != 0 {
-			return wire.Malformed("%d bytes follow a handshake response", len(rest))
-		}
-		return nil
-	}
-	return attributes(rest)
-}
-
-// attributes checks that the length-encoded block of key and value pairs is the rest of the packet.
-func attributes(b []byte) error {
-	length, b, ok := lenenc(b)
-	if !ok || length != len(b) {
-		return wire.Malformed("attributes of a handshake response")
-	}
-	fields := 0
-	for ; len(b) > 0; fields++ {
-		if length, b, ok = lenenc(b); !ok || length > len(b) {
-			return wire.Malformed("an attribute of a handshake response")
-		}
-		b = b[length:]
-	}
-	if fields%2 != 0 {
-		return wire.Malformed("an attribute of a handshake response without a value")
-	}
-	return nil
-}
-
-// lenenc reads an integer of one or three bytes (page "Basic Data Types"); larger ones do not fit a handshake.
-func lenenc(b []byte) (value int, rest []byte, ok bool) {
-	switch {
-	case len(b) >= 1 && b[0] < 0xfb:
-		return int(b[0]), b[1:], true
-	case len(b) >= 3 && b[0] == 0xfc:
-		return int(b[1]) | int(b[2])<<8, b[3:], true
-	default:
-		return 0, nil, false
-	}
-}
-
-func cutNUL(b []byte, max int) (field, rest []byte, ok bool) {
-	for i, c := range b {
-		if c == 0 {
-			return b[:i], b[i+1:], true
-		}
-		if i == max {
-			break
-		}
-	}
-	return nil, nil, false
-}
-
-// charsetAllowed tells the collations of utf8mb4, latin1 and binary. In all of them every byte below 0x80 stands for
-// itself, so that no quote or backslash hides inside a character as it does in gbk, sjis or big5.
-func charsetAllowed(collation byte) bool {
-	switch {
-	case collation == 45, collation == 46, collation >= 224 && collation <= 247, collation == 255: // utf8mb4
-		return true
-	case collation == 5, collation == 8, collation == 15, collation == 31, collation >= 47 && collation <= 49, collation == 94: // latin1
-		return true
-	default:
-		return collation == 63 // binary
-	}
-}
-
-// command reads one packet of the command phase. Prepared statements are refused: COM_STMT_EXECUTE names its
-// statement by a number that only the server's answer tells.
+// command reads one packet of the command phase.
 func (c *Client) command(p []byte) (Unit, error) {
+	if c.statements.asked != nil && p[0] != comQuit {
+		return Unit{}, wire.Unsupported("a command before the answer to COM_STMT_PREPARE")
+	}
 	switch p[0] {
 	case comQuery:
 		statement, err := sql.Classify(p[1:], c.schema)
 		if err != nil {
 			return Unit{}, err
 		}
-		return Unit{Support: statement.Support, Text: statement.Text, Verb: statement.Verb, Read: statement.Read, Write: statement.Write}, nil
+		c.expect(answerResults)
+		if statement.Support {
+			return Unit{Kind: Support, Text: statement.Text}, nil
+		}
+		return unitOf(Message, &statement), nil
+	case comStmtPrepare:
+		return c.prepare(p[1:])
+	case comStmtExecute:
+		return c.execute(p[1:])
+	case comStmtSendLongData, comStmtClose, comStmtReset:
+		return c.upkeep(p)
 	case comPing, comResetConnection, comQuit:
 		if len(p) != 1 {
 			return Unit{}, wire.Malformed("%d bytes follow a command without parameters", len(p)-1)
 		}
 		switch p[0] {
 		case comPing:
-			return Unit{Support: true, Text: "mysql ping"}, nil
+			c.expect(answerStatus)
+			return Unit{Kind: Support, Text: "mysql ping"}, nil
 		case comResetConnection:
-			return Unit{Support: true, Text: "mysql reset connection"}, nil
+			c.expect(answerReset)
+			c.statements.reset()
+			return Unit{Kind: Support, Text: "mysql reset connection"}, nil
 		}
 		c.phase = afterQuit
-		return Unit{Support: true, Text: "mysql quit"}, nil
+		return Unit{Kind: Support, Text: "mysql quit"}, nil
 	default:
 		if name, known := commandNames[p[0]]; known {
 			return Unit{}, wire.Unsupported("%s", name)
 		}
 		return Unit{}, wire.Unsupported("command %#02x", p[0])
 	}
+}
+
+// expect says which answer comes next. A command before the end of the last answer is allowed, but from then on it is
+// not known which packet answers what.
+func (c *Client) expect(a answer) {
+	if !c.server.expect(a) {
+		c.statements.blind()
+	}
+}
+
+func unitOf(kind Kind, s *sql.Statement) Unit {
+	u := Unit{Kind: kind, Text: s.Text, Verb: s.Verb, Read: slices.Clone(s.Read), Write: slices.Clone(s.Write)}
+	if kind == Prepare {
+		u.Text = "mysql prepare" + s.Text[len("mysql"):]
+	}
+	return u
 }

@@ -71,7 +71,7 @@ func connected(t testing.TB) *Client {
 	t.Helper()
 	c := NewClient("helloRetail")
 	data := of(nil).build()
-	if n, u, err := c.Next(data); n != len(data) || !u.Support || err != nil {
+	if n, u, err := c.Next(data); n != len(data) || u.Kind != Support || err != nil {
 		t.Fatalf("%d bytes, %#v, %v", n, u, err)
 	}
 	return c
@@ -83,9 +83,9 @@ func TestAConnectionIsFollowed(t *testing.T) {
 		packet(0, comPing), packet(0, comResetConnection), packet(0, comQuit),
 	)
 	want := []Unit{
-		{Support: true, Text: "mysql handshake helloRetail"}, {Support: true, Text: "mysql authentication"}, {Support: true, Text: "mysql authentication"},
-		{Verb: "show-tables"}, {Verb: "select", Read: []string{"t"}},
-		{Support: true, Text: "mysql ping"}, {Support: true, Text: "mysql reset connection"}, {Support: true, Text: "mysql quit"},
+		{Kind: Support, Text: "mysql handshake helloRetail"}, {Kind: Support, Text: "mysql authentication"}, {Kind: Support, Text: "mysql authentication"},
+		{Kind: Message, Verb: "show-tables"}, {Kind: Message, Verb: "select", Read: []string{"t"}},
+		{Kind: Support, Text: "mysql ping"}, {Kind: Support, Text: "mysql reset connection"}, {Kind: Support, Text: "mysql quit"},
 	}
 	for size := 1; size <= len(stream); size++ {
 		c := NewClient("helloRetail")
@@ -112,8 +112,8 @@ func TestAConnectionIsFollowed(t *testing.T) {
 			t.Fatalf("in pieces of %d: %d units, %d bytes are held", size, len(got), len(held))
 		}
 		for i := range want {
-			if got[i].Support != want[i].Support || got[i].Verb != want[i].Verb || !slices.Equal(got[i].Read, want[i].Read) ||
-				want[i].Support && got[i].Text != want[i].Text || got[i].Prepare || len(got[i].Write) != 0 {
+			if got[i].Kind != want[i].Kind || got[i].Verb != want[i].Verb || !slices.Equal(got[i].Read, want[i].Read) ||
+				want[i].Kind == Support && got[i].Text != want[i].Text || len(got[i].Write) != 0 {
 				t.Errorf("in pieces of %d, unit %d: %#v", size, i, got[i])
 			}
 		}
@@ -137,7 +137,7 @@ func TestHandshakesOfClientsPass(t *testing.T) {
 		},
 	} {
 		data := of(change).build()
-		if n, u, err := NewClient("helloRetail").Next(data); n != len(data) || !u.Support || err != nil {
+		if n, u, err := NewClient("helloRetail").Next(data); n != len(data) || u.Kind != Support || err != nil {
 			t.Errorf("%s: %d of %d bytes, %#v, %v", name, n, len(data), u, err)
 		}
 	}
@@ -152,12 +152,8 @@ func TestAHandshakeThatChangesTheProtocolIsRefused(t *testing.T) {
 	}{
 		"TLS":                         {flag(clientSSL), "unsupported"},
 		"compression":                 {flag(1 << 5), "unsupported"},
-		"files of the client":         {flag(1 << 7), "unsupported"},
-		"spaces before parentheses":   {flag(clientIgnoreSpace), "unsupported"},
-		"many statements":             {flag(1 << 16), "unsupported"},
 		"metadata left out":           {flag(1 << 25), "unsupported"},
 		"zstd":                        {flag(1 << 26), "unsupported"},
-		"attributes of queries":       {flag(1 << 27), "unsupported"},
 		"a second factor":             {flag(1 << 28), "unsupported"},
 		"certificates of the server":  {flag(1 << 30), "unsupported"},
 		"remember":                    {flag(1 << 31), "unsupported"},
@@ -168,7 +164,8 @@ func TestAHandshakeThatChangesTheProtocolIsRefused(t *testing.T) {
 		"another schema":              {func(r *response) { r.schema = "mysql" }, "unsupported"},
 		"the schema in other letters": {func(r *response) { r.schema = "helloretail" }, "unsupported"},
 		"an empty schema":             {func(r *response) { r.schema = "" }, "unsupported"},
-		"MariaDB's flags":             {func(r *response) { r.filler[19] = 4 }, "unsupported"},
+		"MariaDB's flags of a MySQL":  {func(r *response) { r.filler[19] = 4 }, "unsupported"},
+		"MariaDB's COM_MULTI":         {func(r *response) { r.flags, r.filler[19] = r.flags&^clientLongPassword, 2 }, "unsupported"},
 		"a filler that is not zero":   {func(r *response) { r.filler[0] = 1 }, "unsupported"},
 		"gbk":                         {func(r *response) { r.collation = 28 }, "unsupported"},
 		"sjis":                        {func(r *response) { r.collation = 13 }, "unsupported"},
@@ -192,8 +189,33 @@ func TestAHandshakeThatChangesTheProtocolIsRefused(t *testing.T) {
 		n, u, err := NewClient("helloRetail").Next(of(c.change).build())
 
 		var refused *wire.Error
-		if n != 0 || u.Support || !errors.As(err, &refused) || refused.Reason != c.reason {
+		if n != 0 || u.Kind != 0 || !errors.As(err, &refused) || refused.Reason != c.reason {
 			t.Errorf("%s: %d bytes, %#v, %v; want %s", name, n, u, err, c.reason)
+		}
+	}
+}
+
+func TestFlagsThatChangeCommandsAreCleared(t *testing.T) {
+	for name, flag := range map[string]uint32{
+		"files of the client": clientLocalFiles, "many statements": clientMultiStatements, "spaces before parentheses": clientIgnoreSpace,
+		"attributes of queries": clientQueryAttributes, "all of them": clearedCapabilities,
+	} {
+		data := of(func(r *response) { r.flags |= flag }).build()
+		client := NewClient("helloRetail")
+
+		n, _, err := client.Next(data)
+
+		if err != nil || n != len(data) || !slices.Equal(data, of(nil).build()) {
+			t.Errorf("%s: %v, sent is %x", name, err, data)
+		}
+		// What the client hoped for is refused by its command.
+		for what, text := range map[string]string{
+			"attributes of a query": "\x00\x01SELECT a FROM t", "two statements": "SELECT a FROM t; SELECT b FROM u", "a space": "SELECT COUNT (*) FROM t",
+			"a file": "LOAD DATA LOCAL INFILE '/x' INTO TABLE t",
+		} {
+			if n, u, err := connected(t).Next(query(text)); err == nil || n != 0 {
+				t.Errorf("%s: %s passes as %#v", name, what, u)
+			}
 		}
 	}
 }
@@ -244,7 +266,7 @@ func TestSequenceNumbersTellThePhasesApart(t *testing.T) {
 func TestCommandsThatCannotBeJudgedAreRefused(t *testing.T) {
 	for command := range 256 {
 		switch byte(command) {
-		case comQuery, comPing, comQuit, comResetConnection:
+		case comQuery, comPing, comQuit, comResetConnection, comStmtPrepare, comStmtExecute, comStmtSendLongData, comStmtClose, comStmtReset:
 			continue
 		}
 		_, _, err := connected(t).Next(packet(0, byte(command), 'x'))
@@ -326,7 +348,7 @@ func FuzzClient(f *testing.F) {
 		whole, taken, err := follow(len(stream) + 1)
 		pieces, takenPieces, errPieces := follow(int(size) + 1)
 		same := slices.EqualFunc(whole, pieces, func(a, b Unit) bool {
-			return a.Support == b.Support && a.Text == b.Text && a.Verb == b.Verb && slices.Equal(a.Read, b.Read) && slices.Equal(a.Write, b.Write)
+			return a.Kind == b.Kind && a.Text == b.Text && a.Verb == b.Verb && slices.Equal(a.Read, b.Read) && slices.Equal(a.Write, b.Write)
 		})
 		if !same || taken != takenPieces || (err == nil) != (errPieces == nil) {
 			t.Fatalf("whole: %d units, %d bytes, %v; in pieces of %d: %d, %d, %v", len(whole), taken, err, int(size)+1, len(pieces), takenPieces, errPieces)
@@ -336,7 +358,7 @@ func FuzzClient(f *testing.F) {
 			t.Fatalf("error of another kind: %v", err)
 		}
 		for i, u := range whole {
-			if u.Support != (u.Verb == "") || u.Text == "" || i == 0 && !u.Support {
+			if (u.Kind == Message || u.Kind == Prepare) != (u.Verb != "") || u.Kind == 0 || u.Text == "" || i == 0 && u.Verb != "" {
 				t.Fatalf("unit %d: %#v", i, u)
 			}
 		}

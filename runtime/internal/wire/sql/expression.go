@@ -81,7 +81,7 @@ func (p *parser) operator() bool {
 func (p *parser) operand() (star bool) {
 	t := p.now()
 	switch {
-	case t.kind == number:
+	case t.kind == number, t.kind == parameter:
 		p.take()
 	case t.kind == text:
 		// Strings in a row are one string.

@@ -14,7 +14,8 @@ const (
 	quoted      // identifier in backticks
 	text        // string literal, also with an introducer or as hexadecimal or bit literal
 	number
-	symbol // operator or punctuation
+	parameter // of a prepared statement: a value
+	symbol    // operator or punctuation
 )
 
 // token is a piece of the statement. value is in upper case for words, unquoted for names, and empty for literals,
@@ -33,8 +34,9 @@ func (t token) is(kind kind, value string) bool { return t.kind == kind && t.val
 // escapes are on, double quotes hold strings. Where versions or character sets differ, it refuses. Outside literals
 // and comments only printable ASCII is taken, since what counts as a space beyond it depends on the character set.
 type lexer struct {
-	rest []byte
-	prev byte // the byte before rest, 0 at the beginning
+	rest       []byte
+	prev       byte // the byte before rest, 0 at the beginning
+	parameters bool // question marks are read
 }
 
 // introducers name the character set of a literal. In these, as in all that a connection may use, no byte of a longer
@@ -157,12 +159,23 @@ func (l *lexer) bare() (token, error) {
 			return token{kind: symbol, value: operator}, nil
 		}
 	}
-	// Left out on purpose: '@' (variables), '?' (parameters), '{' (ODBC escapes), '\' (\N), ':' (assignment).
+	// Left out on purpose: '@' (variables), '{' (ODBC escapes), '\' (\N), ':' (assignment).
 	if at := strings.IndexByte("(),.;*=<>+-/%!&|^~", c); at >= 0 {
 		l.advance(1)
 		return token{kind: symbol, value: "(),.;*=<>+-/%!&|^~"[at : at+1]}, nil
 	}
+	if c == '?' && l.parameters {
+		if len(l.rest) > 1 && (isWordByte(l.rest[1]) || l.rest[1] >= 0x80) {
+			return token{}, wire.Malformed("a parameter that runs into a word")
+		}
+		l.advance(1)
+		return token{kind: parameter}, nil
+	}
 	if c == '@' {
+		if len(l.rest) > 1 && l.rest[1] == '@' {
+			l.advance(2)
+			return token{kind: symbol, value: "@@"}, nil
+		}
 		return token{}, wire.Unsupported("a variable")
 	}
 	return token{}, wire.Malformed("byte %#02x in a statement", c)

@@ -111,11 +111,19 @@ func (p *parser) orderBy() {
 
 func (p *parser) limit() {
 	if p.acceptWord("LIMIT") {
-		p.needKind(number)
+		p.rowCount()
 		if p.accept(symbol, ",") || p.acceptWord("OFFSET") {
-			p.needKind(number)
+			p.rowCount()
 		}
 	}
+}
+
+func (p *parser) rowCount() {
+	if p.now().kind == parameter {
+		p.take()
+		return
+	}
+	p.needKind(number)
 }
 
 // locking reads the clauses that lock rows. They change what other transactions wait for and not what is read.

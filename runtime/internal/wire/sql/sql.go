@@ -34,10 +34,19 @@ type Statement struct {
 
 // Classify reads the text of one COM_QUERY on a connection whose default schema is schema.
 func Classify(statement []byte, schema string) (Statement, error) {
-	if len(statement) > StatementBytesMax {
-		return Statement{}, wire.TooLarge("a statement of %d bytes", len(statement))
+	return classify(lexer{rest: statement}, schema)
+}
+
+// ClassifyPrepared reads the text of one COM_STMT_PREPARE: a question mark stands for a value that comes later.
+func ClassifyPrepared(statement []byte, schema string) (Statement, error) {
+	return classify(lexer{rest: statement, parameters: true}, schema)
+}
+
+func classify(l lexer, schema string) (Statement, error) {
+	if len(l.rest) > StatementBytesMax {
+		return Statement{}, wire.TooLarge("a statement of %d bytes", len(l.rest))
 	}
-	p := parser{lexer: lexer{rest: statement}, schema: schema}
+	p := parser{lexer: l, schema: schema}
 	p.fill()
 	p.fill()
 	support := p.statement()
@@ -114,6 +123,8 @@ func (p *parser) unexpected() {
 		p.fail(wire.Unsupported("%s at this place of a statement", t.value))
 	case t.is(symbol, ";"):
 		p.fail(wire.Unsupported("more than one statement"))
+	case t.is(symbol, "@@"):
+		p.fail(wire.Unsupported("a system variable"))
 	case t.kind == symbol:
 		p.fail(wire.Malformed("%q at this place of a statement", t.value))
 	default:
@@ -232,6 +243,11 @@ func (p *parser) add(tables []string, table string) []string {
 func (p *parser) statement() (support string) {
 	first := p.now()
 	switch {
+	case p.atWord("SELECT") && p.ahead[1].is(symbol, "@@"):
+		// mysql-connector-python asks so before it writes its first literal.
+		p.take()
+		p.sessionVariable("SQL_MODE")
+		return "select session sql_mode"
 	case p.atWord("SELECT"), p.at(symbol, "("):
 		p.verb = "select"
 		p.query()
@@ -308,7 +324,10 @@ func (p *parser) set() string {
 		}
 		return "set names " + charset
 	}
-	if p.acceptWord("AUTOCOMMIT") {
+	if p.at(symbol, "@@") || p.atWord("AUTOCOMMIT") {
+		if !p.acceptWord("AUTOCOMMIT") {
+			p.sessionVariable("AUTOCOMMIT")
+		}
 		p.need(symbol, "=")
 		if !p.acceptWord("ON", "OFF") {
 			if raw := string(p.now().raw); p.now().kind != number || raw != "0" && raw != "1" {
@@ -320,6 +339,18 @@ func (p *parser) set() string {
 	}
 	p.fail(wire.Unsupported("a SET other than NAMES and AUTOCOMMIT"))
 	return ""
+}
+
+// sessionVariable reads @@session.NAME without a space in it.
+func (p *parser) sessionVariable(name string) {
+	p.need(symbol, "@@")
+	for _, part := range []token{{kind: word, value: "SESSION"}, {kind: symbol, value: "."}, {kind: word, value: name}} {
+		if !p.at(part.kind, part.value) || !p.now().touches {
+			p.fail(wire.Unsupported("a system variable"))
+			return
+		}
+		p.take()
+	}
 }
 
 // plainWord reads a word, or a string of plain letters in quotes, in lower case.

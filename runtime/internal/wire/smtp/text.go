@@ -1,0 +1,148 @@
+package smtp
+
+import (
+	"bytes"
+
+	"kalium.dev/kalium/runtime/internal/wire"
+)
+
+// text checks the text of a mail: lines of at most textBytesMax bytes that end with CRLF, without a bare CR or LF and
+// without a zero byte.
+type text struct {
+	length int  // of the line so far
+	isCR   bool // its last byte
+	line   scanner
+}
+
+// feed reads the next byte. watched: the server may be reading commands.
+func (t *text) feed(c byte, watched bool) error {
+	if t.isCR != (c == '\n') {
+		return wire.Malformed("a bare CR or LF in the text of a mail")
+	}
+	if c == 0 {
+		return wire.Malformed("a zero byte in the text of a mail")
+	}
+	if t.length++; t.length > textBytesMax {
+		return wire.TooLarge("a line of more than %d bytes in the text of a mail", textBytesMax)
+	}
+	t.isCR = c == '\r'
+	if watched && t.line.feed(c) {
+		return wire.Unsupported("text of a mail that reads like an envelope command, where the server may be reading commands")
+	}
+	if c == '\n' {
+		t.length, t.line = 0, scanner{}
+	}
+	return nil
+}
+
+// lines reads whole lines of text behind DATA.
+func (c *Client) lines(b []byte) (int, Unit, error) {
+	at := 0
+	for {
+		n := bytes.IndexByte(b[at:], '\n') + 1
+		line := b[at : at+n]
+		var err error
+		switch {
+		case n == 0 && len(b)-at >= textBytesMax:
+			err = wire.TooLarge("a line of more than %d bytes in the text of a mail", textBytesMax)
+		case n == 0:
+			err = wire.ErrShort
+		case len(line) == 3 && line[0] == '.' && line[1] == '\r':
+			c.phase = inCommands
+			if err := c.expect(toOther); err != nil {
+				return 0, Unit{}, err
+			}
+			c.sent()
+			return at + n, Unit{Kind: Body, Text: "smtp text", Bytes: at, End: true}, nil
+		}
+		for i := 0; i < len(line) && err == nil; i++ {
+			err = c.text.feed(line[i], c.inTLS)
+		}
+		if err != nil {
+			if at == 0 {
+				return 0, Unit{}, err
+			}
+			c.text = text{}
+			return at, Unit{Kind: Body, Text: "smtp text", Bytes: at}, nil
+		}
+		at += n
+	}
+}
+
+// content reads what there is of a chunk. The reply to BDAT only comes behind it, so it is watched in clear, too.
+func (c *Client) content(b []byte) (int, Unit, error) {
+	n := int(min(int64(len(b)), c.chunk))
+	for _, next := range b[:n] {
+		if err := c.text.feed(next, true); err != nil {
+			return 0, Unit{}, err
+		}
+	}
+	if c.chunk -= int64(n); c.chunk > 0 {
+		return n, Unit{Kind: Body, Text: "smtp chunk", Bytes: n}, nil
+	}
+	isLast := c.isLast
+	if err := c.endChunk(); err != nil {
+		return 0, Unit{}, err
+	}
+	return n, Unit{Kind: Body, Text: "smtp chunk", Bytes: n, End: isLast}, nil
+}
+
+// endChunk ends a chunk, and behind the last one the mail. A chunk must not end where a server that reads commands would
+// put the next command's bytes behind the beginning of another.
+func (c *Client) endChunk() error {
+	if c.text.line.isOpen() {
+		return wire.Unsupported("a chunk that ends in the first word of a line")
+	}
+	if c.isLast && c.text.isCR {
+		return wire.Malformed("a bare CR in the text of a mail")
+	}
+	c.phase = inCommands
+	if c.isLast {
+		c.sent()
+	}
+	return nil
+}
+
+// scanner looks for a line that some server takes for MAIL or RCPT: white space, the verb, white space, and then an
+// address, which begins behind ':' or '<'. That is more than FROM: and TO:, which not all servers insist on.
+type scanner struct {
+	state scanning
+	verb  [4]byte
+	bytes int // of the verb
+}
+
+type scanning uint8
+
+const (
+	beforeVerb scanning = iota
+	inVerb
+	behindVerb // of MAIL or RCPT
+	harmless
+)
+
+// isOpen tells whether the line has begun and could still become a command.
+func (s *scanner) isOpen() bool { return s.state == inVerb || s.state == behindVerb }
+
+func (s *scanner) feed(c byte) (isCommand bool) {
+	isSpace := c == ' ' || c >= '\t' && c <= '\r'
+	switch s.state {
+	case beforeVerb:
+		if !isSpace {
+			s.state = inVerb
+			return s.feed(c)
+		}
+	case inVerb:
+		switch {
+		case isLetter(c) && s.bytes < len(s.verb):
+			s.verb[s.bytes] = c &^ 0x20
+			s.bytes++
+		case isSpace && (string(s.verb[:s.bytes]) == "MAIL" || string(s.verb[:s.bytes]) == "RCPT"):
+			s.state = behindVerb
+		default:
+			s.state = harmless
+		}
+	case behindVerb:
+		return c == ':' || c == '<'
+	}
+	return false
+}
