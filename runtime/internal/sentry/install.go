@@ -5,7 +5,6 @@ package sentry
 import (
 	"fmt"
 
-	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/abi"
 	"gvisor.dev/gvisor/pkg/abi/linux"
 	"gvisor.dev/gvisor/pkg/errors/linuxerr"
@@ -23,12 +22,16 @@ type wrapper func(original kernel.SyscallFn) kernel.SyscallFn
 var wrappers = map[string]wrapper{
 	"socket":     socketCall,
 	"socketpair": socketPairCall,
-	"setsockopt": refuseIf(linuxerr.ENOPROTOOPT, func(a arch.SyscallArguments) bool { return optionRefused(a[1].Int(), a[2].Int()) }),
-	"ioctl":      refuseIf(linuxerr.EPERM, func(a arch.SyscallArguments) bool { return a[1].Uint() == linux.TUNSETIFF }),
-	"clone":      refuseIf(linuxerr.EPERM, newNetwork),
-	"unshare":    refuseIf(linuxerr.EPERM, newNetwork),
-	"setns":      refuseIf(linuxerr.EPERM, func(a arch.SyscallArguments) bool { return a[1].Int()&linux.CLONE_NEWNET != 0 }),
-	"clone3":     func(kernel.SyscallFn) kernel.SyscallFn { return clone3Call },
+	"setsockopt": refuseIf(linuxerr.ENOPROTOOPT, func(a arch.SyscallArguments) bool {
+		return mediation.OptionClass(a[1].Int(), a[2].Int()) == mediation.Refused
+	}),
+	"ioctl": refuseIf(linuxerr.ENOTTY, func(a arch.SyscallArguments) bool {
+		return mediation.IoctlClass(a[1].Uint()) == mediation.Refused
+	}),
+	"clone":   refuseIf(linuxerr.EPERM, newNetwork),
+	"unshare": refuseIf(linuxerr.EPERM, newNetwork),
+	"setns":   refuseIf(linuxerr.EPERM, intoNetwork),
+	"clone3":  func(kernel.SyscallFn) kernel.SyscallFn { return clone3Call },
 }
 
 // preparing are calls in front of which something is made ready. Nothing about the call itself changes.
@@ -41,7 +44,7 @@ func Install() error {
 		return fmt.Errorf("gVisor has no system call table for %v", arch.Host)
 	}
 	for number, call := range table.Table {
-		line, _ := mediation.Of(call.Name) // a call without a line has the zero class, which refuses
+		line, _ := mediation.Of(mediation.Calls, call.Name) // a call without a line has the zero class, which refuses
 		switch line.Class {
 		case mediation.EndsAtEndpoint, mediation.Inside, mediation.Absent:
 			prepare, found := preparing[call.Name]
@@ -83,6 +86,13 @@ func refuseIf(err error, rule func(arch.SyscallArguments) bool) wrapper {
 // an interface into one, and there the program would have every capability.
 func newNetwork(a arch.SyscallArguments) bool { return a[0].Uint()&linux.CLONE_NEWNET != 0 }
 
+// intoNetwork tells a setns that may enter a network namespace. Type 0 stands for whatever the descriptor is, which only
+// the call itself may look up. With any other type the linked gVisor takes a descriptor of that type and of no other.
+func intoNetwork(a arch.SyscallArguments) bool {
+	kind := a[1].Int()
+	return kind == 0 || kind&linux.CLONE_NEWNET != 0
+}
+
 // clone3Call is clone3(2), whose flags are in memory. gVisor's own function would read them again after a check of
 // ours, and another thread could change them in between.
 func clone3Call(t *kernel.Task, _ uintptr, a arch.SyscallArguments) (uintptr, *kernel.SyscallControl, error) {
@@ -102,27 +112,4 @@ func clone3Call(t *kernel.Task, _ uintptr, a arch.SyscallArguments) (uintptr, *k
 		return 0, nil, err
 	}
 	return uintptr(id), control, err
-}
-
-// Options of socket(7), ip(7) and netfilter that are refused.
-const (
-	packetFilterReplace  = 64 // IPT_SO_SET_REPLACE, IP6T_SO_SET_REPLACE
-	packetFilterCounters = 65
-)
-
-// optionRefused tells options that lead around the endpoint. gVisor accepts kernel TLS and does nothing: the program
-// would then write plain text. A bound interface turns loopback destinations into packets on a wire, and a packet
-// filter can rewrite them.
-func optionRefused(level, name int32) bool {
-	switch level {
-	case unix.SOL_TLS:
-		return true
-	case unix.SOL_TCP:
-		return name == linux.TCP_ULP
-	case unix.SOL_SOCKET:
-		return name == linux.SO_BINDTODEVICE
-	case unix.SOL_IP, unix.SOL_IPV6:
-		return name == packetFilterReplace || name == packetFilterCounters
-	}
-	return false
 }

@@ -1,7 +1,6 @@
 package sentry
 
 import (
-	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/abi/linux"
 	"gvisor.dev/gvisor/pkg/errors/linuxerr"
 	"gvisor.dev/gvisor/pkg/sentry/arch"
@@ -19,32 +18,35 @@ import (
 	"gvisor.dev/gvisor/pkg/waiter"
 
 	"kalium.dev/kalium/runtime/internal/endpoint"
-)
-
-// Netlink protocols that read the sandbox's own state. Changing it takes CAP_NET_ADMIN, which start.go refuses.
-const (
-	netlinkRoute  = 0
-	netlinkUevent = 15
+	"kalium.dev/kalium/runtime/internal/mediation"
 )
 
 // socketCall is socket(2). Everything that sends over the network later does so through an endpoint made here.
 func socketCall(original kernel.SyscallFn) kernel.SyscallFn {
 	return func(t *kernel.Task, number uintptr, a arch.SyscallArguments) (uintptr, *kernel.SyscallControl, error) {
-		switch a[0].Int() {
-		case linux.AF_UNIX:
+		family, kind, protocol := int(a[0].Int()), linux.SockType(a[1].Int()&linux.SOCK_TYPE_MASK), int(a[2].Int())
+		switch mediation.SocketClass(family, kind, protocol) {
+		case mediation.Inside:
 			return original(t, number, a)
-		case linux.AF_NETLINK:
-			if protocol := a[2].Int(); protocol != netlinkRoute && protocol != netlinkUevent {
-				return 0, nil, linuxerr.EPROTONOSUPPORT
-			}
-			return original(t, number, a)
-		case linux.AF_INET:
-			return internetSocket(t, linux.AF_INET, ipv4.ProtocolNumber, a)
-		case linux.AF_INET6:
-			return internetSocket(t, linux.AF_INET6, ipv6.ProtocolNumber, a)
+		case mediation.EndsAtEndpoint:
+			return internetSocket(t, family, kind, int(a[1].Int()&^linux.SOCK_TYPE_MASK))
 		}
-		return 0, nil, linuxerr.EAFNOSUPPORT // packet, vsock and whatever comes next
+		return 0, nil, refusedSocket(family, kind)
 	}
+}
+
+// refusedSocket is the error of a kernel that does not have what was asked for, or not for this program.
+func refusedSocket(family int, kind linux.SockType) error {
+	switch family {
+	case linux.AF_INET, linux.AF_INET6:
+		if kind == linux.SOCK_RAW {
+			return linuxerr.EPERM
+		}
+		return linuxerr.EPROTONOSUPPORT
+	case linux.AF_NETLINK:
+		return linuxerr.EPROTONOSUPPORT
+	}
+	return linuxerr.EAFNOSUPPORT
 }
 
 // socketPairCall is socketpair(2).
@@ -57,21 +59,18 @@ func socketPairCall(original kernel.SyscallFn) kernel.SyscallFn {
 	}
 }
 
-func internetSocket(t *kernel.Task, family int, net tcpip.NetworkProtocolNumber, a arch.SyscallArguments) (uintptr, *kernel.SyscallControl, error) {
-	kind, flags, protocol := linux.SockType(a[1].Int()&0xf), int(a[1].Int()&^0xf), int(a[2].Int())
+// internetSocket makes a guarded stream or a guarded socket for datagrams.
+func internetSocket(t *kernel.Task, family int, kind linux.SockType, flags int) (uintptr, *kernel.SyscallControl, error) {
 	if flags&^(linux.SOCK_NONBLOCK|linux.SOCK_CLOEXEC) != 0 {
 		return 0, nil, linuxerr.EINVAL
 	}
-	var transport tcpip.TransportProtocolNumber
-	switch {
-	case kind == linux.SOCK_STREAM && (protocol == 0 || protocol == unix.IPPROTO_TCP):
+	net := ipv4.ProtocolNumber
+	if family == linux.AF_INET6 {
+		net = ipv6.ProtocolNumber
+	}
+	transport := udp.ProtocolNumber
+	if kind == linux.SOCK_STREAM {
 		transport = tcp.ProtocolNumber
-	case kind == linux.SOCK_DGRAM && (protocol == 0 || protocol == unix.IPPROTO_UDP):
-		transport = udp.ProtocolNumber
-	case kind == linux.SOCK_RAW:
-		return 0, nil, linuxerr.EPERM
-	default: // ping sockets are among these
-		return 0, nil, linuxerr.EPROTONOSUPPORT
 	}
 	network, ok := t.NetworkContext().(*netstack.Stack)
 	if !ok || network == nil || network.Stack == nil {

@@ -86,6 +86,10 @@ var started *command
 type bundleSpec struct {
 	Annotations map[string]string `json:"annotations"`
 	Process     *process          `json:"process"`
+	Mounts      []mount           `json:"mounts"`
+	Linux       struct {
+		Devices []device `json:"devices"`
+	} `json:"linux"`
 }
 
 type process struct {
@@ -242,6 +246,11 @@ func (c *command) checkSpec() error {
 		if !slices.ContainsFunc(allowedAnnotations, func(prefix string) bool { return strings.HasPrefix(name, prefix) }) {
 			return failed("runtime.annotations", c.name+" a guarded sandbox", "annotation "+strconv.Quote(name)+", which changes how gVisor isolates it",
 				"remove the annotation")
+		}
+	}
+	for _, check := range []func() error{c.checkRoot, c.checkMounts, c.checkDevices} {
+		if err := check(); err != nil {
+			return err
 		}
 	}
 	return c.spec.Process.check(c.name)

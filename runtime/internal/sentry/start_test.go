@@ -5,20 +5,27 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 
 	"kalium.dev/kalium/runtime/internal/frame"
+	"kalium.dev/kalium/runtime/internal/mediation"
 )
 
 // bundle writes a config.json with annotations and capabilities.
 func bundle(t *testing.T, annotations map[string]string, capabilities ...string) string {
 	t.Helper()
-	spec, err := json.Marshal(map[string]any{
+	return bundleOf(t, map[string]any{
 		"ociVersion": "1.0.0", "annotations": annotations,
 		"process": map[string]any{"args": []string{"x"}, "capabilities": map[string][]string{"bounding": capabilities, "effective": capabilities}},
 	})
+}
+
+func bundleOf(t *testing.T, config map[string]any) string {
+	t.Helper()
+	spec, err := json.Marshal(config)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -193,27 +200,121 @@ func TestWithoutADonatedConnectionThereIsNoGuard(t *testing.T) {
 	}
 }
 
-func TestOptionsThatLeadAroundTheEndpointAreRefused(t *testing.T) {
-	refused := map[[2]int32]bool{
-		{282, 1}: true, {282, 2}: true, // SOL_TLS
-		{6, 31}:  true,  // TCP_ULP
-		{1, 25}:  true,  // SO_BINDTODEVICE
-		{0, 64}:  true,  // IPT_SO_SET_REPLACE
-		{41, 64}: true,  // IP6T_SO_SET_REPLACE
-		{0, 65}:  true,  // IPT_SO_SET_ADD_COUNTERS
-		{6, 1}:   false, // TCP_NODELAY
-		{1, 2}:   false, // SO_REUSEADDR
-		{41, 26}: false, // IPV6_V6ONLY
+func TestEveryReplacedCallHasAFunction(t *testing.T) {
+	if err := Install(); err != nil {
+		t.Fatal(err)
 	}
-	for option, want := range refused {
-		if got := optionRefused(option[0], option[1]); got != want {
-			t.Errorf("option %v: refused %t", option, got)
+}
+
+// ours is the id of a container as engines choose it.
+const ours = "a156b3993e674f87cee3d821cd3ce6e34baa8dd41edc31c5c9a1913754aa4452"
+
+func TestMountsThatAnotherInstanceMayReadAreRefused(t *testing.T) {
+	for what, m := range map[string]mount{
+		"a volume":                          {"/data", "bind", "/srv/data", []string{"rbind", "rprivate"}},
+		"a volume of this container":        {"/data", "bind", "/srv/" + ours + "/data", []string{"rbind"}},
+		"a bind mount by its options":       {"/data", "none", "/srv/data", []string{"bind"}},
+		"two options that contradict":       {"/data", "bind", "/srv/data", []string{"ro", "rw"}},
+		"the name of a file in a folder":    {"/etc/hosts/x", "bind", "/var/" + ours + "/hosts", nil},
+		"an engine's file of another":       {"/etc/hosts", "bind", "/var/lib/containers/0000000000000000/hosts", []string{"bind"}},
+		"shared memory of another":          {"/dev/shm", "bind", "/dev/shm", []string{"rbind"}},
+		"an id that is part of another":     {"/dev/shm", "bind", "/var/x" + ours + "/shm", []string{"rbind"}},
+		"a file system of the host":         {"/data", "ext4", "/dev/sdb", nil},
+		"a network file system":             {"/data", "nfs", "server:/", []string{"ro"}},
+		"a type that is not named":          {"/data", "", "/srv/data", nil},
+		"a writable volume at another path": {"/tmp/../data", "bind", "/var/" + ours, []string{"bind"}},
+	} {
+		t.Run(what, func(t *testing.T) {
+			folder := bundleOf(t, map[string]any{"annotations": good, "mounts": []mount{m}})
+			for _, name := range []string{"create", "run"} {
+				refusedWith(t, "runtime.mounts", name, "--bundle", folder, ours)
+			}
+		})
+	}
+	folder := bundleOf(t, map[string]any{"annotations": good, "mounts": []mount{{"/etc/hosts", "bind", "/etc/hosts", []string{"bind"}}}})
+	refusedWith(t, "runtime.mounts", "create", "--bundle", folder, "etc") // a short name is no owner
+}
+
+// TestMountsOfContainerEnginesAreLetPass holds what podman 4.3 and the kubelet with containerd mount.
+func TestMountsOfContainerEnginesAreLetPass(t *testing.T) {
+	podman := "/var/lib/containers/storage/overlay-containers/" + ours + "/userdata/"
+	pod, sandbox := "3f0c1d52-8b1e-4a2f-9d5e-0a1b2c3d4e5f", "5f1e2d3c4b5a69788796a5b4c3d2e1f05f1e2d3c4b5a69788796a5b4c3d2e1f0"
+	kubelet, cri := "/var/lib/kubelet/pods/"+pod+"/", "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/"+sandbox+"/"
+	options := []string{"bind", "rprivate"}
+	folder := bundleOf(t, map[string]any{
+		"annotations": map[string]string{
+			annotationApp: "shop", annotationFunction: "buyer", "io.kubernetes.cri.sandbox-id": sandbox, "io.kubernetes.cri.sandbox-uid": pod,
+		},
+		"mounts": []mount{
+			{"/proc", "proc", "proc", nil}, {"/dev", "tmpfs", "tmpfs", nil}, {"/sys", "sysfs", "sysfs", []string{"ro"}},
+			{"/dev/pts", "devpts", "devpts", nil}, {"/dev/mqueue", "mqueue", "mqueue", nil}, {"/sys/fs/cgroup", "cgroup", "cgroup", []string{"ro"}},
+			{"/scratch", "tmpfs", "tmpfs", []string{"rw"}}, {"/data", "bind", "/srv/data", []string{"ro", "rbind"}},
+			{"/etc/resolv.conf", "bind", podman + "resolv.conf", options}, {"/etc/hosts", "bind", podman + "hosts", options},
+			{"/etc/hostname", "bind", podman + "hostname", options}, {"/run/.containerenv", "bind", podman + ".containerenv", options},
+			{"/dev/shm", "bind", podman + "shm", options}, {"/run/secrets", "bind", podman + "run/secrets", options},
+			{"/etc/hosts", "bind", kubelet + "etc-hosts", []string{"rbind", "rprivate", "rw"}},
+			{"/dev/termination-log", "bind", kubelet + "containers/f/0a1b2c3d", []string{"rbind", "rprivate", "rw"}},
+			{"/tmp", "bind", kubelet + "volumes/kubernetes.io~empty-dir/temp", []string{"rbind", "rprivate", "rw"}},
+			{"/dev/shm", "bind", cri + "shm", []string{"rbind", "rprivate", "rw"}},
+		},
+	})
+
+	if _, err := examine("create", "--bundle", folder, ours); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestDevicesOfTheHostAreRefused(t *testing.T) {
+	with := func(d device) string {
+		return bundleOf(t, map[string]any{"annotations": good, "linux": map[string]any{"devices": []device{d}}})
+	}
+	for _, d := range []device{
+		{"/dev/sda", "b", 8, 0}, {"/dev/null", "b", 1, 3}, {"/dev/mem", "c", 1, 1}, {"/dev/net/tun", "c", 10, 200}, {"/dev/nvidia0", "c", 195, 0},
+		{"/dev/vfio/vfio", "c", 1, 3}, {"/dev/accel0", "c", 1, 3}, {"/dev/fifo", "p", 0, 0}, {"/dev/x", "", 1, 3}, {"/dev/fuse", "c", 10, 229}, {"/dev/other", "c", 60, 0}, {keysPath, "b", 60, 0},
+	} {
+		refusedWith(t, "runtime.devices", "create", "--bundle", with(d), "id")
+	}
+	for _, d := range []device{{"/dev/null", "c", 1, 3}, {"/dev/urandom", "u", 1, 9}, {"/dev/tty", "c", 5, 0}, {keysPath, "c", keysMajor, keysMinor}} {
+		if _, err := examine("create", "--bundle", with(d), "id"); err != nil {
+			t.Error(err)
 		}
 	}
 }
 
-func TestEveryReplacedCallHasAFunction(t *testing.T) {
-	if err := Install(); err != nil {
-		t.Fatal(err)
+func TestARootThatTheHostSeesIsRefused(t *testing.T) {
+	folder := bundle(t, good)
+	refusedWith(t, "runtime.flags", "--overlay2=none", "create", "--bundle", folder, "id")
+	for _, value := range []string{"root:self", "root:memory", "all:memory", "root:dir=/var/x", "root:self,size=1g"} {
+		if _, err := examine("--overlay2="+value, "create", "--bundle", folder, "id"); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestTheTableSaysOfCommandsAndFlagsWhatAStartDoes holds that package mediation and the rules here agree.
+func TestTheTableSaysOfCommandsAndFlagsWhatAStartDoes(t *testing.T) {
+	spelled := map[string]string{"portforward": "port-forward", "readcontrol": "read-control", "writecontrol": "write-control"}
+	for _, line := range mediation.Lines(mediation.Commands) {
+		name := line.Name
+		if spelled[name] != "" {
+			name = spelled[name]
+		}
+		if topic := name == "platforms" || name == "syscalls"; !topic && slices.Contains(allowedCommands, name) != (line.Class == mediation.Inside) {
+			t.Errorf("command %s: class %s", name, line.Class)
+		}
+	}
+	ruled := []string{"overlay2"}
+	for _, rule := range flagRules {
+		ruled = append(ruled, rule.name)
+	}
+	for _, line := range mediation.Lines(mediation.Flags) {
+		if name, global := strings.CutPrefix(line.Name, "--"); global && slices.Contains(ruled, name) != (line.Class == mediation.Replaced) {
+			t.Errorf("flag --%s: class %s", name, line.Class)
+		}
+	}
+	for _, name := range ruled {
+		if _, found := mediation.Of(mediation.Flags, "--"+name); !found {
+			t.Errorf("flag --%s has no line", name)
+		}
 	}
 }
