@@ -57,7 +57,8 @@ type guarded struct {
 	cuts   *mathrand.Rand // nil: each write and read as it comes
 	reseal bool           // false: opened, and then sent as it came
 
-	onHello func(*Hello)
+	onHello   func(*Hello)
+	onControl func()
 
 	held    []byte
 	plain   bytes.Buffer
@@ -136,6 +137,9 @@ func (g *guarded) judge() (out []byte, err error) {
 				out = append(out, raw[:n]...)
 			}
 		case KindControl:
+			if g.onControl != nil {
+				g.onControl()
+			}
 			if g.reseal {
 				out = g.client.SealControl(out)
 			} else {

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"kalium.dev/kalium/runtime/internal/policy"
 	"kalium.dev/kalium/runtime/internal/wire"
 )
 
@@ -61,7 +62,7 @@ func TestKeysThatDoNotFit(t *testing.T) {
 			}
 			_, err := conn.Write([]byte("data"))
 			var refused *wire.Error
-			if !errors.As(g.refused, &refused) || refused.Reason != reasonNoKey {
+			if !errors.As(g.refused, &refused) || refused.Reason != policy.ReasonNoKey {
 				t.Fatalf("refused with %v, the write with %v", g.refused, err)
 			}
 			if seen, _ := server.wait(t); seen != "" || g.plain.Len() != 0 {
@@ -75,9 +76,9 @@ func TestALateKeyIsTooLate(t *testing.T) {
 	s := greetedBy(t, serverHello(serverRandom, aes128TLS13, tls13))
 	s.traffic(aes128TLS13, "CLIENT_HANDSHAKE_TRAFFIC_SECRET")
 	b := s.seal(contentHandshake, finishedOf(32))
-	s.refuse(b, reasonNoKey)
+	s.refuse(b, policy.ReasonNoKey)
 	s.logSecret("CLIENT_HANDSHAKE_TRAFFIC_SECRET", 32)
-	s.refuse(b, reasonNoKey)
+	s.refuse(b, policy.ReasonNoKey)
 }
 
 func lineOf(label string, random uint32, fill byte, n int) string {
@@ -174,7 +175,7 @@ func TestKeyStoreFlood(t *testing.T) {
 		t.Error("a full store takes a connection")
 	}
 	client := NewClient(keys)
-	if _, _, err := client.Next(firstHello()); err == nil || err.(*wire.Error).Reason != reasonNoKey {
+	if _, _, err := client.Next(firstHello()); err == nil || err.(*wire.Error).Reason != policy.ReasonNoKey {
 		t.Errorf("a hello at a full store: %v", err)
 	}
 

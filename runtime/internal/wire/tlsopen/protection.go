@@ -42,9 +42,7 @@ func (p *protection) setIV(iv []byte) {
 	p.mask = binary.BigEndian.Uint64(p.nonce[saltBytes:])
 }
 
-const reasonNoKey policy.Reason = "no_key"
-
-func noKey(text string) error { return &wire.Error{Reason: reasonNoKey, Text: text} }
+func noKey(text string) error { return &wire.Error{Reason: policy.ReasonNoKey, Text: text} }
 
 var errDoesNotOpen = noKey("a record that does not open under the logged key")
 

@@ -99,8 +99,8 @@ func TestRefusals(t *testing.T) {
 		}, plain(changeCipherSpec), policy.ReasonMalformed},
 		{"ChangeCipherSpec of other content", greeted12, plain(record(contentChangeCipherSpec, []byte{2})), policy.ReasonMalformed},
 		{"a long ChangeCipherSpec", greeted12, plain(record(contentChangeCipherSpec, []byte{1, 1})), policy.ReasonMalformed},
-		{"no master secret", func(t testing.TB) *script { s := greeted12(t); s.pass(keyExchange, KindPass); return s }, plain(changeCipherSpec), reasonNoKey},
-		{"Finished does not open", changed, plain(record(contentHandshake, make([]byte, 40))), reasonNoKey},
+		{"no master secret", func(t testing.TB) *script { s := greeted12(t); s.pass(keyExchange, KindPass); return s }, plain(changeCipherSpec), policy.ReasonNoKey},
+		{"Finished does not open", changed, plain(record(contentHandshake, make([]byte, 40))), policy.ReasonNoKey},
 		{"Finished with more", changed, sealed(contentHandshake, append(finishedOf(12), 0)), policy.ReasonMalformed},
 		{"another message for a Finished", changed, sealed(contentHandshake, message(messageClientKeyExchange, make([]byte, 12))), policy.ReasonMalformed},
 		{"a short Finished", changed, sealed(contentHandshake, finishedOf(11)), policy.ReasonMalformed},
@@ -108,8 +108,8 @@ func TestRefusals(t *testing.T) {
 		{"two ChangeCipherSpecs", changed, plain(changeCipherSpec), policy.ReasonMalformed},
 		{"renegotiation", protected12, sealed(contentHandshake, firstHello()[headerBytes:]), policy.ReasonUnsupported},
 		{"ChangeCipherSpec behind the handshake", protected12, sealed(contentChangeCipherSpec, []byte{1}), policy.ReasonMalformed},
-		{"a plain hello behind the handshake", protected12, plain(firstHello()), reasonNoKey},
-		{"data in clear behind the handshake", protected12, plain(data), reasonNoKey},
+		{"a plain hello behind the handshake", protected12, plain(firstHello()), policy.ReasonNoKey},
+		{"data in clear behind the handshake", protected12, plain(data), policy.ReasonNoKey},
 		{"a plain alert behind the handshake", protected12, plain(record(contentAlert, []byte{1, 0})), policy.ReasonMalformed},
 		{"an old version behind the handshake", protected12, func(s *script) []byte {
 			b := s.seal(contentApplicationData, []byte("x"))
@@ -118,13 +118,13 @@ func TestRefusals(t *testing.T) {
 		}, policy.ReasonMalformed},
 
 		// TLS 1.3.
-		{"no handshake secret", greeted13, plain(data), reasonNoKey},
+		{"no handshake secret", greeted13, plain(data), policy.ReasonNoKey},
 		{"a handshake secret of another suite", func(t testing.TB) *script {
 			s := greeted13(t)
 			s.logSecret("CLIENT_HANDSHAKE_TRAFFIC_SECRET", 48)
 			return s
-		}, plain(data), reasonNoKey},
-		{"Finished does not open under the handshake key", finishing, plain(data), reasonNoKey},
+		}, plain(data), policy.ReasonNoKey},
+		{"Finished does not open under the handshake key", finishing, plain(data), policy.ReasonNoKey},
 		{"data under the handshake key", finishing, sealed(contentApplicationData, []byte("GET / HTTP/1.1\r\n\r\n")), policy.ReasonMalformed},
 		{"data that is as long as a Finished", finishing, sealed(contentApplicationData, finishedOf(32)), policy.ReasonMalformed},
 		{"end of early data", finishing, sealed(contentHandshake, message(5, nil)), policy.ReasonMalformed},
@@ -149,7 +149,7 @@ func TestRefusals(t *testing.T) {
 			s := finishing(t)
 			s.pass(s.seal(contentHandshake, finishedOf(32)), KindPass)
 			return s
-		}, sealed(contentApplicationData, []byte("x")), reasonNoKey},
+		}, sealed(contentApplicationData, []byte("x")), policy.ReasonNoKey},
 		{"padding", protected13, sealed(0, []byte{'x', contentApplicationData}), policy.ReasonUnsupported},
 		{"authentication behind the handshake", protected13, sealed(contentHandshake, message(messageCertificate, make([]byte, 9))), policy.ReasonUnsupported},
 		{"Finished behind the handshake", protected13, sealed(contentHandshake, finishedOf(32)), policy.ReasonUnsupported},
