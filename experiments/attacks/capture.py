@@ -45,7 +45,7 @@ class Capture:
 
     def __enter__(self) -> Capture:
         # To standard output: whatever user or profile tcpdump is confined to, the file is ours.
-        command = as_root([*self.within, "tcpdump", "-i", self.interface, "-n", "-s", "0", "-U", "--immediate-mode", "-B", "16384", "-w", "-"])
+        command = as_root([*self.within, "tcpdump", "-i", self.interface, "-n", "-s", "0", "-U", "--immediate-mode", "-B", "65536", "-w", "-"])
         try:
             with self.file.open("xb") as output:
                 self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, start_new_session=True)

@@ -256,6 +256,7 @@ class Lab:
                 "operator_key": str(pki / "operator.pub"),
                 "state_dir": str(self.folder / "agent"),
                 "verdict_log": str(self.folder / "verdicts.jsonl"),
+                "timing_log": str(self.folder / "timings.jsonl"),
                 "names": {name: [address] for name, address in self.names.items()},
                 "incoming": {"port": PORT, "sources": [f"{GATEWAY}/32"], "health_path": "/"},
                 "lease_ms": 60000,
@@ -263,7 +264,11 @@ class Lab:
         )
         (self.folder / "agent").mkdir()
         self._daemon(stack, "agent", [str(self.bin / "kalium-agent"), "--config", str(config)])
-        until(lambda: self._status().get("controller") and len(self._status()["policies"]) == len(self.policies), "the agent and its policies")
+        try:
+            until(lambda: self._status().get("controller") and len(self._status()["policies"]) == len(self.policies), "the agent and its policies")
+        except TimeoutError as error:
+            said = "".join((self.folder / name).read_text(errors="replace")[-1500:] for name in ("agent.log", "controller.log"))
+            raise RuntimeError(f"{error}: {said}") from error
 
     def _daemon(self, stack: contextlib.ExitStack, name: str, command: list[str]) -> None:
         with (self.folder / f"{name}.log").open("wb") as log:
