@@ -34,7 +34,8 @@ type Controller interface {
 	Invoke(deadline time.Time, question *frame.Invoke) (*frame.Answer, error)
 	// End tells that an invocation is over. It does not wait.
 	End(over *frame.End)
-	// Log takes a verdict for the log. An error means that it will not be logged, so it must not be acted upon.
+	// Log takes a verdict for the log, and keeps nothing of the record. An error means that it will not be logged, so it
+	// must not be acted upon.
 	Log(deadline time.Time, record *frame.VerdictRecord) error
 }
 
@@ -310,6 +311,9 @@ type subject struct {
 	never                     bool // no mode lets it pass, because there is nothing to pass on
 }
 
+// records are verdicts on their way to the log.
+var records = sync.Pool{New: func() any { return new(frame.VerdictRecord) }}
+
 // settle logs a verdict and says what becomes of its subject. Nothing is acted upon that could not be logged.
 func (g *Guard) settle(s standing, what subject, v policy.Verdict, began time.Time) Outcome {
 	if g == nil {
@@ -330,7 +334,9 @@ func (g *Guard) settle(s standing, what subject, v policy.Verdict, began time.Ti
 	if v.Reason == "" {
 		v.Reason = policy.ReasonMalformed
 	}
-	record := &frame.VerdictRecord{
+	record := records.Get().(*frame.VerdictRecord)
+	defer records.Put(record)
+	*record = frame.VerdictRecord{
 		Event: frame.EventVerdict, Mode: policy.ModeInvalid.String(),
 		Kind: what.kind, Message: policy.Printable(what.text, policy.MessageTextMax), Peer: what.peer, Judging: what.judging,
 		Allowed: outcome != Denied, WouldDeny: outcome == Marked, Reason: string(v.Reason),

@@ -17,13 +17,13 @@ func (g *Guard) judge(t *timing, m *policy.Message, kind string, ask func(*invoc
 // judgeOf is judge for a message that says which call it belongs to. That is asked for only where an app edge could
 // belong to several.
 func (g *Guard) judgeOf(t *timing, call string, m *policy.Message, kind string, ask func(*invocation) (policy.Verdict, error)) (Outcome, *invocation) {
-	began := g.clock()
-	what := subject{kind: kind, text: m.Text(), peer: m.Peer, judging: m.Judging}
 	if g == nil {
 		return Denied, nil
 	}
+	began := g.now()
 	g.walk.mu.Lock()
 	defer g.walk.mu.Unlock()
+	what := subject{kind: kind, text: g.walk.text(m), peer: m.Peer, judging: m.Judging}
 	s := g.stand()
 	switch {
 	case s.off():
@@ -43,7 +43,8 @@ func (g *Guard) judgeOf(t *timing, call string, m *policy.Message, kind string, 
 	case step.again != nil:
 		what.judging = retryJudging
 	case verdict.Allowed:
-		verdict.States = step.next.States()
+		g.walk.states = step.next.AppendStates(g.walk.states[:0])
+		verdict.States = g.walk.states
 	}
 	if verdict.Allowed && ask != nil {
 		states, line := verdict.States, verdict.Line
@@ -72,13 +73,13 @@ func (g *Guard) judgeOf(t *timing, call string, m *policy.Message, kind string, 
 
 // could tells whether m would be allowed now. Nothing moves, and only a denial is logged.
 func (g *Guard) could(m *policy.Message, kind string) Outcome {
-	began := g.clock()
-	what := subject{kind: kind, text: m.Text(), peer: m.Peer, judging: m.Judging}
 	if g == nil {
 		return Denied
 	}
+	began := g.now()
 	g.walk.mu.Lock()
 	defer g.walk.mu.Unlock()
+	what := subject{kind: kind, text: g.walk.text(m), peer: m.Peer, judging: m.Judging}
 	s := g.stand()
 	switch {
 	case s.off():

@@ -29,7 +29,7 @@ var (
 // sandbox: when it is down, questions fail at once and local decisions go on until the lease ends.
 type Link struct {
 	conn  io.ReadWriteCloser // Close ends reads and writes that are under way
-	queue chan []byte
+	queue chan *[]byte       // frames; a *[]byte, so that the pool takes it without an allocation
 	down  chan struct{}
 	once  sync.Once
 	// fallback takes verdicts of which the agent will not hear any more.
@@ -51,7 +51,7 @@ type question struct {
 // NewLink makes a link of conn, on which Hello and Welcome were exchanged with ids up to lastID. Call Serve to begin.
 func NewLink(conn io.ReadWriteCloser, lastID uint32, fallback func(*frame.VerdictRecord)) *Link {
 	return &Link{
-		conn: conn, queue: make(chan []byte, queueMax), down: make(chan struct{}), fallback: fallback,
+		conn: conn, queue: make(chan *[]byte, queueMax), down: make(chan struct{}), fallback: fallback,
 		last: lastID, pending: map[uint32]*question{},
 	}
 }
@@ -74,8 +74,8 @@ func (l *Link) fail(report func(string), why error) {
 func (l *Link) write(report func(string)) {
 	for {
 		select {
-		case b := <-l.queue:
-			for len(b) > 0 {
+		case queued := <-l.queue:
+			for b := *queued; len(b) > 0; {
 				n, err := l.conn.Write(b)
 				if err != nil {
 					l.fail(report, fmt.Errorf("write to the agent: %w", err))
@@ -83,6 +83,7 @@ func (l *Link) write(report func(string)) {
 				}
 				b = b[n:]
 			}
+			recycle(queued)
 		case <-l.down:
 			return
 		}
@@ -151,8 +152,20 @@ func (l *Link) answered(id uint32, answer *frame.Answer) {
 	}
 }
 
-// send queues one frame. A nil timeout does not wait.
-func (l *Link) send(b []byte, timeout <-chan time.Time) error {
+// frames are buffers of frames that were written.
+var frames = sync.Pool{New: func() any { b := make([]byte, 0, 512); return &b }}
+
+const frameKeptMax = 4096 // bytes of a buffer that is worth keeping
+
+func recycle(b *[]byte) {
+	if cap(*b) <= frameKeptMax {
+		*b = (*b)[:0]
+		frames.Put(b)
+	}
+}
+
+// send queues one frame, which is not the caller's any more unless send fails. A nil timeout does not wait.
+func (l *Link) send(b *[]byte, timeout <-chan time.Time) error {
 	select {
 	case <-l.down:
 		return errLinkDown
@@ -195,7 +208,7 @@ func (l *Link) ask(deadline time.Time, m frame.Message, start bool) (*frame.Answ
 	timer := time.NewTimer(time.Until(deadline))
 	defer timer.Stop()
 	if err == nil {
-		err = l.send(b, timer.C)
+		err = l.send(&b, timer.C)
 	}
 	if err != nil {
 		l.mu.Lock()
@@ -239,21 +252,27 @@ func (l *Link) End(m *frame.End) {
 	if err != nil {
 		panic(err) // both names came from the controller in a frame, so they fit one
 	}
-	if l.send(b, nil) == errQueueStuck {
-		go l.send(b, time.After(HoldMax))
+	if l.send(&b, nil) == errQueueStuck {
+		go l.send(&b, time.After(HoldMax))
 	}
 }
 
 // Log implements Controller. Once the agent is gone, verdicts go to the fallback: local decisions are meant to go on.
 func (l *Link) Log(deadline time.Time, r *frame.VerdictRecord) error {
-	b, err := frame.Append(nil, 0, &frame.Verdict{Record: *r})
+	b := frames.Get().(*[]byte)
+	whole, err := frame.AppendVerdict((*b)[:0], r)
 	if err != nil {
+		recycle(b)
 		return err
 	}
+	*b = whole
 	if err = l.send(b, nil); err == errQueueStuck {
 		timer := time.NewTimer(time.Until(deadline))
 		defer timer.Stop()
 		err = l.send(b, timer.C)
+	}
+	if err != nil {
+		recycle(b)
 	}
 	if err == errLinkDown {
 		l.fallback(r)

@@ -65,7 +65,12 @@ func (inv *invocation) retry(m *policy.Message) *lostMessage {
 
 // forget is told that m was sent as a message of its own: it may be sent again in its turn. The walk's lock is held.
 func (inv *invocation) forget(m *policy.Message) {
-	inv.lost = slices.DeleteFunc(inv.lost, func(l lostMessage) bool { return sameMessage(&l.message, m) })
+	for i := range inv.lost {
+		if sameMessage(&inv.lost[i].message, m) { // of which there is one at most
+			inv.lost = slices.Delete(inv.lost, i, i+1)
+			return
+		}
+	}
 }
 
 // sameMessage compares requests. Messages of other kinds are never sent again.

@@ -220,5 +220,5 @@ func (l *Link) times(m *frame.Times) bool {
 		return false
 	}
 	b, err := frame.Append(nil, 0, m)
-	return err == nil && l.send(b, nil) == nil
+	return err == nil && l.send(&b, nil) == nil
 }

@@ -23,6 +23,9 @@ type walk struct {
 	branches [][]policy.Cursor // nil when there is one
 	startup  *invocation       // of parts, until the first request
 	started  bool              // a startup would come too late
+
+	texts  map[string]string // what recent messages look like in the log
+	states []int             // of the verdict that is being logged
 }
 
 // step is a message that may be sent, and where the walk stands after it.
@@ -77,6 +80,27 @@ func distinct(branches [][]policy.Cursor, branch []policy.Cursor) [][]policy.Cur
 		}
 	}
 	return append(branches, branch)
+}
+
+// textsMax bounds the messages whose text is kept. When there are more, all are forgotten.
+const textsMax = 1024
+
+// text is m.Text() without building the same text again and again.
+func (w *walk) text(m *policy.Message) string {
+	var room [2 * policy.MessageTextMax]byte
+	raw := m.AppendText(room[:0])
+	if text, known := w.texts[string(raw)]; known {
+		return text
+	}
+	text := policy.Printable(string(raw), policy.MessageTextMax)
+	if len(raw) > policy.MessageTextMax {
+		return text
+	}
+	if w.texts == nil || len(w.texts) >= textsMax {
+		w.texts = map[string]string{}
+	}
+	w.texts[string(raw)] = text
+	return text
 }
 
 // tailAt tells whether anything may be sent after the invocation's answer.
@@ -220,11 +244,10 @@ func (w *walk) denial(m *policy.Message, suspect *invocation) policy.Verdict {
 	if w.branches != nil {
 		cursor = w.branches[0][slices.Index(w.parts, suspect)]
 	}
-	judge := suspect.function.Step
+	v, _ := suspect.function.Step(cursor, m)
 	if suspect.tailing {
-		judge = suspect.function.StepTail
+		v, _ = suspect.function.StepTail(cursor, m)
 	}
-	v, _ := judge(cursor, m)
 	if v.Allowed {
 		return policy.Verdict{Reason: policy.ReasonUnknownCall, Line: v.Line, States: cursor.States()}
 	}
@@ -242,7 +265,9 @@ func (w *walk) take(s *step, m *policy.Message) (complete *invocation) {
 	default:
 		s.by.cursor, s.by.spare = s.next, s.by.cursor
 	}
-	s.by.forget(m)
+	if len(s.by.lost) > 0 {
+		s.by.forget(m)
+	}
 	if s.by.tailing && !w.tailAt(s.by) {
 		return s.by
 	}

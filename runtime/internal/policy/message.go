@@ -136,10 +136,11 @@ const MessageTextMax = 300
 // by eye. At most MessageTextMax bytes of printable ASCII; a path that is longer is cut and marked with "...".
 func (m *Message) Text() string {
 	var room [MessageTextMax]byte
-	return Printable(string(m.appendText(room[:0])), MessageTextMax)
+	return Printable(string(m.AppendText(room[:0])), MessageTextMax)
 }
 
-func (m *Message) appendText(b []byte) []byte {
+// AppendText appends what Text makes printable and cuts.
+func (m *Message) AppendText(b []byte) []byte {
 	b = append(b, m.Kind.String()...)
 	switch m.Kind {
 	case KindHTTP, KindHTTPS:

@@ -7,6 +7,7 @@ import (
 	"crypto/ed25519"
 	"encoding/binary"
 	"errors"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -103,7 +104,9 @@ func (c *Controller) Log(_ time.Time, r *frame.VerdictRecord) error {
 	if c.stuck {
 		return errors.New("the queue is full")
 	}
-	c.records = append(c.records, *r)
+	kept := *r
+	kept.Expected, kept.States = slices.Clone(r.Expected), slices.Clone(r.States)
+	c.records = append(c.records, kept)
 	return nil
 }
 
