@@ -62,7 +62,7 @@ def policy_of(steps: list[Step]) -> CompiledPolicy:
     return CompiledPolicy.parse(compile_policy(source_of(steps), "generated"))
 
 
-def source_of(steps: list[Step]) -> bytes:
+def source_of(steps: list[Step], tail: list[Step] | None = None) -> bytes:
     document = {
         "schema": "kalium/v1",
         "app": "generated",
@@ -74,7 +74,7 @@ def source_of(steps: list[Step]) -> bytes:
             "database": {"host": "database", "port": 3306, "protocol": "mysql", "schema": "s"},
         },
         "entries": ["f"],
-        "functions": {"f": {"messages": steps}, "g": {"messages": []}, "h": {"messages": []}},
+        "functions": {"f": {"messages": steps} | ({"tail": tail} if tail else {}), "g": {"messages": []}, "h": {"messages": []}},
     }
 
     class WithoutAliases(yaml.SafeDumper):
@@ -150,6 +150,33 @@ def test_the_automaton_allows_what_the_derivatives_allow(steps: list[Step], data
         if not verdict.allowed:
             assert after == states
             assert verdict.reason is (Reason.OUT_OF_ORDER if message in written else Reason.NOT_IN_POLICY)
+        states, expressions = (after, derived) if derived else (states, expressions)
+
+        assert function.accepts(states) == any(map(is_nullable, expressions))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.recursive(st.sampled_from([step for step, _ in MESSAGES[:2]]), composed, max_leaves=4), max_size=2),
+    st.lists(st.recursive(st.sampled_from([step for step, _ in MESSAGES[2:]]), composed, max_leaves=4), min_size=1, max_size=2),
+    st.data(),
+)
+def test_the_tail_follows_the_messages_and_is_all_that_is_left_after_the_answer(steps: list[Step], tail: list[Step], data: st.DataObject) -> None:
+    """Until the answer both are one sequence, whose second part may be missing; from then on only its second part moves."""
+    function = CompiledPolicy.parse(compile_policy(source_of(steps, tail), "generated")).functions["f"]
+    in_tail = {message for message in ALPHABET if any(symbol.tail and symbol.matches(message) for symbol in function.symbols)}
+    states, expressions = function.start, {("sequence", expression_of(steps), ("repeat", expression_of(tail), 0, 1))}
+    answered_after = data.draw(st.integers(0, 8))
+    for number, message in enumerate(data.draw(st.lists(st.sampled_from(ALPHABET), max_size=12))):
+        is_answered = number >= answered_after
+        verdict, after = (function.step_tail if is_answered else function.step)(states, message)
+        derived = after_all(expressions, message) if not is_answered or message in in_tail else set()
+
+        assert verdict.allowed == bool(derived)
+        if not verdict.allowed:
+            assert after == states
+            assert verdict.reason is (Reason.OUT_OF_ORDER if function.knows(message) else Reason.NOT_IN_POLICY)
+            assert not is_answered or all(any(symbol.tail and symbol.expected() == text for symbol in function.symbols) for text in verdict.expected)
         states, expressions = (after, derived) if derived else (states, expressions)
 
         assert function.accepts(states) == any(map(is_nullable, expressions))

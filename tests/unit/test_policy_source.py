@@ -42,6 +42,11 @@ def refusal(text: str) -> KaliumError:
     return caught.value
 
 
+def with_pay(setting: str) -> str:
+    """The policy with something more said of the function pay, on line 17."""
+    return GOOD.replace("pay: {messages: []}", f"pay: {{messages: [], {setting}}}")
+
+
 def with_step(step: str) -> str:
     return GOOD.replace("{mysql: select, read: [carts]}", step)
 
@@ -182,6 +187,29 @@ def test_every_value_knows_its_line() -> None:
         (GOOD.replace("  pay:", "  Pay:"), "policy.value", 17, 'a key of functions is "Pay"', "lower-case"),
         (GOOD.replace("  pay: {messages: []}", "  pay: {}"), "policy.missing_key", 17, 'functions.pay has no key "messages"', "in this order"),
         (GOOD.replace("  pay: {messages: []}", "  pay: {messages: [], max_body: -1}"), "policy.value", 17, "max_body is -1", "bytes of the body"),
+        (with_step("{http: GET, peer: api, path: '/a;b'}"), "policy.value", STEP_LINE, 'is "/a;b"', "a segment is literal"),
+        (with_step("{http: GET, peer: api, path: /, retries: 4}"), "policy.value", STEP_LINE, "is 4, not from 0 to 3", "no byte of an answer"),
+        (with_step("{http: POST, peer: api, path: /, upgrade: websocket}"), "policy.request", STEP_LINE, "an upgrade by POST", "write GET"),
+        (with_step("{http: GET, peer: api, path: /, upgrade: h2c}"), "policy.value", STEP_LINE, 'is "h2c", not one of websocket', "websocket"),
+        (with_step("{https: GET, peer: images, path: /, grpc: true}"), "policy.request", STEP_LINE, "a gRPC call by GET", "write POST"),
+        (with_step("{https: GET, peer: images, path: /, grpc: true, upgrade: websocket}"), "policy.request", STEP_LINE, "by gRPC", "write GET"),
+        (with_step("{https: POST, peer: images, path: /, grpc: 1}"), "policy.value", STEP_LINE, "is 1, not true or false", "a gRPC call"),
+        (with_step("{http: POST, peer: api, path: /, grpc: true}"), "policy.unknown_key", STEP_LINE, 'unknown key "grpc"', "delete the key"),
+        (with_step("{smtp: mail}"), "policy.unknown_peer", STEP_LINE, "no peer is one with protocol smtp", "add it"),
+        (with_step("{smtp: mail, peer: api}"), "policy.wrong_peer", STEP_LINE, "peer api is not one with protocol smtp", "correct it"),
+        (with_step("{smtp: send}"), "policy.value", STEP_LINE, 'is "send", not one of mail', "mail"),
+        (with_step("{smtp: mail, from: A@Example.org}"), "policy.value", STEP_LINE, 'is "A@Example.org"', "the domain in lower case"),
+        (with_step("{smtp: mail, to: [a]}"), "policy.value", STEP_LINE, 'is "a"', "a mail address"),
+        (with_pay("tail: [{invoke: buy}]"), "policy.invoke", 17, "buy is invoked after the answer", "move it to messages"),
+        (with_pay("startup: [{choice: [{invoke: buy}, {invoke: pay}]}]"), "policy.invoke", 17, "buy is invoked before the first request", "messages"),
+        (with_pay("tail: []"), "policy.value", 17, "tail", "one after the other"),
+        (with_pay("tail_ms: 5"), "policy.tail", 17, "tail_ms without a tail", "add `tail:`"),
+        (with_pay("quiet_ms: 30000"), "policy.value", 17, "quiet_ms 30000 is not less than retire_ms 30000", "raise retire_ms"),
+        (with_pay("retire_ms: 200"), "policy.value", 17, "quiet_ms 200 is not less than retire_ms 200", "raise retire_ms"),
+        (with_pay("reuse: never, max_inflight: 2"), "policy.value", 17, "one invocation an instance", "delete max_inflight"),
+        (with_pay("max_inflight: 17"), "policy.value", 17, "is 17, not from 1 to 16", "invocations at a time"),
+        (with_pay("tls: trust"), "policy.value", 17, 'is "trust", not one of open, terminate', "use one of"),
+        (with_pay("mode: enforced"), "policy.value", 17, 'is "enforced"', 'write "enforce"'),
         ("- a\n", "policy.value", 1, "the policy is a list, not a mapping", "mapping"),
     ],
 )  # fmt: skip
@@ -193,6 +221,42 @@ def test_a_fault_is_told_with_its_line_and_the_next_step(text: str, code: str, l
     assert error.found.startswith(f"line {line}: "), error.found
     assert found in error.found, error.found
     assert next_step in error.next_step, error.next_step
+
+
+@pytest.mark.parametrize(
+    ("body", "tail", "is_refused"),
+    [
+        ("{mysql: select, read: [carts]}", "{mysql: select, read: [carts]}", True),
+        ("{mysql: select, read: [carts]}", "{mysql: select, read: [items]}", False),
+        ("{repeat: {optional: {mysql: show-tables}}, at_most: 2}", "{choice: [{mysql: show-tables}, {mysql: begin}]}", True),
+        ("{transaction: {mysql: insert, write: [a]}}", "{transaction: {mysql: insert, write: [b]}}", True),
+        ("{http: GET, peer: api, path: '/a/{b}'}", "{http: GET, peer: api, path: /a/c}", True),
+        ("{http: GET, peer: api, path: /a/c}", "{http: GET, peer: api, path: '/{b}/c', query: [d]}", True),
+        ("{http: GET, peer: api, path: '/a/{b}'}", "{http: GET, peer: api, path: '/{c}/d'}", True),
+        ("{http: GET, peer: api, path: '/a/{b}'}", "{http: GET, peer: api, path: /a/}", False),
+        ("{http: GET, peer: api, path: '/a/{b}'}", "{http: GET, peer: api, path: '/{c}'}", False),
+        ("{http: GET, peer: api, path: /a}", "{http: PUT, peer: api, path: /a}", False),
+        ("{http: GET, peer: api, path: /a}", "{http: GET, peer: api, path: /a, upgrade: websocket}", False),
+        ("{https: POST, peer: images, path: /a}", "{https: POST, peer: images, path: /a, grpc: true}", False),
+        ("{smtp: mail}", "{smtp: mail, from: a@b, to: [c@d]}", True),
+        ("{smtp: mail, from: a@b}", "{smtp: mail, to: [c@d]}", True),
+        ("{smtp: mail, to: [a@b, c@d]}", "{smtp: mail, to: [c@d, e@f]}", True),
+        ("{smtp: mail, to: [a@b]}", "{smtp: mail, to: [c@d]}", False),
+        ("{smtp: mail, from: a@b}", "{smtp: mail, from: c@d}", False),
+        ("{invoke: pay}", "{smtp: mail}", False),
+    ],
+)
+def test_body_and_tail_have_no_message_in_common(body: str, tail: str, is_refused: bool) -> None:
+    """A message that could be either would let the tail begin again, or the body go on, behind the answer."""
+    mail = "  mail: {host: mail, port: 25, protocol: smtp}\nentries:"
+    text = with_step(body).replace("entries:", mail).replace("  pay: {messages: []}\n", f"    tail: [{tail}]\n  pay: {{messages: []}}\n")
+
+    if is_refused:
+        error = refusal(text)
+        assert (error.code, error.found.startswith("line 18: ")) == ("policy.tail", True), error
+        assert "line 15 has it before the answer" in error.found
+    else:
+        compile_policy(text.encode(), "shop.yml")
 
 
 def test_the_error_has_the_two_lines_of_every_error() -> None:

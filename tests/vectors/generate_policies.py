@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -447,6 +448,73 @@ def good() -> Iterator[dict[str, Any]]:
         another = "  backstage: {host: backstage, port: 8080, protocol: http, role: gateway}\n"
         head = HEAD.replace("entries:", f"{another}entries:") if name == "gateways" else HEAD
         yield accepted(name, what, head + steps, [("f", messages) for messages in runs])
+    yield from (at_random(seed) for seed in range(4))
+
+
+# Lines of the policies of `random`, each with a message that it stands for and one that it nearly stands for.
+LINES: Sequence[tuple[str, Message, Message]] = (
+    ("{invoke: g}", invoke("g"), invoke("g", "backstage")),
+    ("{mysql: select, read: [a], peer: database}", A, sql("select", ["a", "b"])),
+    ("{mysql: insert, write: [a], read: [b], peer: database}", sql("insert", ["b"], ["a"]), sql("insert", ["b"], ["a"], "archive")),
+    ('{http: GET, peer: api, path: "/{x}/y"}', http("GET", "/1/y"), http("GET", "/../y")),
+    ("{http: POST, peer: api, path: /, query: [k], retries: 2}", http("POST", "/", ["k"]), http("POST", "/", ["k", "l"])),
+    ("{http: GET, peer: api, path: /ws, upgrade: websocket}", http("GET", "/ws", upgrade=True), http("GET", "/ws")),
+    (
+        "{https: POST, peer: images, path: /, grpc: true}",
+        http("POST", "/", peer="images", kind=Kind.HTTPS, grpc=True),
+        http("POST", "/", peer="images", kind=Kind.HTTPS),
+    ),
+    ("{smtp: mail, from: a@b}", mail("a@b", "c@d"), mail("c@d", "a@b")),
+    ("{smtp: mail, to: [a@b, c@d]}", mail("", "c@d", "a@b"), mail("", "c@d", "e@f")),
+)
+
+
+def at_random(seed: int) -> dict[str, Any]:
+    """A policy of random constructs, and random messages under it: what nobody has thought of."""
+    dice = random.Random(seed)  # noqa: S311
+
+    def step(lines: Sequence[str], depth: int) -> str:
+        kind = dice.choice(("line", "line", "sequence", "choice", "parallel", "optional", "repeat")) if depth else "line"
+        if kind == "line":
+            return dice.choice(lines)
+        if kind in ("optional", "repeat"):
+            bounds = f", at_least: {dice.randrange(2)}, at_most: {dice.randrange(1, 4)}" if kind == "repeat" else ""
+            return f"{{{kind}: {step(lines, depth - 1)}{bounds}}}"
+        return f"{{{kind}: [{', '.join(step(lines, depth - 1) for _ in range(dice.randrange(2, 4)))}]}}"
+
+    lines = [line for line, _, _ in LINES]
+    dice.shuffle(lines)
+    tail, body = [line for line in lines[:3] if "invoke" not in line and "smtp" not in line] or [LINES[1][0]], lines[3:]
+    body = [line for line in body if line not in tail]
+    startup = [line for line in lines if "invoke" not in line]
+    steps = [
+        *(f"      - {step(body, 3)}" for _ in range(3)),
+        "    tail:",
+        *(f"      - {step(tail, 2)}" for _ in range(2)),
+        "    startup:",
+        *(f"      - {step(startup, 2)}" for _ in range(2)),
+    ]
+    source = HEAD + "\n".join(steps) + "\n"
+    function = CompiledPolicy.parse(compile_policy(source.encode("ascii"), "random")).functions["f"]
+    runs = [("f", _walked(function, dice, is_startup=number % 4 == 0)) for number in range(8)]
+    return accepted(f"random_{seed}", "random constructs and random messages", source, runs)
+
+
+def _walked(function: FunctionAutomaton, dice: random.Random, *, is_startup: bool) -> list[Message]:
+    """Random messages, every other one among those that are allowed where it comes; the answer may be given in between."""
+    messages = [message for _, *pair in LINES for message in pair]
+    automaton: MessageAutomaton | None = function.startup if is_startup else function
+    assert automaton is not None
+    judge, states = automaton.step, automaton.start
+    run = [STARTUP] * is_startup
+    for _ in range(24):
+        if automaton.accepts(states) and not is_startup and ANSWER not in run and dice.randrange(3) == 0:
+            judge = automaton.step_tail
+            run.append(ANSWER)
+        allowed = [message for message in messages if judge(states, message)[0].allowed]
+        run.append(dice.choice(allowed if allowed and dice.randrange(2) else messages))
+        _, states = judge(states, run[-1])
+    return run
 
 
 BASE = """\

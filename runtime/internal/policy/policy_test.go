@@ -257,6 +257,206 @@ func TestTheCostOfAStepDoesNotDependOnThePathBehindIt(t *testing.T) {
 	}
 }
 
+// around is a policy whose function f sends mails around its answer: a mail in the body, then one in the tail, and others
+// at its startup; g has a mode of its own.
+const around = `{"app":"shop","app_cfg":{"f":{"edges":[],"start":[0],"states":1},"g":{"edges":[],"start":[0],"states":1}},"entries":["f","g"],` +
+	`"format":"kalium-compiled/v2","functions":{"f":{"accept":[1,2],"edges":[[0,0,1],[1,1,2]],"invocation_timeout_ms":1000,"max_body":10,` +
+	`"max_inflight":4,"mode":"audit","quiet_ms":2,"retire_ms":3,"reuse":"never","start":[0],"states":3,"symbols":[` +
+	`{"from":"f@shop.example","kind":"smtp","line":3,"peer":"mail","tail":false,"text":"in the body","to":["a@x.example","b@x.example"]},` +
+	`{"from":"","kind":"smtp","line":4,"peer":"mail","tail":true,"text":"in the tail","to":[]}],"tail_ms":1,"tls":"terminate",` +
+	`"startup":{"accept":[1],"edges":[[0,0,1]],"start":[0],"states":2,"symbols":[` +
+	`{"from":"","kind":"smtp","line":5,"peer":"mail","tail":false,"text":"at startup","to":[]}]}},` +
+	`"g":{"accept":[0],"edges":[],"invocation_timeout_ms":1000,"max_body":10,"max_inflight":1,"mode":"off","quiet_ms":200,"retire_ms":30000,` +
+	`"reuse":"always","start":[0],"states":1,"symbols":[],"tail_ms":10000,"tls":"open"}},"mode":"enforce",` +
+	`"on_unavailable":{"app_edge":"deny","deadline_ms":250},"peers":{"mail":{"host":"mail","port":25,"protocol":"smtp"}},"source_sha256":"","version":7}`
+
+func parsedAround(t testing.TB) *Policy {
+	t.Helper()
+	p, err := Parse([]byte(around))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func TestTheSettingsOfAFunctionAreRead(t *testing.T) {
+	p := parsedAround(t)
+	f, g := p.Functions["f"], p.Functions["g"]
+	if !f.Terminate || f.TailMS != 1 || f.QuietMS != 2 || f.RetireMS != 3 || f.MaxInflight != 4 || !f.ReuseNever || f.Startup == nil {
+		t.Errorf("%#v", f)
+	}
+	if g.Terminate || g.TailMS != 10_000 || g.QuietMS != 200 || g.RetireMS != 30_000 || g.MaxInflight != 1 || g.ReuseNever || g.Startup != nil {
+		t.Errorf("%#v", g)
+	}
+}
+
+func TestTheModeIsThatOfTheFunction(t *testing.T) {
+	p := parsedAround(t)
+	for function, want := range map[string]Mode{"f": ModeAudit, "g": ModeOff, "h": ModeInvalid, "": ModeInvalid} {
+		if got := p.ModeOf(function); got != want {
+			t.Errorf("%q is in mode %v", function, got)
+		}
+	}
+	if p.Mode != ModeEnforce || (*Policy)(nil).ModeOf("f") != ModeInvalid {
+		t.Error("the policy's own mode, or that of none")
+	}
+}
+
+func TestAfterTheAnswerNothingButTheTailIsLeft(t *testing.T) {
+	f := parsedAround(t).Functions["f"]
+	body := &Message{Kind: KindSMTP, Peer: "mail", From: "f@shop.example", To: []string{"b@x.example"}}
+	tail := &Message{Kind: KindSMTP, Peer: "mail", To: []string{"c@x.example"}}
+
+	verdict, cursor := f.StepTail(f.Start(), body)
+	if verdict.Allowed || verdict.Reason != ReasonOutOfOrder || verdict.Line != 3 || len(verdict.Expected) != 0 || !slices.Equal(cursor, f.Start()) {
+		t.Errorf("the body after the answer: %#v, %v", verdict, cursor)
+	}
+	if verdict, _ = f.StepTail(f.Start(), tail); verdict.Allowed {
+		t.Errorf("the tail of a body that may not end: %#v", verdict)
+	}
+	if verdict, cursor = f.Step(f.Start(), body); !verdict.Allowed || !f.Accepts(cursor) {
+		t.Fatalf("the body: %#v", verdict)
+	}
+	if verdict, _ := f.Step(cursor, tail); !verdict.Allowed || verdict.Line != 4 {
+		t.Errorf("the tail before the answer: %#v", verdict)
+	}
+	verdict, cursor = f.StepTail(cursor, tail)
+	if !verdict.Allowed || !slices.Equal(verdict.States, []int{2}) || !f.Accepts(cursor) {
+		t.Errorf("the tail after it: %#v", verdict)
+	}
+	if verdict, _ = f.StepTail(cursor, tail); verdict.Allowed {
+		t.Errorf("the tail again: %#v", verdict)
+	}
+	if verdict, cursor = f.Startup.Step(f.Startup.Start(), tail); !verdict.Allowed || verdict.Line != 5 || !f.Startup.Accepts(cursor) {
+		t.Errorf("at startup: %#v", verdict)
+	}
+}
+
+func TestAMailMatchesBySenderAndRecipients(t *testing.T) {
+	symbols := parsedAround(t).Functions["f"].Symbols
+	for name, c := range map[string]struct {
+		m           Message
+		named, open bool
+	}{
+		"one of the recipients":  {Message{From: "f@shop.example", To: []string{"a@x.example"}}, true, true},
+		"both, the other way":    {Message{From: "f@shop.example", To: []string{"b@x.example", "a@x.example"}}, true, true},
+		"one more":               {Message{From: "f@shop.example", To: []string{"a@x.example", "c@x.example"}}, false, true},
+		"another sender":         {Message{From: "g@shop.example", To: []string{"a@x.example"}}, false, true},
+		"the null reverse-path":  {Message{To: []string{"a@x.example"}}, false, true},
+		"no recipient as yet":    {Message{From: "f@shop.example"}, true, true},
+		"a peer of another name": {Message{Peer: "relay", From: "f@shop.example", To: []string{"a@x.example"}}, false, false},
+	} {
+		c.m.Kind = KindSMTP
+		if c.m.Peer == "" {
+			c.m.Peer = "mail"
+		}
+		if named, open := symbols[0].Matches(&c.m), symbols[1].Matches(&c.m); named != c.named || open != c.open {
+			t.Errorf("%s: %t, %t", name, named, open)
+		}
+	}
+}
+
+func TestARequestAndItsUpgradeAreTwoMessages(t *testing.T) {
+	for _, upgrade := range []bool{false, true} {
+		for _, grpc := range []bool{false, true} {
+			s := Symbol{Kind: KindHTTPS, Method: "GET", Upgrade: upgrade, GRPC: grpc, segments: []segment{{}}}
+			for _, m := range []*Message{{}, {Upgrade: true}, {GRPC: true}, {Upgrade: true, GRPC: true}} {
+				m.Kind, m.Method, m.Path = KindHTTPS, "GET", "/"
+				if got := s.Matches(m); got != (m.Upgrade == upgrade && m.GRPC == grpc) {
+					t.Errorf("upgrade %t, gRPC %t: %q matches: %t", upgrade, grpc, m.Text(), got)
+				}
+			}
+		}
+	}
+}
+
+func TestTheSameFunctionThroughAnotherGatewayIsAnotherMessage(t *testing.T) {
+	s := Symbol{Kind: KindInvoke, Peer: "gateway", Callee: "f"}
+	if !s.Matches(&Message{Kind: KindInvoke, Peer: "gateway", Callee: "f"}) || s.Matches(&Message{Kind: KindInvoke, Peer: "other", Callee: "f"}) ||
+		s.Matches(&Message{Kind: KindInvoke, Callee: "f"}) {
+		t.Error("the peer does not count")
+	}
+}
+
+// TestStepIntoIsStep compares both on random walks, with the cursors of one walk in two pieces of memory.
+func TestStepIntoIsStep(t *testing.T) {
+	const states, symbols = 130, 5
+	f := wide(t, states, symbols)
+	random := rand.New(rand.NewPCG(1, 2))
+	spare, cursor := Cursor(nil), f.Start()
+	for range 400 {
+		m := &Message{Kind: KindMySQL, Peer: "db", Verb: "select", Read: []string{fmt.Sprintf("t%04d", random.IntN(symbols+1))}}
+		want, next := f.Step(cursor, m)
+		before := slices.Clone(cursor)
+
+		got, after := f.StepInto(spare, cursor, m)
+
+		if !slices.Equal(cursor, before) || !slices.Equal(after, next) {
+			t.Fatalf("%v became %v; the next cursor is %v, not %v", before, cursor, after, next)
+		}
+		if got.Allowed {
+			if got.States != nil {
+				t.Fatalf("states %v", got.States)
+			}
+			got.States = after.AppendStates(nil)
+			spare, cursor = cursor, after
+		}
+		if !reflect.DeepEqual(got, want) {
+			t.Fatalf("%#v, want %#v", got, want)
+		}
+		if !want.Allowed && random.IntN(3) == 0 {
+			spare, cursor = nil, f.Start()
+		}
+	}
+	if verdict, next := (*Function)(nil).StepInto(nil, nil, request("/")); verdict.Allowed || verdict.Reason != ReasonUnknownFunction || next != nil {
+		t.Errorf("no function: %#v, %v", verdict, next)
+	}
+}
+
+// round is a way through base's f that ends where it began.
+var round = []*Message{request("/a/1/", "q"), {Kind: KindMySQL, Peer: "db", Verb: "select", Read: []string{"t"}}}
+
+func TestAnAllowedStepIntoDoesNotAllocate(t *testing.T) {
+	f := parsed(t)
+	spare, cursor := newCursor(f.States), f.Start()
+	if got := testing.AllocsPerRun(100, func() {
+		for _, m := range round {
+			verdict, next := f.StepInto(spare, cursor, m)
+			if !verdict.Allowed {
+				t.Fatalf("%#v", verdict)
+			}
+			spare, cursor = cursor, next
+		}
+	}); got != 0 {
+		t.Errorf("%v allocations", got)
+	}
+}
+
+// BenchmarkStep is the local decision alone.
+func BenchmarkStep(b *testing.B) {
+	f := parsed(b)
+	b.Run("allowed", func(b *testing.B) {
+		b.ReportAllocs()
+		spare, cursor := newCursor(f.States), f.Start()
+		for i := range b.N {
+			verdict, next := f.StepInto(spare, cursor, round[i%len(round)])
+			if !verdict.Allowed {
+				b.Fatalf("%#v", verdict)
+			}
+			spare, cursor = cursor, next
+		}
+	})
+	b.Run("denied", func(b *testing.B) {
+		b.ReportAllocs()
+		cursor, m := f.Start(), request("/b")
+		for range b.N {
+			if verdict, _ := f.StepInto(nil, cursor, m); verdict.Allowed {
+				b.Fatalf("%#v", verdict)
+			}
+		}
+	})
+}
+
 func TestTextIsBoundedAndPrintable(t *testing.T) {
 	for name, c := range map[string]struct {
 		m    Message
@@ -266,6 +466,10 @@ func TestTextIsBoundedAndPrintable(t *testing.T) {
 		"https connection":   {Message{Kind: KindHTTPS, Peer: "images", Judging: JudgingConnection}, "https connection images"},
 		"invoke":             {Message{Kind: KindInvoke, Peer: "gateway", Callee: "f"}, "invoke f"},
 		"mysql":              {Message{Kind: KindMySQL, Verb: "insert", Read: []string{"a", "b"}, Write: []string{"c"}}, "mysql insert read a,b write c"},
+		"websocket":          {Message{Kind: KindHTTP, Method: "GET", Peer: "api", Path: "/", Upgrade: true}, "http GET api / websocket"},
+		"grpc":               {Message{Kind: KindHTTPS, Method: "POST", Peer: "api", Path: "/a", GRPC: true}, "https POST api /a grpc"},
+		"smtp":               {Message{Kind: KindSMTP, Peer: "mail", From: "a@b", To: []string{"c@d", "e@f"}}, "smtp mail mail from a@b to c@d,e@f"},
+		"an empty envelope":  {Message{Kind: KindSMTP, Peer: "mail"}, "smtp mail mail"},
 		"other":              {Message{Peer: "x"}, "other x"},
 		"a terminal's codes": {Message{Kind: KindInvoke, Callee: "a\x1b[2J\nb"}, "invoke a?[2J?b"},
 		"beyond ASCII":       {Message{Kind: KindInvoke, Callee: "é\xff"}, "invoke ??"},
@@ -387,6 +591,7 @@ func TestBytesThatAreNotUTF8AreRefused(t *testing.T) {
 // FuzzParse: whatever comes in, the only error is *Error, and what is read can be executed.
 func FuzzParse(f *testing.F) {
 	f.Add([]byte(base))
+	f.Add([]byte(around))
 	for _, v := range policyVectors(f) {
 		f.Add([]byte(v.Compiled))
 	}
@@ -397,7 +602,7 @@ func FuzzParse(f *testing.F) {
 	}
 	messages := []*Message{
 		request("/a/1/"), {Kind: KindHTTPS, Peer: "images", Judging: JudgingConnection}, {Kind: KindInvoke, Callee: "f"},
-		{Kind: KindMySQL, Peer: "db", Verb: "select", Read: []string{"t"}}, {},
+		{Kind: KindMySQL, Peer: "db", Verb: "select", Read: []string{"t"}}, {Kind: KindSMTP, Peer: "mail", From: "a@b", To: []string{"c@d"}}, {},
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		p, err := Parse(data)
@@ -408,10 +613,17 @@ func FuzzParse(f *testing.F) {
 			}
 			return
 		}
-		for _, function := range p.Functions {
+		for name, function := range p.Functions {
+			if mode := p.ModeOf(name); mode < ModeOff || mode > ModeEnforce {
+				t.Fatalf("mode %v", mode)
+			}
 			cursor := function.Start()
 			for range 3 {
 				for _, m := range messages {
+					function.Startup.Step(function.Startup.Start(), m)
+					if tail, _ := function.StepTail(cursor, m); tail.Allowed && !function.Knows(m) {
+						t.Fatalf("%#v", tail)
+					}
 					verdict, next := function.Step(cursor, m)
 					if !verdict.Reason.Known() || verdict.Allowed != (verdict.Reason == ReasonAllowed) || len(verdict.Expected) > ExpectedMax {
 						t.Fatalf("%#v", verdict)
