@@ -35,7 +35,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
 	@echo "  SITE=local names the folder under inventory/ ($$(ls -d inventory/*/ | xargs -n1 basename | tr '\n' ' '))"
 
-reproduce: ## set this machine up, run the experiment and the attacks, draw the figure
+reproduce: ## set this machine up, run the experiments and the attacks, draw the figures
 	@.ci/privileged "make reproduce" $(MAKE) reproduce-steps
 
 test: ## linters, types and unit tests of both languages, then the site and the end-to-end tests
@@ -71,6 +71,7 @@ reproduce-steps: setup
 	ansible-playbook site.yml -i $(INVENTORY)
 	fab check
 	fab run-e1
+	fab run-e2
 	fab run-attacks
 	fab plot
 	@.ci/activation

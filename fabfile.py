@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from fabric import Connection, task
 
-from experiments import figures, housekeeping
+from experiments import housekeeping
 from experiments.attacks.runner import AttackParameters, Attacks
 from experiments.check import check as check_site
 from experiments.e1 import E1, E1Parameters
+from experiments.e2 import E2, E2Parameters
 from experiments.errors import errors_for_humans
+from experiments.plot import plot as plot_runs
 from experiments.site import announced
 
 INVENTORY = {"inventory": "folder under inventory/ of the site to use (default: the one that site.yml set up last)"}
@@ -28,6 +30,13 @@ def run_e1(context: Connection, inventory: str | None = None, profile: str = "qu
         print(E1(E1Parameters.of_profile(profile), announced(inventory)).execute().summary_text())
 
 
+@task(help={**INVENTORY, "profile": "quick (a minute) or full (more blocks, sizes and cells)"})
+def run_e2(context: Connection, inventory: str | None = None, profile: str = "quick") -> None:
+    """E2: what the parts of judging one message take, by the system call that sent it."""
+    with errors_for_humans():
+        print(E2(E2Parameters.of_profile(profile), announced(inventory)).execute().summary_text())
+
+
 @task(help=INVENTORY)
 def run_attacks(context: Connection, inventory: str | None = None) -> None:
     """The attack suite: an exploited function under stock gVisor and under Kalium; what counts is what receivers saw."""
@@ -35,11 +44,11 @@ def run_attacks(context: Connection, inventory: str | None = None) -> None:
         print(Attacks(AttackParameters(), announced(inventory)).execute().text())
 
 
-@task(help={**INVENTORY, "run": "stamp or folder of the run to draw (default: the newest of the highest profile)"})
+@task(help={**INVENTORY, "run": "folder, stamp or EXPERIMENT/STAMP of the run to draw (default: the newest of the highest profile of each)"})
 def plot(context: Connection, inventory: str | None = None, run: str | None = None) -> None:
-    """Draw the figure of E1 from a complete run: PNG, SVG and PDF, the same bytes each time."""
+    """Draw the figures of E1 and E2 from complete runs: PNG, SVG and PDF, the same bytes each time."""
     with errors_for_humans():
-        print(figures.plot(announced(inventory), run))
+        print(plot_runs(announced(inventory), run))
 
 
 @task(help=INVENTORY)

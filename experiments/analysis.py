@@ -50,7 +50,8 @@ def analysis_of(run: RunPaths, *, via: str = "gateway", warm: bool = True) -> An
     return analyse_groups(groups, seed=int(record["seed"])) if groups else None
 
 
-def _write(path: Path, columns: tuple[str, ...], lines: Iterable[tuple[Any, ...]]) -> None:
+def write_csv(path: Path, columns: tuple[str, ...], lines: Iterable[tuple[Any, ...]]) -> None:
+    """Write a summary: a header and `lines`."""
     pd.DataFrame.from_records(list(lines), columns=list(columns)).to_csv(path, index=False, lineterminator="\n", encoding="utf-8")
 
 
@@ -101,10 +102,10 @@ def derive(run: RunPaths) -> None:
     for path, via, warm in ((run.summary, "gateway", True), (run.summary_cold, "gateway", False), (run.summary_direct, "direct", True)):
         found = analysis_of(run, via=via, warm=warm)
         if found is not None:
-            _write(path, SUMMARY_COLUMNS, map(_line, found.rows))
+            write_csv(path, SUMMARY_COLUMNS, map(_line, found.rows))
     warm_analysis = analysis_of(run)
     assert warm_analysis is not None, "a complete run has warm samples"
-    _write(run.aggregate, AGGREGATE_COLUMNS, aggregate(warm_analysis) + gateway_lines(warm_analysis, analysis_of(run, via="direct")))
+    write_csv(run.aggregate, AGGREGATE_COLUMNS, aggregate(warm_analysis) + gateway_lines(warm_analysis, analysis_of(run, via="direct")))
 
 
 def table(run: RunPaths) -> str:

@@ -41,6 +41,11 @@ REPORT = "product-photos-6-report"
 MASTER = "product-photos-master"
 MASTER_PATH = "/photos"
 
+E2_LOAD = "e2-load"
+E2_LOAD_OFF = "e2-load-off"  # the same image under a name whose mode is off
+E2_CALLEE = "e2-callee"
+E2_FUNCTIONS = (E2_LOAD, E2_LOAD_OFF, E2_CALLEE)
+
 # In the order of the published figure.
 ENTRIES = (
     Entry("microbenchmark", MICROBENCH, "", True, ((("From",), "200494"),)),
@@ -87,7 +92,7 @@ class Stack:
                 "entries.image", f"find the image of {key} in {self._images_file}", f"it lists {', '.join(sorted(self._images))}",
                 "build the images again with `make site`",
             )  # fmt: skip
-        description = self._functions.get(name) or {}
+        description = self._functions.get(name) or self._functions.get(image_key) or {}
         return Function(
             name=name,
             image=str(self._images[key]["image"]),

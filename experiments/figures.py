@@ -1,4 +1,7 @@
-"""The figure of E1: our ratios with their intervals, the published bars beside them. A function of a sealed run alone."""
+"""The figure of E1: our ratios with their intervals, the published bars beside them. A function of a sealed run alone.
+
+What the figures of all experiments share, style and the way to files, is here too.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,8 @@ mpl.use("Agg")  # no display is asked for, on any machine
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from experiments.analysis import analysis_of, derive
+from experiments.analysis import analysis_of
 from experiments.paths import RunPaths
-from experiments.site import Site
 from experiments.statistics import Analysis, Row
 
 REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference" / "figure8.csv"
@@ -124,7 +126,11 @@ def draw(run: RunPaths) -> list[Path]:
     record = run.read_sealed()
     analysis = analysis_of(run)
     assert analysis is not None, "a complete run has warm samples"
-    figure = compose(analysis, stamp=run.stamp, profile=str(record["profile"]), judging=str(record["judging"]))
+    return save(compose(analysis, stamp=run.stamp, profile=str(record["profile"]), judging=str(record["judging"])), run)
+
+
+def save(figure: Figure, run: RunPaths) -> list[Path]:
+    """Write a run's figure in every format and give its memory back."""
     written = []
     try:
         for suffix in SUFFIXES:
@@ -136,11 +142,3 @@ def draw(run: RunPaths) -> list[Path]:
     finally:
         plt.close(figure)
     return written
-
-
-def plot(site: Site, run: str | None) -> str:
-    """Rewrite summaries and figure of a run (stamp, folder, or None for `latest`) and say which run it was."""
-    paths = RunPaths.find("e1", run, results=site.checkout / "results")
-    derive(paths)
-    written = draw(paths)
-    return "\n".join([f"run e1/{paths.stamp}", *(str(path) for path in written)])

@@ -6,11 +6,13 @@ needs no privilege at all.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, RunRefused
 
 SUDO_SECONDS_MAX = 20.0
 
@@ -92,3 +94,18 @@ class LogTail:
         end = data.rfind(b"\n") + 1
         self.offset += end
         return data[:end].splitlines()
+
+    def new_records(self) -> list[dict[str, Any]]:
+        """`new_lines` of a log that has one JSON object a line. Raises RunRefused for another line."""
+        records = []
+        for line in self.new_lines():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise RunRefused(
+                    "hostfiles.malformed", f"read a line of {self.path}", f"{error}: {line[:200]!r}",
+                    "report it: the agent writes one JSON object a line",
+                ) from error  # fmt: skip
+            if isinstance(record, dict):
+                records.append(record)
+        return records

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
-from experiments.entries import FUNCTIONS
+from experiments.entries import E2_FUNCTIONS, FUNCTIONS
 from experiments.gateway import Gateway
 from experiments.paths import RunPaths
 from experiments.site import Site
@@ -31,7 +31,7 @@ def status(site: Site) -> str:
 def clean(site: Site) -> str:
     """Remove the benchmark's functions from the gateway and runs that did not complete; complete runs stay."""
     gateway = Gateway.of(site)
-    left = [name for name in gateway.functions() if name in FUNCTIONS]
+    left = [name for name in gateway.functions() if name in (*FUNCTIONS, *E2_FUNCTIONS)]
     gateway.remove_all(left)
     incomplete = [run for run in runs(site) if not run.seal_file.is_file()]
     for run in incomplete:

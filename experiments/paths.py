@@ -19,7 +19,7 @@ STAMP = "%Y%m%dT%H%M%SZ"
 PROFILES = ("quick", "full")  # lowest first
 CREATE_ATTEMPTS_MAX = 5
 # Functions of the sealed files: rewritten by `fab plot`, byte-identically, and so outside the seal.
-DERIVED = frozenset({"SHA256SUMS", "summary.csv", "summary-cold.csv", "summary-direct.csv", "aggregate.csv", "cases.csv"})
+DERIVED = frozenset({"SHA256SUMS", "summary.csv", "summary-cold.csv", "summary-direct.csv", "aggregate.csv", "phases.csv", "cases.csv"})
 DERIVED_FOLDER = "figures"
 
 
@@ -97,6 +97,10 @@ class RunPaths:
     @property
     def aggregate(self) -> Path:
         return self.folder / "aggregate.csv"
+
+    @property
+    def phases(self) -> Path:
+        return self.folder / "phases.csv"
 
     @property
     def denials(self) -> Path:

@@ -59,6 +59,7 @@ class Site:
     images_file: Path
     database: Database
     verdicts: Path
+    timings: Path
     imageserver_log: Path
     bridge: str
     bridge_address: str
@@ -124,7 +125,7 @@ def _parse(record: Mapping[str, Any], where: Path, checkout: Path) -> Site:
         name: _field(record, name, str, where)
         for name in (
             "site", "engine", "inventory", "gateway", "basic_auth_user", "basic_auth_password_file", "images_url", "images_file",
-            "verdicts", "imageserver_log", "bridge", "bridge_address", "site_sha256", "commit",
+            "verdicts", "timings", "imageserver_log", "bridge", "bridge_address", "site_sha256", "commit",
         )
     }  # fmt: skip
     database = _field(record, "database", dict, where)
@@ -146,6 +147,7 @@ def _parse(record: Mapping[str, Any], where: Path, checkout: Path) -> Site:
             reset=Path(_field(database, "reset", str, where)),
         ),
         verdicts=Path(text["verdicts"]),
+        timings=Path(text["timings"]),
         imageserver_log=Path(text["imageserver_log"]),
         bridge=text["bridge"],
         bridge_address=text["bridge_address"],

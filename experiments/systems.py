@@ -36,4 +36,6 @@ STOCK_B = System("stock-b", "stock")  # a second deployment of the baseline: wha
 KALIUM_AUDIT = System("kalium-audit", "kalium", "hello-retail-audit", "audit")
 KALIUM_ENFORCE = System("kalium-enforce", "kalium", "hello-retail", "enforce")
 KALIUM_STRICT = System("kalium-enforce", "kalium", "hello-retail-strict", "enforce")  # the attack suite: one entry only
+E2_ENFORCE = System("kalium-enforce", "kalium", "e2", "enforce")
+E2_OFF = System("kalium-off", "kalium", "e2", "off")
 E1_SYSTEMS = (STOCK, STOCK_B, KALIUM_AUDIT, KALIUM_ENFORCE)

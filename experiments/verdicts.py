@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.errors import RunRefused
 from experiments.hostfiles import LogTail
 from experiments.site import Site
 
@@ -57,6 +55,10 @@ class Verdict:
         return str(self.record.get("kind", ""))
 
     @property
+    def latency_us(self) -> int:
+        return int(self.record.get("latency_us", 0))
+
+    @property
     def expected(self) -> list[str]:
         return [str(entry) for entry in self.record.get("expected") or []]
 
@@ -75,20 +77,7 @@ class VerdictLog:
 
     def new(self) -> list[Verdict]:
         """Verdicts written since the last call."""
-        verdicts = []
-        for line in self._tail.new_lines():
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise RunRefused(
-                    "verdicts.malformed",
-                    f"read a line of {self._tail.path}",
-                    f"{error}: {line[:200]!r}",
-                    "report it: the agent writes one JSON object a line",
-                ) from error
-            if isinstance(record, dict) and record.get("event") == "verdict":
-                verdicts.append(Verdict(record))
-        return verdicts
+        return [Verdict(record) for record in self._tail.new_records() if record.get("event") == "verdict"]
 
     def settled(self) -> list[Verdict]:
         """Verdicts written since the last call, after the log has been quiet for QUIET_SECONDS."""

@@ -170,7 +170,7 @@ def test_every_service_is_a_unit_of_systemd_and_active(standing: Standing) -> No
 
 
 def test_the_controller_answers_who_has_a_certificate_of_the_site(standing: Standing) -> None:
-    """STATUS over TLS from another machine; the node's agent is connected and the three policies are served."""
+    """STATUS over TLS from another machine; the node's agent is connected and the site's policies are served."""
     ca, cert, key = (standing.file(f"/etc/kalium/pki/{name}") for name in ("ca.crt", "agent.crt", "agent.key"))
 
     answer = status_of_the_controller(standing, ca=ca, cert=cert, key=key)
@@ -178,7 +178,7 @@ def test_the_controller_answers_who_has_a_certificate_of_the_site(standing: Stan
     assert answer.returncode == 0, answer.stderr
     status = json.loads(answer.stdout)
     assert status["agents"] == 1
-    assert set(status["policies"]) == {"hello-retail", "hello-retail-audit", "hello-retail-strict"}
+    assert set(status["policies"]) == {"hello-retail", "hello-retail-audit", "hello-retail-strict", "e2"}
 
 
 def test_the_controller_refuses_a_certificate_of_another_site(standing: Standing) -> None:

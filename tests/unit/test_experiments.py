@@ -345,7 +345,7 @@ def make_checkout(root: Path, **changes: Any) -> Path:
     site = {
         "schema": "kalium-site/v1", "site": "local", "engine": "podman", "inventory": "inventory/local", "gateway": "http://127.0.0.1:31112",
         "basic_auth_user": "admin", "basic_auth_password_file": "/x", "images_url": "https://images.kalium.test:4443/image.jpg",
-        "images_file": "/x", "verdicts": "/x", "imageserver_log": "/x", "bridge": "kalium0", "bridge_address": "10.137.0.1",
+        "images_file": "/x", "verdicts": "/x", "timings": "/x", "imageserver_log": "/x", "bridge": "kalium0", "bridge_address": "10.137.0.1",
         "database": {"address": "10.137.0.1", "port": 3306, "schema": "helloRetail", "user": "abc", "password": "xyz", "reset": "/x"},
         "hosts": {"client": [{"name": "localhost", "connection": "local"}]}, "commit": "c" * 40,
         "site_sha256": site_sha256(root, "inventory/local"), **changes,

@@ -29,7 +29,8 @@ NOWHERE = Path("/nonexistent")
 SITE = Site(
     name="local", engine="podman", inventory="inventory/local", gateway="http://127.0.0.1:31112", basic_auth_user="admin",
     basic_auth_password_file=NOWHERE, images_url="https://images.kalium.test:4443/image.jpg", images_file=NOWHERE,
-    database=Database("10.137.0.1", 3306, "helloRetail", "abc", "xyz", NOWHERE), verdicts=NOWHERE, imageserver_log=NOWHERE, bridge="kalium0",
+    database=Database("10.137.0.1", 3306, "helloRetail", "abc", "xyz", NOWHERE),
+    verdicts=NOWHERE, timings=NOWHERE, imageserver_log=NOWHERE, bridge="kalium0",
     bridge_address="10.137.0.1", client=Host("localhost", "local"), site_sha256="a" * 64, commit="c" * 40, checkout=NOWHERE,
 )  # fmt: skip
 

@@ -116,7 +116,8 @@ def e1(fake: FakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> E1:
     site = Site(
         name="local", engine="podman", inventory="inventory/local", gateway=f"http://127.0.0.1:{fake.server_address[1]}", basic_auth_user="admin",
         basic_auth_password_file=tmp_path / "password", images_url="https://images.kalium.test:4443/image.jpg", images_file=tmp_path / "images.json",
-        database=Database("127.0.0.1", 1, "helloRetail", "abc", "xyz", tmp_path / "reset.sql"), verdicts=fake.verdicts,
+        database=Database("127.0.0.1", 1, "helloRetail", "abc", "xyz", tmp_path / "reset.sql"),
+        verdicts=fake.verdicts, timings=tmp_path / "timings.jsonl",
         imageserver_log=tmp_path / "images.jsonl", bridge="lo", bridge_address="127.0.0.1", client=Host("localhost", "local"),
         site_sha256="a" * 64, commit="c" * 40, checkout=tmp_path,
     )  # fmt: skip

@@ -15,6 +15,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "policies"
 OF_TESTS = Path(__file__).with_name("policies")
 NAMES = ("hello-retail", "hello-retail-audit", "hello-retail-strict")
 BENCHMARK, AUDIT, STRICT = NAMES
+E2 = "e2"
 
 
 def source_of(name: str) -> bytes:
@@ -28,10 +29,10 @@ def policy_of(name: str) -> CompiledPolicy:
 def test_every_policy_has_its_examples() -> None:
     policies = {path.stem for path in FOLDER.glob("*.yml") if not path.stem.endswith(".examples")}
 
-    assert policies == set(NAMES) == {path.name.removesuffix(".examples.yml") for path in FOLDER.glob("*.examples.yml")}
+    assert policies == {*NAMES, E2} == {path.name.removesuffix(".examples.yml") for path in FOLDER.glob("*.examples.yml")}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, E2])
 def test_a_policy_does_what_its_examples_say(name: str) -> None:
     count, findings = examples.run((FOLDER / f"{name}.examples.yml").read_bytes(), policy_of(name))
 
@@ -101,7 +102,7 @@ def test_the_examples_of_the_functions_hold_in_every_policy(name: str) -> None:
     assert count >= 10
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, E2])
 def test_the_file_and_the_application_have_one_name(name: str) -> None:
     """The site installs each policy as <app>.signed.json."""
     assert policy_of(name).app == name
