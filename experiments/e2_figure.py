@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ def compose(spans: Spans, *, stamp: str, profile: str, blocks: int) -> Figure:
             if phase in said:
                 low, high, words = said[phase]
                 axes.axvspan(low, high, color="#e0a84a", alpha=0.35, linewidth=0)
-                axes.text(
-                    np.sqrt(low * high), 0.97, f"published 2023:\n{words}", transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=5
-                )
+                axes.set_ylim(top=1.4 * axes.get_ylim()[1])  # room for the words
+                told = textwrap.fill(f"published 2023: {words}", 32)
+                axes.text(0.99, 0.98, told, transform=axes.transAxes, ha="right", va="top", fontsize=6)
             if not axes.patches and phase not in said:
                 axes.text(0.5, 0.5, "does not occur in this run", transform=axes.transAxes, ha="center", fontsize=6)
             axes.set_xscale("log")
@@ -86,7 +87,8 @@ def _legend(axes: Any, spans: Spans) -> None:
             p50, p99 = np.quantile(phases["total"], (0.5, 0.99))
             style = {"color": COLOURS[key.call], "linestyle": DASHES[key.workload]} if shown(key) else {"color": "none"}
             axes.plot([], [], linewidth=1.0, label=f"{key.workload}, {key.call}: {p50:.1f} / {p99:.1f} us", **style)
-    axes.legend(loc="center", frameon=False, fontsize=6, title="total, p50 / p99", title_fontsize=7)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="center", frameon=False, fontsize=6, title="total, p50 / p99", title_fontsize=7)
 
 
 def draw(run: RunPaths) -> list[Path]:

@@ -98,5 +98,5 @@ def read(path: Path, parameters: Mapping[str, Any]) -> pd.DataFrame:
                     f"{cell['workload']} by {cell['call']} in block {block} has {found} samples, not {parameters['messages']}", AGAIN,
                 )  # fmt: skip
     if counts:
-        raise RunRefused("samples.unplanned", f"read {path}", f"it has samples of {sorted(counts)[0]}, which the run did not plan", AGAIN)
+        raise RunRefused("samples.unplanned", f"read {path}", f"it has samples of {next(iter(counts))}, which the run did not plan", AGAIN)
     return frame

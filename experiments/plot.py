@@ -17,7 +17,7 @@ def chosen(run: str | None, results: Path) -> list[RunPaths]:
     if run is None:
         there = [experiment for experiment in STEPS if (results / experiment / "latest").exists()]
         return [RunPaths.find(experiment, None, results=results) for experiment in there or ["e1"]]
-    named = [RunPaths.find(experiment, run, results=results) for experiment in STEPS if (results / experiment / run).is_dir()]
+    named = [RunPaths.find(experiment, run, results=results) for experiment in STEPS if "/" not in run and (results / experiment / run).is_dir()]
     if named:
         return named
     folder = results / run if (results / run).is_dir() else Path(run)

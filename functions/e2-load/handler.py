@@ -1,4 +1,4 @@
-"""The load of experiment E2: one request over and over, its bytes handed to the kernel by the system call that the input names.
+"""A load: one request over and over, its bytes handed to the kernel by the system call that the input names.
 
 Python's own clients choose the call themselves, so requests are written by hand here, and TLS is done in memory (`ssl.MemoryBIO`): what it
 has sealed is sent by `os.write`, by `socket.send` (sendto(2) on Linux) or by `socket.sendmsg`, the bytes of the handshake too.

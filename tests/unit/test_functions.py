@@ -16,7 +16,7 @@ import pytest
 import yaml
 from functions_world import CLIENT_SSL, ROOT, STACK, DatabaseWorld, ImageWorld, load, running, served, write_files
 
-from experiments.entries import ENTRIES, FUNCTIONS, MASTER, MICROBENCH, RECEIVE, REPORT, SUCCESS, Entry
+from experiments.entries import E2_CALLEE, E2_LOAD, ENTRIES, FUNCTIONS, MASTER, MICROBENCH, RECEIVE, REPORT, SUCCESS, Entry
 from experiments.loadgen import problem_with
 
 PICTURE = bytes(range(256)) * 479  # 122,624 bytes, every value of a byte among them
@@ -300,7 +300,7 @@ def test_the_functions_know_nothing_of_what_mediates_them() -> None:
 def test_the_stack_file_describes_each_function_once() -> None:
     stack = yaml.safe_load(STACK.read_text(encoding="utf-8"))
 
-    assert sorted(stack["functions"]) == sorted(FUNCTIONS)
+    assert sorted(stack["functions"]) == sorted([*FUNCTIONS, E2_LOAD, E2_CALLEE])
     assert list(stack["x-variants"]) == [VULNERABLE]
     for name, description in stack["functions"].items():
         assert description["handler"] == f"./{name}"
