@@ -29,7 +29,8 @@ var (
 // sandbox: when it is down, questions fail at once and local decisions go on until the lease ends.
 type Link struct {
 	conn  io.ReadWriteCloser // Close ends reads and writes that are under way
-	queue chan *[]byte       // frames; a *[]byte, so that the pool takes it without an allocation
+	queue chan *[]byte       // frames
+	spare chan *[]byte       // buffers of frames that were written
 	down  chan struct{}
 	once  sync.Once
 	// fallback takes verdicts of which the agent will not hear any more.
@@ -51,7 +52,7 @@ type question struct {
 // NewLink makes a link of conn, on which Hello and Welcome were exchanged with ids up to lastID. Call Serve to begin.
 func NewLink(conn io.ReadWriteCloser, lastID uint32, fallback func(*frame.VerdictRecord)) *Link {
 	return &Link{
-		conn: conn, queue: make(chan *[]byte, queueMax), down: make(chan struct{}), fallback: fallback,
+		conn: conn, queue: make(chan *[]byte, queueMax), spare: make(chan *[]byte, queueMax), down: make(chan struct{}), fallback: fallback,
 		last: lastID, pending: map[uint32]*question{},
 	}
 }
@@ -83,7 +84,7 @@ func (l *Link) write(report func(string)) {
 				}
 				b = b[n:]
 			}
-			recycle(queued)
+			l.recycle(queued)
 		case <-l.down:
 			return
 		}
@@ -152,15 +153,30 @@ func (l *Link) answered(id uint32, answer *frame.Answer) {
 	}
 }
 
-// frames are buffers of frames that were written.
-var frames = sync.Pool{New: func() any { b := make([]byte, 0, 512); return &b }}
+const (
+	frameBytes   = 512  // that nearly every verdict fits into
+	frameKeptMax = 1024 // bytes of a buffer that is worth keeping
+)
 
-const frameKeptMax = 4096 // bytes of a buffer that is worth keeping
+// buffer is one for a frame: of those that were written, if there is one.
+func (l *Link) buffer() *[]byte {
+	select {
+	case b := <-l.spare:
+		return b
+	default:
+		b := make([]byte, 0, frameBytes)
+		return &b
+	}
+}
 
-func recycle(b *[]byte) {
-	if cap(*b) <= frameKeptMax {
-		*b = (*b)[:0]
-		frames.Put(b)
+func (l *Link) recycle(b *[]byte) {
+	if cap(*b) > frameKeptMax {
+		return
+	}
+	*b = (*b)[:0]
+	select {
+	case l.spare <- b:
+	default:
 	}
 }
 
@@ -259,10 +275,10 @@ func (l *Link) End(m *frame.End) {
 
 // Log implements Controller. Once the agent is gone, verdicts go to the fallback: local decisions are meant to go on.
 func (l *Link) Log(deadline time.Time, r *frame.VerdictRecord) error {
-	b := frames.Get().(*[]byte)
+	b := l.buffer()
 	whole, err := frame.AppendVerdict((*b)[:0], r)
 	if err != nil {
-		recycle(b)
+		l.recycle(b)
 		return err
 	}
 	*b = whole
@@ -272,7 +288,7 @@ func (l *Link) Log(deadline time.Time, r *frame.VerdictRecord) error {
 		err = l.send(b, timer.C)
 	}
 	if err != nil {
-		recycle(b)
+		l.recycle(b)
 	}
 	if err == errLinkDown {
 		l.fallback(r)
