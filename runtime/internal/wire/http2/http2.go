@@ -53,8 +53,7 @@ type Unit struct {
 	Bytes  int    // of Data: how many bytes of content are among them
 }
 
-// Client reads one connection. Its memory is bounded: the dynamic table (tableMax), one head, and one number for each
-// open stream.
+// Client reads one connection. Its memory is below 64 KiB: the dynamic table, one head, and a number for each open stream.
 type Client struct {
 	stage   stage
 	err     error // what Next returned; final

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -437,4 +438,39 @@ func TestTheBoundsThemselvesPass(t *testing.T) {
 			t.Errorf("%s: %d bytes left, %v", name, rest, err)
 		}
 	}
+}
+
+func TestAConnectionsMemoryIsBounded(t *testing.T) {
+	const clients, bound = 200, 64 << 10
+	s := begun()
+	s.encoder.SetMaxDynamicTableSizeLimit(tableMax)
+	s.encoder.SetMaxDynamicTableSize(tableMax)
+	s.get(1)
+	for i := range 10 { // small entries cost most: the table holds about 500
+		s.frame(frameHeaders, flagEndHeaders|flagEndStream, uint32(2*i+3), "\x82\x87\x84\x01\x03api"+strings.Repeat("\x40\x01a\x00", http1.FieldsMax))
+	}
+	for i := range openMax {
+		s.frame(frameHeaders, flagEndHeaders, uint32(2*i+101), "\x83\x87\x84\x01\x03api")
+	}
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	var kept []*Client
+	for range clients {
+		client := NewClient()
+		for b := s.Bytes(); len(b) > 0; {
+			n, _, err := client.Next(b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b = b[n:]
+		}
+		kept = append(kept, client)
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	if each := (int64(after.HeapAlloc) - int64(before.HeapAlloc)) / int64(len(kept)); each > bound {
+		t.Errorf("%d bytes a connection, at most %d", each, bound)
+	}
+	runtime.KeepAlive(kept)
 }
