@@ -147,3 +147,75 @@ func FuzzClient(f *testing.F) {
 		}
 	})
 }
+
+// FuzzSealed: a client that has the right keys seals what it likes. What it seals as data comes out and leaves as the
+// same data, nothing else does, and what is wrong is refused. Each record is written as its type, a length and content.
+func FuzzSealed(f *testing.F) {
+	for i, number := range allSuites {
+		finished := finishedOf(finishedBytes)
+		if suites[number].tls13 {
+			finished = finishedOf(suites[number].digest)
+		}
+		ops := append([]byte{contentHandshake, byte(len(finished))}, finished...)
+		ops = append(ops, contentApplicationData, 3, 'G', 'E', 'T', contentAlert, 2, 1, 100, contentHandshake, 5, messageKeyUpdate, 0, 0, 1, 0)
+		f.Add(byte(i), append(ops, contentApplicationData, 1, 'x', contentAlert, 2, 1, 0))
+	}
+	f.Add(byte(0), []byte{contentHandshake, 6, messageCertificate, 0, 0, 4, 0, 0, contentHandshake, 2, 0, 0, contentApplicationData, 1, 'x'})
+	f.Fuzz(func(t *testing.T, which byte, ops []byte) {
+		number := allSuites[int(which)%len(allSuites)]
+		suite := suites[number]
+		var s *script
+		if suite.tls13 {
+			s = finishingWith(t, number)
+			s.logSecret("CLIENT_TRAFFIC_SECRET_0", suite.digest)
+		} else {
+			s = changedWith(t, number)
+		}
+		var server *reader
+		for len(ops) >= 2 {
+			n := min(int(ops[1]), len(ops)-2)
+			kind, content := ops[0], ops[2:2+n]
+			ops = ops[2+n:]
+			s.sealed = s.sealed[:0]
+			u, err := s.try(s.seal(kind, content))
+			if err == wire.ErrShort {
+				t.Fatal("a whole record is short")
+			}
+			if err != nil {
+				return
+			}
+			if (u.Kind == KindData) != (kind == contentApplicationData) || !bytes.Equal(u.Data, content) && u.Kind == KindData {
+				t.Fatalf("%q of type %d became %+v", content, kind, u)
+			}
+			if u.Kind == KindPass {
+				if len(s.sealed) > 0 {
+					t.Fatal("something was sealed inside the handshake")
+				}
+				if s.client.stage != protected {
+					continue
+				}
+				if suite.tls13 {
+					s.traffic(number, "CLIENT_TRAFFIC_SECRET_0")
+				}
+				server = readerOf(s)
+				continue
+			}
+			var got []byte
+			for _, r := range server.all(s.sealed) {
+				if r.kind != kind {
+					t.Fatalf("type %d left for type %d", r.kind, kind)
+				}
+				got = append(got, r.content...)
+			}
+			if !bytes.Equal(got, content) {
+				t.Fatalf("%q left for %q", got, content)
+			}
+			if kind == contentHandshake {
+				if s.sending, err = s.sending.update(); err != nil {
+					t.Fatal(err)
+				}
+				server = readerOf(s)
+			}
+		}
+	})
+}
