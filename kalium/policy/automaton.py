@@ -34,7 +34,7 @@ from kalium.policy.limits import (
     TIMEOUT_MS_MAX,
     VERSION_MAX,
 )
-from kalium.policy.message import JUDGING_CONNECTION, Kind, Message, Reason, printable
+from kalium.policy.message import Kind, Message, Reason, printable
 
 FORMAT = "kalium-compiled/v2"
 VERBS = ("show-tables", "select", "insert", "update", "delete", "replace", "begin", "commit", "rollback", "create-table")
@@ -121,8 +121,6 @@ class Symbol:
         """Whether `message` is one of the symbol's messages."""
         if message.kind is Kind.OTHER or (self.kind, self.peer) != (message.kind, message.peer):
             return False
-        if message.judging:
-            return message.judging == JUDGING_CONNECTION and self.kind is Kind.HTTPS
         if self.kind is Kind.INVOKE:
             return self.callee == message.callee != ""
         if self.kind is Kind.MYSQL:

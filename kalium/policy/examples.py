@@ -12,7 +12,7 @@ import jsonschema
 
 from kalium.policy import schema, source
 from kalium.policy.automaton import CompiledPolicy, MessageAutomaton, Protocol
-from kalium.policy.message import JUDGING_CONNECTION, Kind, Message, Reason
+from kalium.policy.message import Kind, Message, Reason
 from kalium.policy.source import Finding, Path, Source, SourceRefused, error_at
 
 SCHEMA_NAME = "kalium/examples-v1"
@@ -71,8 +71,6 @@ def message_of(text: str, policy: CompiledPolicy) -> Message:
     kind, *words = text.split(" ")
     if kind == "invoke" and len(words) == 1:
         return Message(Kind.INVOKE, _only(text, [name for name, peer in policy.peers.items() if peer.gateway]), callee=words[0])
-    if kind == "https" and words[:1] == ["connection"] and len(words) == 2:
-        return Message(Kind.HTTPS, words[1], judging=JUDGING_CONNECTION)
     if kind in ("http", "https") and len(words) >= 3:
         method, peer, target, *marks = words
         path, _, query = target.partition("?")

@@ -56,18 +56,13 @@ class Kind(str, enum.Enum):
     SMTP = "smtp"
 
 
-# The value of Message.judging when only the TLS connection could be seen and not the request inside it. Such a message
-# matches every https symbol of its peer.
-JUDGING_CONNECTION = "tls=connection"
-
-
 @dataclass(frozen=True)
 class Message:
     """An outgoing unit that the function CFG orders. Never payload: no header values, no bodies, no literals.
 
     `method`, `path` (without query), `query` (the keys), `upgrade` (to websocket) and `grpc` belong to http and https, `callee`
     to invoke, `verb`, `read` and `write` (tables, sorted, unqualified in the peer's schema) to mysql, `sender` ("" is the null
-    reverse-path) and `to` to smtp. `judging` is "" or JUDGING_CONNECTION.
+    reverse-path) and `to` to smtp.
     """
 
     kind: Kind
@@ -83,17 +78,13 @@ class Message:
     grpc: bool = False
     sender: str = ""
     to: tuple[str, ...] = ()
-    judging: str = ""
 
     def text(self) -> str:
         """The message as a symbol of a policy is written, so that a log line can be compared with the policy by eye."""
         if self.kind in (Kind.HTTP, Kind.HTTPS):
-            if self.judging == JUDGING_CONNECTION:
-                parts = [self.kind.value, "connection", self.peer]
-            else:
-                target = self.path + ("?" + "&".join(self.query) if self.query else "")
-                parts = [self.kind.value, self.method, self.peer, target]
-                parts += [word for word, holds in (("websocket", self.upgrade), ("grpc", self.grpc)) if holds]
+            target = self.path + ("?" + "&".join(self.query) if self.query else "")
+            parts = [self.kind.value, self.method, self.peer, target]
+            parts += [word for word, holds in (("websocket", self.upgrade), ("grpc", self.grpc)) if holds]
         elif self.kind is Kind.INVOKE:
             parts = ["invoke", self.callee]
         elif self.kind is Kind.MYSQL:

@@ -14,7 +14,7 @@ from kalium.errors import KaliumError
 from kalium.policy import envelope, limits
 from kalium.policy.automaton import VERBS, CompiledPolicy, MessageAutomaton, Verdict
 from kalium.policy.compile import TABLES_OF_VERB, compile_policy
-from kalium.policy.message import JUDGING_CONNECTION, Kind, Message, Reason, printable
+from kalium.policy.message import Kind, Message, Reason, printable
 
 ROOT = Path(__file__).resolve().parents[2]
 VECTORS = ROOT / "tests" / "vectors" / "policies"
@@ -171,10 +171,6 @@ def test_a_text_is_printable_and_bounded() -> None:
     assert text.startswith("http GET api /?[2J?xxx")
     assert (len(text), text[-3:]) == (limits.MESSAGE_TEXT_MAX, "...")
     assert printable("\u00e9" * 300, 300) == "?" * 300
-
-
-def test_a_connection_is_written_without_the_request_inside() -> None:
-    assert Message(Kind.HTTPS, "images", "GET", "/a", judging=JUDGING_CONNECTION).text() == "https connection images"
 
 
 def go_constants() -> dict[str, int]:

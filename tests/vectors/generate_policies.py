@@ -27,7 +27,7 @@ from kalium.policy.automaton import CompiledPolicy, FunctionAutomaton, MessageAu
 from kalium.policy.compile import compile_policy  # noqa: E402
 from kalium.policy.envelope import canonical  # noqa: E402
 from kalium.policy.limits import COMPILED_BYTES_MAX  # noqa: E402
-from kalium.policy.message import JUDGING_CONNECTION, Kind, Message  # noqa: E402
+from kalium.policy.message import Kind, Message  # noqa: E402
 
 EXPANDED_DEPTH = 4  # the file, its runs, a run, its steps
 FOLDER = Path(__file__).with_name("policies")
@@ -184,7 +184,6 @@ CASES: Sequence[tuple[str, str, str, Sequence[Sequence[Message]]]] = (
                 http("GET", "//"),
                 http("GET", "/", peer="images"),
                 http("GET", "/", kind=Kind.HTTPS),
-                http("GET", "/", judging=JUDGING_CONNECTION),
             ]
         ],
     ),
@@ -305,23 +304,6 @@ CASES: Sequence[tuple[str, str, str, Sequence[Sequence[Message]]]] = (
   k: {messages: [], mode: off, reuse: never, max_body: 0, invocation_timeout_ms: 1}
 """,
         [[http("GET", "/", peer="images", kind=Kind.HTTPS), http("GET", "/", peer="images", kind=Kind.HTTPS)]],
-    ),
-    (
-        "tls_connection",
-        "a TLS connection that was not opened matches every https line of its peer and nothing else",
-        """\
-      - {https: GET, peer: images, path: /a}
-      - {https: PUT, peer: images, path: /b}
-""",
-        [
-            [
-                http("", "", peer="images", kind=Kind.HTTPS, judging=JUDGING_CONNECTION),
-                http("", "", peer="api", kind=Kind.HTTPS, judging=JUDGING_CONNECTION),
-                http("PUT", "/b", peer="images", kind=Kind.HTTPS, judging="tls=guessed"),
-                http("PUT", "/b", peer="images", kind=Kind.HTTPS),
-                http("", "", peer="images", kind=Kind.HTTPS, judging=JUDGING_CONNECTION),
-            ]
-        ],
     ),
     (
         "transaction",

@@ -23,7 +23,7 @@ func (g *Guard) judgeOf(t *timing, call string, m *policy.Message, kind string, 
 	began := g.now()
 	g.walk.mu.Lock()
 	defer g.walk.mu.Unlock()
-	what := subject{kind: kind, text: g.walk.text(m), peer: m.Peer, judging: m.Judging}
+	what := subject{kind: kind, text: g.walk.text(m), peer: m.Peer}
 	s := g.stand()
 	switch {
 	case s.off():
@@ -79,7 +79,7 @@ func (g *Guard) could(m *policy.Message, kind string) Outcome {
 	began := g.now()
 	g.walk.mu.Lock()
 	defer g.walk.mu.Unlock()
-	what := subject{kind: kind, text: g.walk.text(m), peer: m.Peer, judging: m.Judging}
+	what := subject{kind: kind, text: g.walk.text(m), peer: m.Peer}
 	s := g.stand()
 	switch {
 	case s.off():

@@ -76,5 +76,5 @@ func (inv *invocation) forget(m *policy.Message) {
 // sameMessage compares requests. Messages of other kinds are never sent again.
 func sameMessage(a, b *policy.Message) bool {
 	return a.Kind == b.Kind && (a.Kind == policy.KindHTTP || a.Kind == policy.KindHTTPS) && a.Peer == b.Peer && a.Method == b.Method &&
-		a.Path == b.Path && slices.Equal(a.Query, b.Query) && a.Upgrade == b.Upgrade && a.GRPC == b.GRPC && a.Judging == b.Judging
+		a.Path == b.Path && slices.Equal(a.Query, b.Query) && a.Upgrade == b.Upgrade && a.GRPC == b.GRPC
 }

@@ -105,10 +105,6 @@ func kindOf(name string) Kind {
 	return KindUnknown
 }
 
-// JudgingConnection is the value of Message.Judging when only the TLS connection could be seen and not the request
-// inside it. Such a message matches every https symbol of its peer.
-const JudgingConnection = "tls=connection"
-
 // Message is an outgoing unit that the function CFG orders, normalised by the parser that read it. It never carries
 // payload: no header values, no bodies, no literals of a statement.
 type Message struct {
@@ -125,8 +121,6 @@ type Message struct {
 	Write   []string // mysql: as Read
 	From    string   // smtp: local@domain, the domain in lower case; "" is the null reverse-path
 	To      []string // smtp: the recipients so far, each as From, in any order
-	// Judging is "" or JudgingConnection.
-	Judging string
 }
 
 // MessageTextMax bounds Message.Text in bytes: the text goes into frames and logs.
@@ -144,9 +138,6 @@ func (m *Message) AppendText(b []byte) []byte {
 	b = append(b, m.Kind.String()...)
 	switch m.Kind {
 	case KindHTTP, KindHTTPS:
-		if m.Judging == JudgingConnection {
-			return append(append(b, " connection "...), m.Peer...)
-		}
 		for _, part := range [...]string{m.Method, m.Peer, m.Path} {
 			b = append(append(b, ' '), part...)
 		}

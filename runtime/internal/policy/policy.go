@@ -316,9 +316,6 @@ func (s *Symbol) Matches(m *Message) bool {
 	if m == nil || m.Kind == KindUnknown || s.Kind != m.Kind || s.Peer != m.Peer {
 		return false
 	}
-	if m.Judging != "" {
-		return m.Judging == JudgingConnection && s.Kind == KindHTTPS
-	}
 	switch s.Kind {
 	case KindHTTP, KindHTTPS:
 		return s.Method == m.Method && s.Upgrade == m.Upgrade && s.GRPC == m.GRPC && matchPath(s.segments, m.Path) &&
