@@ -26,6 +26,7 @@ const (
 	clientSessionTrack    = 1 << 23
 	clientDeprecateEOF    = 1 << 24
 	clientQueryAttributes = 1 << 27
+	clientMultiFactor     = 1 << 28
 
 	// Without these the packet has other fields, or the connection another schema.
 	requiredCapabilities = clientConnectWithDB | clientProtocol41 | clientSecure | clientPluginAuth
@@ -33,8 +34,8 @@ const (
 	// What common clients announce without being asked and what would change how the server reads commands. The flags are
 	// cleared on their way: the server then reads what was judged, whatever the client hoped for, and a client that uses
 	// what it announced is refused by its command. LOCAL_FILES lets the server ask for files; MULTI_STATEMENTS puts two
-	// messages into one packet; IGNORE_SPACE changes the lexer; QUERY_ATTRIBUTES puts fields before a statement.
-	clearedCapabilities = clientLocalFiles | clientMultiStatements | clientIgnoreSpace | clientQueryAttributes
+	// messages into one packet; IGNORE_SPACE changes the lexer; QUERY_ATTRIBUTES puts fields before a statement; MULTI_FACTOR_AUTHENTICATION prolongs the connection phase.
+	clearedCapabilities = clientLocalFiles | clientMultiStatements | clientIgnoreSpace | clientQueryAttributes | clientMultiFactor
 
 	// A closed list. Left out is what changes the stream and cannot be taken back (COMPRESS, ZSTD), and
 	// OPTIONAL_RESULTSET_METADATA, which changes the answers that Server follows.

@@ -48,8 +48,12 @@ func clearFlags(p []byte) {
 // startTLS reads Protocol::SSLRequest. The server must have announced TLS: one that does not know it waits for the rest
 // of a handshake response and would take the ClientHello, whose bytes the program chose, for it.
 func (c *Client) startTLS(p []byte) error {
-	if _, err := request(p); err != nil {
+	flags, err := request(p)
+	if err != nil {
 		return err
+	}
+	if flags&clientSSL == 0 {
+		return wire.Malformed("a handshake response of %d bytes", len(p))
 	}
 	if c.server.capabilities&clientSSL == 0 {
 		return wire.Unsupported("TLS for a server that has not announced it")

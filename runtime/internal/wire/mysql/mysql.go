@@ -11,7 +11,7 @@
 // or since COM_RESET_CONNECTION, are the same message: whichever of them the number means, it is judged as what it is.
 // COM_STMT_CLOSE does not take a statement out of that account. A program could close a number that does not exist,
 // prepare a second statement, and execute the first one under its name; counting along does not help either, since
-// MariaDB counts over all connections. That COM_RESET_CONNECTION closes all holds from MySQL 5.7.3 and MariaDB 10.2.4.
+// MariaDB does not begin at one for each connection. That COM_RESET_CONNECTION closes all holds from MySQL 5.7.3 and MariaDB 10.2.4.
 //
 // # Bounds
 //

@@ -154,7 +154,6 @@ func TestAHandshakeThatChangesTheProtocolIsRefused(t *testing.T) {
 		"compression":                 {flag(1 << 5), "unsupported"},
 		"metadata left out":           {flag(1 << 25), "unsupported"},
 		"zstd":                        {flag(1 << 26), "unsupported"},
-		"a second factor":             {flag(1 << 28), "unsupported"},
 		"certificates of the server":  {flag(1 << 30), "unsupported"},
 		"remember":                    {flag(1 << 31), "unsupported"},
 		"no schema":                   {without(clientConnectWithDB), "unsupported"},
@@ -198,7 +197,7 @@ func TestAHandshakeThatChangesTheProtocolIsRefused(t *testing.T) {
 func TestFlagsThatChangeCommandsAreCleared(t *testing.T) {
 	for name, flag := range map[string]uint32{
 		"files of the client": clientLocalFiles, "many statements": clientMultiStatements, "spaces before parentheses": clientIgnoreSpace,
-		"attributes of queries": clientQueryAttributes, "all of them": clearedCapabilities,
+		"attributes of queries": clientQueryAttributes, "a second factor": clientMultiFactor, "all of them": clearedCapabilities,
 	} {
 		data := of(func(r *response) { r.flags |= flag }).build()
 		client := NewClient("helloRetail")
@@ -321,46 +320,4 @@ func TestAnErrorIsFinal(t *testing.T) {
 	if first == nil || second != first {
 		t.Errorf("%v, then %v", first, second)
 	}
-}
-
-// FuzzClient: the only errors are the declared ones, every split gives the same units, and what is no support says what
-// it does.
-func FuzzClient(f *testing.F) {
-	f.Add(slices.Concat(of(nil).build(), packet(3, make([]byte, 20)...), query("SELECT a FROM t"), packet(0, comQuit)), uint8(1))
-	f.Add(slices.Concat(of(nil).build(), query("INSERT INTO t (a) SELECT b FROM u"), packet(0, comPing)), uint8(7))
-	f.Add(slices.Concat(of(nil).build(), packet(0, 0x16, 's')), uint8(3))
-	f.Fuzz(func(t *testing.T, stream []byte, size uint8) {
-		follow := func(size int) (units []Unit, taken int, last error) {
-			client := NewClient("helloRetail")
-			for end := 0; end < len(stream) && (last == nil || last == wire.ErrShort); {
-				end = min(len(stream), end+size)
-				for taken < end {
-					var n int
-					var u Unit
-					if n, u, last = client.Next(stream[taken:end]); last != nil {
-						break
-					}
-					units, taken = append(units, u), taken+n
-				}
-			}
-			return units, taken, last
-		}
-		whole, taken, err := follow(len(stream) + 1)
-		pieces, takenPieces, errPieces := follow(int(size) + 1)
-		same := slices.EqualFunc(whole, pieces, func(a, b Unit) bool {
-			return a.Kind == b.Kind && a.Text == b.Text && a.Verb == b.Verb && slices.Equal(a.Read, b.Read) && slices.Equal(a.Write, b.Write)
-		})
-		if !same || taken != takenPieces || (err == nil) != (errPieces == nil) {
-			t.Fatalf("whole: %d units, %d bytes, %v; in pieces of %d: %d, %d, %v", len(whole), taken, err, int(size)+1, len(pieces), takenPieces, errPieces)
-		}
-		var refused *wire.Error
-		if err != nil && err != wire.ErrShort && !errors.As(err, &refused) {
-			t.Fatalf("error of another kind: %v", err)
-		}
-		for i, u := range whole {
-			if (u.Kind == Message || u.Kind == Prepare) != (u.Verb != "") || u.Kind == 0 || u.Text == "" || i == 0 && u.Verb != "" {
-				t.Fatalf("unit %d: %#v", i, u)
-			}
-		}
-	})
 }

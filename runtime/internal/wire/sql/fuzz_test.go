@@ -20,6 +20,7 @@ func FuzzClassify(f *testing.F) {
 		"UPDATE t a JOIN u b ON a.x = b.x SET a.y = b.y", "DELETE FROM a, b USING t AS a, u AS b, v", "SHOW TABLES LIKE 'x'",
 		"START TRANSACTION READ ONLY", "COMMIT", "ROLLBACK", "SET NAMES utf8mb4", "SET AUTOCOMMIT = 0",
 		"CREATE TABLE IF NOT EXISTS t (a VARCHAR(255) PRIMARY KEY, b LONGTEXT)", "SELECT _gbk'\xbf\x5c' FROM t", "SELECT /*!50000 1 */ FROM t",
+		"SELECT @@session.sql_mode", "SET @@session.autocommit = OFF", "SELECT a FROM t WHERE b = ? LIMIT ?",
 		"SELECT x'41', b'01', 0x41, 1.5e-3, .5 FROM t WHERE a->>'$.b' IN (1, 2)", "SELECT a INTO OUTFILE '/x' FROM t", "SELECT 1;",
 	} {
 		f.Add(statement)
@@ -29,12 +30,16 @@ func FuzzClassify(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, statement string) {
 		got, err := Classify([]byte(statement), testSchema)
+		prepared, errPrepared := ClassifyPrepared([]byte(statement), testSchema)
 		if err != nil {
 			var refused *wire.Error
-			if !errors.As(err, &refused) {
-				t.Fatalf("error of another kind: %v", err)
+			if !errors.As(err, &refused) || errPrepared == nil && !strings.Contains(statement, "?") || errPrepared != nil && !errors.As(errPrepared, &refused) {
+				t.Fatalf("%v, prepared %v", err, errPrepared)
 			}
 			return
+		}
+		if errPrepared != nil || prepared.Text != got.Text {
+			t.Fatalf("prepared: %#v, %v; otherwise %#v", prepared, errPrepared, got)
 		}
 		rising := func(names []string) bool {
 			for i := 1; i < len(names); i++ {

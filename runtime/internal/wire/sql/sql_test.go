@@ -246,3 +246,57 @@ func TestARefusalNeverRepeatsALiteral(t *testing.T) {
 		}
 	}
 }
+
+func TestParametersOfPreparedStatementsAreValues(t *testing.T) {
+	for _, c := range []struct{ statement, text string }{
+		{"SELECT a FROM t WHERE b = ? AND c IN (?,?) LIMIT ?, ?", "mysql select read t"},
+		{"SELECT a FROM t WHERE b LIKE ? ORDER BY ? LIMIT ? OFFSET ?", "mysql select read t"},
+		{"SELECT ? + 1, CONCAT(?, 'x'), d + INTERVAL ? DAY FROM t WHERE a BETWEEN ? AND ?", "mysql select read t"},
+		{"INSERT INTO t (a, b) VALUES (?, ?), (?,?)", "mysql insert write t"},
+		{"UPDATE t SET a = ? WHERE b = ?", "mysql update write t"},
+		{"DELETE FROM t WHERE a = ? LIMIT ?", "mysql delete write t"},
+		{"SELECT '?' FROM t", "mysql select read t"},
+	} {
+		got, err := ClassifyPrepared([]byte(c.statement), testSchema)
+		if err != nil || got.Text != c.text || got.Support {
+			t.Errorf("%s\n got %+v, %v\nwant %s", c.statement, got, err, c.text)
+		}
+		if _, err := Classify([]byte(c.statement), testSchema); (err == nil) != strings.Contains(c.statement, "'?'") {
+			t.Errorf("%s: outside a prepared statement %v", c.statement, err)
+		}
+	}
+	for _, statement := range []string{
+		"SELECT a FROM ?", "SELECT ?.a FROM t", "SELECT a AS ? FROM t", "SELECT ?a FROM t", "SELECT ?1 FROM t", "SELECT ?\xe4 FROM t", "SELECT a? FROM t",
+		"SELECT ? ? FROM t", "? FROM t", "?", "SELECT SLEEP(?)", "SELECT `?` FROM `?`", "SHOW TABLES LIKE ?", "SELECT CAST(a AS CHAR(?)) FROM t",
+		"SELECT a FROM t; SELECT ?", "CREATE TABLE t (a INT DEFAULT ?)", "SET NAMES ?", "SET AUTOCOMMIT = ?", "SELECT a INTO ? FROM t",
+	} {
+		got, err := ClassifyPrepared([]byte(statement), testSchema)
+		var refusal *wire.Error
+		if !errors.As(err, &refusal) {
+			t.Errorf("%s: %+v, %v; want a refusal", statement, got, err)
+		}
+	}
+}
+
+func TestSystemVariablesAreAClosedList(t *testing.T) {
+	for statement, text := range map[string]string{
+		"SET @@session.autocommit = OFF": "mysql set autocommit", "set @@SESSION.autocommit=1": "mysql set autocommit",
+		"SELECT @@session.sql_mode": "mysql select session sql_mode",
+	} {
+		if got, err := Classify([]byte(statement), testSchema); err != nil || got.Text != text || !got.Support {
+			t.Errorf("%s: %+v, %v", statement, got, err)
+		}
+	}
+	for _, statement := range []string{
+		"SET @@global.autocommit = 1", "SET @@autocommit = 1", "SET @@session.sql_mode = ''", "SET @@session . autocommit = 1", "SET @@ session.autocommit = 1",
+		"SET @@session.autocommit = 1, @@session.sql_mode = ''", "SET @@session.`autocommit` = 1", "SELECT @@session.sql_mode FROM t", "SELECT @@session.sql_mode, a FROM t",
+		"SELECT @@session.version", "SELECT @@global.sql_mode", "SELECT a, @@session.sql_mode FROM t", "SELECT @@session.sql_mode; SELECT a FROM t",
+		"INSERT INTO t (a) VALUES (@@session.sql_mode)", "SELECT a FROM t WHERE b = @@session.sql_mode", "SELECT @x", "SET @x = 1", "SELECT @@session.sql_mode INTO OUTFILE '/x'",
+	} {
+		got, err := Classify([]byte(statement), testSchema)
+		var refusal *wire.Error
+		if !errors.As(err, &refusal) {
+			t.Errorf("%s: %+v, %v; want a refusal", statement, got, err)
+		}
+	}
+}
