@@ -237,14 +237,17 @@ func (in *Incoming) release(head *http1.RequestHead, n int, inv *invocation) Adm
 		Taken: n,
 		// The token is between guards; a program that knew it could hand it to somebody else.
 		Release: head.Append(nil, func(name string) bool {
-			return strings.HasPrefix(name, "x-kalium-") || call != nil && name == "x-call-id"
+			return strings.HasPrefix(name, "x-kalium-") || call != nil && name == callFieldLower
 		}, call...),
 		Body: http1.NewBody(head.ContentLength, head.Chunked, false, bodyBytesMax),
 	}
 }
 
 // callField carries a client's label, or the call where a function works on several at a time.
-const callField = "X-Call-Id"
+const (
+	callField      = "X-Call-Id"
+	callFieldLower = "x-call-id"
+)
 
 // start asks for an invocation.
 func (g *Guard) start(head *http1.RequestHead, began time.Time) (inv *invocation, reason policy.Reason, detail string) {

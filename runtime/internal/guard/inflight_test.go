@@ -184,3 +184,22 @@ func TestALowerBoundOfRequestsHoldsForThoseThatWait(t *testing.T) {
 
 	released(t, <-next)
 }
+
+func TestAnInvokeCarriesTheLabelOfItsOwnRequest(t *testing.T) {
+	g, c := inflight(t, "enforce", 2)
+	for _, label := range []string{"first", "second"} {
+		released(t, accept(t, g).Admit([]byte(request("POST /", "f", "X-Call-Id: "+label+"\r\n", "Content-Length: 0\r\n")), nil))
+	}
+	judged(t, g, Allowed, getA, getA, selectItems, selectItems)
+	out := connect(t, g, "10.137.0.1:8080")
+	call := fmt.Sprintf("%032x", 2)
+	invoke := func(fields ...string) string { return request("POST /function/payer", "gateway:8080", fields...) }
+
+	expect(t, out, invoke("X-Call-Id: "+call+"\r\n"), invoke("X-Kalium-Token: "+guardtest.Token+"\r\n", "X-Call-Id: second\r\n"), Allowed)
+
+	if r := c.Last(t); r.Call != call {
+		t.Errorf("verdict %+v", r)
+	}
+	expect(t, out, invoke("X-Call-Id: "+call+"\r\n", "X-Call-Id: "+call+"\r\n"), "", Denied)
+	lastReason(t, c, policy.ReasonUnknownCall)
+}

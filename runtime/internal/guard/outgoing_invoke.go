@@ -19,11 +19,15 @@ func (o *Outgoing) invoke(peer policy.Peer, head *http1.RequestHead, message *po
 	}
 	var outcome Outcome
 	var inv *invocation
-	var token []http1.Field
+	var fields []http1.Field // of the guard's
+	s := o.g.stand()
+	several := s.maxInflight() > 1
 	if spelled {
-		outcome, inv, token = o.edge(&policy.Message{Kind: policy.KindInvoke, Peer: peer.Name, Callee: callee})
+		outcome, inv, fields = o.edge(callOf(head), &policy.Message{Kind: policy.KindInvoke, Peer: peer.Name, Callee: callee})
+		if several && outcome == Allowed && inv.label != "" {
+			fields = append(fields, http1.Field{Name: callField, Value: inv.label})
+		}
 	} else {
-		s := o.g.stand()
 		reason := policy.ReasonGatewayRule
 		if s.refusal != "" {
 			reason = s.refusal
@@ -35,15 +39,31 @@ func (o *Outgoing) invoke(peer policy.Peer, head *http1.RequestHead, message *po
 	}
 	w.instead()
 	w.b = head.Append(w.b, func(name string) bool {
-		return strings.HasPrefix(name, "x-forwarded-") || strings.HasPrefix(name, "x-kalium-")
-	}, token...)
+		return strings.HasPrefix(name, "x-forwarded-") || strings.HasPrefix(name, "x-kalium-") || several && name == callFieldLower
+	}, fields...)
 	return outcome, inv
 }
 
+// callOf is the call that the program copied from its request. A function that works on several at a time finds it in
+// the place of the client's label, which the guard puts back on the way out. Two of them are none.
+func callOf(head *http1.RequestHead) (call string) {
+	found := 0
+	for i := range head.Fields {
+		if strings.EqualFold(head.Fields[i].Name, callField) {
+			call = head.Fields[i].Value
+			found++
+		}
+	}
+	if found != 1 {
+		return ""
+	}
+	return call
+}
+
 // edge judges an app edge: the function CFG first, which costs nothing, and then the controller.
-func (o *Outgoing) edge(m *policy.Message) (Outcome, *invocation, []http1.Field) {
+func (o *Outgoing) edge(call string, m *policy.Message) (Outcome, *invocation, []http1.Field) {
 	var token []http1.Field
-	outcome, inv := o.g.judge(o.t, m, "invoke", func(inv *invocation) (policy.Verdict, error) {
+	outcome, inv := o.g.judgeOf(o.t, call, m, "invoke", func(inv *invocation) (policy.Verdict, error) {
 		answer, err := o.g.controller.Invoke(o.g.now().Add(time.Duration(inv.policy.DeadlineMS)*time.Millisecond), &frame.Invoke{
 			Step: newStep(), Call: inv.call, Invocation: inv.id, Callee: m.Callee, Version: inv.policy.Version,
 		})

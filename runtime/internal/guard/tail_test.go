@@ -47,6 +47,7 @@ func TestTheTailGoesOnAfterTheAnswerWithTheSameCursor(t *testing.T) {
 		if outcome, _ := g.judge(nil, getA, "http", nil); (outcome == Denied) != (mode == "enforce") {
 			t.Errorf("a message of the body after the answer: outcome %d", outcome)
 		}
+		lastReason(t, c, policy.ReasonOutOfOrder)
 
 		outcome, inv := g.judge(nil, selectItems, "mysql", nil)
 

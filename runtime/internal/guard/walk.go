@@ -155,7 +155,7 @@ func (w *walk) try(call string, m *policy.Message, edge bool, suspect *invocatio
 	} else if s := w.tryAll(call, m, edge); s.by != nil || s.verdict.Reason != "" {
 		return s
 	}
-	return step{verdict: w.denial(m, suspect), by: suspect}
+	return step{verdict: w.denial(call, m, edge, suspect), by: suspect}
 }
 
 // tryOne is try where at most one invocation is not answered, and nothing is uncertain.
@@ -239,7 +239,7 @@ func (inv *invocation) owns(call string, edge bool) bool {
 }
 
 // denial says why m is not allowed, as suspect's CFG sees it.
-func (w *walk) denial(m *policy.Message, suspect *invocation) policy.Verdict {
+func (w *walk) denial(call string, m *policy.Message, edge bool, suspect *invocation) policy.Verdict {
 	cursor := suspect.cursor
 	if w.branches != nil {
 		cursor = w.branches[0][slices.Index(w.parts, suspect)]
@@ -248,7 +248,8 @@ func (w *walk) denial(m *policy.Message, suspect *invocation) policy.Verdict {
 	if suspect.tailing {
 		v, _ = suspect.function.StepTail(cursor, m)
 	}
-	if v.Allowed {
+	owned := slices.ContainsFunc(w.parts, func(inv *invocation) bool { return !inv.tailing && inv.owns(call, edge) })
+	if v.Allowed || edge && !owned && v.Reason == policy.ReasonOutOfOrder {
 		return policy.Verdict{Reason: policy.ReasonUnknownCall, Line: v.Line, States: cursor.States()}
 	}
 	return v
