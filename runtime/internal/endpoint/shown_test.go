@@ -51,13 +51,14 @@ func (s *socket) Read(b []byte) (n int, failed error) {
 				s.peer.Read(&into, tcpip.ReadOptions{Peek: true}) // tells nothing that the read below does not
 			}
 		}
+		ready := s.Readiness(waiter.ReadableEvents) != 0
 		into := tcpip.SliceWriter(b)
 		result, err := s.peer.Read(&into, tcpip.ReadOptions{})
 		n = result.Count
 		switch err.(type) {
 		case nil:
 		case *tcpip.ErrWouldBlock:
-			if s.Readiness(waiter.ReadableEvents) != 0 {
+			if ready {
 				s.t.Error("readable, and nothing to read")
 			}
 			return false
