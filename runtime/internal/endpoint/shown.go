@@ -30,8 +30,27 @@ func (r *shown) size() int {
 	return r.waiting.Len()
 }
 
-// readAnswer gives the program what the server sent.
+// readAnswer gives the program what the server sent, and tells the guard how much that was.
 func (s *Stream) readAnswer(w io.Writer, o tcpip.ReadOptions) (tcpip.ReadResult, tcpip.Error) {
+	result, err := s.readShown(w, o)
+	switch err.(type) {
+	case nil:
+		s.out.Answered(result.Count)
+	case *tcpip.ErrWouldBlock, *tcpip.ErrBadBuffer:
+	default:
+		s.out.Ended()
+	}
+	return result, err
+}
+
+// unread is told to the guard at the end: an answer that the program did not read is one.
+func (s *Stream) unread() {
+	if n, err := s.GetSockOptInt(tcpip.ReceiveQueueSizeOption); err == nil {
+		s.out.Answered(n)
+	}
+}
+
+func (s *Stream) readShown(w io.Writer, o tcpip.ReadOptions) (tcpip.ReadResult, tcpip.Error) {
 	r := &s.shown
 	if r.direct.Load() {
 		return s.inner.Read(w, o)

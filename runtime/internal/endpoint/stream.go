@@ -369,6 +369,7 @@ func (s *Stream) Close() {
 	s.finishWriting()
 	switch kind {
 	case kindOutgoing:
+		s.unread()
 		s.out.Close()
 	case kindIncoming:
 		if s.rx.close() {
@@ -385,6 +386,7 @@ func (s *Stream) Abort() {
 	s.tx.drop()
 	switch s.kind.Load() {
 	case kindOutgoing:
+		s.unread()
 		s.out.Close()
 	case kindIncoming:
 		s.in.Close()

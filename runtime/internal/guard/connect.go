@@ -17,6 +17,9 @@ func (g *Guard) Connect(to netip.AddrPort) (*Outgoing, Outcome) {
 	began := g.clock()
 	g.stir()
 	s := g.stand()
+	if s.off() {
+		return newMarked(g), Marked
+	}
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	what := subject{kind: "connect", text: "connect " + to.String()}
 	reason := s.refusal
@@ -24,6 +27,8 @@ func (g *Guard) Connect(to netip.AddrPort) (*Outgoing, Outcome) {
 	if reason == "" {
 		if peers = g.peersAt(s.policy, to); len(peers) == 0 {
 			reason = policy.ReasonUnknownPeer
+		} else if !g.rate.take(began, sandboxBurst, sandboxPerSecond) {
+			reason = policy.ReasonRateBound
 		}
 	}
 	if reason != "" {

@@ -53,6 +53,7 @@ type Guard struct {
 	healthPath string
 
 	keys   *tlsopen.Keys
+	rate   bucket // of support traffic
 	slot   slot
 	rest   rest
 	walk   walk

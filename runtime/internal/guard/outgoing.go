@@ -8,6 +8,7 @@ import (
 
 	"kalium.dev/kalium/runtime/internal/policy"
 	"kalium.dev/kalium/runtime/internal/wire"
+	"kalium.dev/kalium/runtime/internal/wire/foreign"
 )
 
 // Outgoing judges what a program sends on one connection to a peer. Bytes go in as they were written and come out when
@@ -16,12 +17,15 @@ type Outgoing struct {
 	g *Guard
 	t *timing // nil when nothing is measured
 
-	watching atomic.Bool // what the server says has to be known
+	watching atomic.Bool  // what the server says has to be known
+	came     atomic.Int64 // bytes from the peer since the last request
 
 	mu    sync.Mutex
 	peers []policy.Peer // that have the connection's address, by name; fewer when the program has said whom it means
 	front channel       // the bytes as the program writes them
 	tls   *tlsSpeaker   // of front; nil in clear
+	rate  bucket        // of support traffic
+	sent  []sentRequest // without an answer
 }
 
 func newOutgoing(g *Guard, peers []policy.Peer) *Outgoing {
@@ -45,6 +49,8 @@ func (o *Outgoing) choose() {
 		o.startTLS(func(t *tlsSpeaker) speaker { return httpOpener{t} })
 	case len(speaks) == 1 && speaks[policy.ProtocolMySQL]:
 		o.front.speaker = newMySQLSpeaker(o)
+	case len(speaks) == 1 && speaks[policy.ProtocolSMTP]:
+		o.front.speaker = newSMTPSpeaker(o)
 	default:
 		o.front.speaker = opener{o}
 	}
@@ -155,11 +161,21 @@ func (o *Outgoing) Expire(cut bool) (send []byte, outcome Outcome) {
 func (o *Outgoing) Close() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.ended()
 	if o.tls != nil {
 		o.tls.client.Close()
 	}
 	o.front.dead = true
 	o.watch()
+}
+
+// speak has another speaker go on with the plain bytes.
+func (o *Outgoing) speak(s speaker) {
+	if o.tls != nil {
+		o.tls.inner.speaker = s
+	} else {
+		o.front.speaker = s
+	}
 }
 
 // opener tells TLS from HTTP by the first byte where one port has both. Other protocols do not share a port: their servers
@@ -218,12 +234,16 @@ func (o *Outgoing) peer() string {
 	return ""
 }
 
-// refuseFor settles what a parser said.
-func (o *Outgoing) refuseFor(err error, prefix string) ruling {
+// refuseFor settles what a parser said of data. What begins like another protocol is called by its name.
+func (o *Outgoing) refuseFor(err error, data []byte) ruling {
 	if err == wire.ErrShort {
 		return short
 	}
-	return ruling{outcome: o.refuse(prefix+err.Error(), reasonOf(err))}
+	text := err.Error()
+	if name := foreign.Name(data); name != "" {
+		text += ", which begins like " + name
+	}
+	return ruling{outcome: o.refuse(text, reasonOf(err))}
 }
 
 func reasonOf(err error) policy.Reason {
@@ -234,11 +254,29 @@ func reasonOf(err error) policy.Reason {
 	return policy.ReasonMalformed
 }
 
-// support passes what carries messages and is none. It is logged only when there is no right to decide anything.
+// support passes what carries messages and is none, at a bounded rate. It is logged only when it does not pass.
 func (o *Outgoing) support(kind, text string) Outcome {
+	now := o.g.now()
+	if !o.rate.take(now, supportBurst, supportPerSecond) || !o.g.rate.take(now, sandboxBurst, sandboxPerSecond) {
+		return o.refuse(text, policy.ReasonRateBound)
+	}
+	return o.flow(kind, text)
+}
+
+// flow passes what belongs to a message that was judged. It is logged only when there is no right to decide anything.
+func (o *Outgoing) flow(kind, text string) Outcome {
 	s := o.g.stand()
 	if s.refusal == "" {
 		return Allowed
 	}
 	return o.g.refuse(s, subject{kind: kind, text: text, peer: o.peer()}, s.refusal, o.g.now())
+}
+
+// bodyMax bounds the body of a message.
+func (o *Outgoing) bodyMax() int64 {
+	s := o.g.stand()
+	if s.function == nil {
+		return 0
+	}
+	return s.function.MaxBody
 }

@@ -29,9 +29,10 @@ func (h *http1Speaker) unit(data []byte, w *output) ruling {
 // request judges the head of a request.
 func (h *http1Speaker) request(data []byte, w *output) ruling {
 	o := h.o
+	o.sent = o.sent[:0] // of requests that wait for their answers together none is sent again
 	head, n, err := http1.ParseRequest(data)
 	if err != nil {
-		return o.refuseFor(err, "")
+		return o.refuseFor(err, data)
 	}
 	message := &policy.Message{Kind: policy.KindHTTP, Method: head.Method, Path: head.Path, Query: head.Query, Upgrade: head.Upgrade != ""}
 	if h.protocol == policy.ProtocolHTTPS {
@@ -44,7 +45,12 @@ func (h *http1Speaker) request(data []byte, w *output) ruling {
 	case peer.Gateway:
 		outcome, h.inv = o.invoke(peer, head, message, w)
 	default:
-		outcome, h.inv = o.g.judge(o.t, message, h.protocol, nil)
+		if outcome, h.inv = o.g.judge(o.t, message, h.protocol, nil); outcome == Allowed {
+			o.asked(h.inv, message)
+		}
+	}
+	if outcome == Allowed && message.Upgrade {
+		o.speak(&webSocketSpeaker{o: o, kind: h.protocol, inv: h.inv})
 	}
 	if outcome == Allowed && (head.Chunked || head.ContentLength > 0) {
 		h.body = http1.NewBody(head.ContentLength, head.Chunked, false, bound)
@@ -59,10 +65,8 @@ func (o *Outgoing) addressed(m *policy.Message, protocol, host string, length in
 		return peer, 0, o.refuse(m.Text()+" to host "+host, policy.ReasonUnknownPeer)
 	}
 	m.Peer = peer.Name
-	if s := o.g.stand(); s.refusal == "" {
-		if bound = s.policy.Functions[o.g.identity.Function].MaxBody; length > bound {
-			return peer, 0, o.refuse(m.Text(), policy.ReasonTooLarge)
-		}
+	if bound = o.bodyMax(); length > bound {
+		return peer, 0, o.refuse(m.Text(), policy.ReasonTooLarge)
 	}
 	return peer, bound, Allowed
 }
@@ -77,12 +81,12 @@ func (h *http1Speaker) content(data []byte) ruling {
 	if err != nil {
 		// A stream violation: the head has left. What of this write belongs to the body and came before the fault stays
 		// behind, too.
-		return h.o.refuseFor(err, "a body: ")
+		return h.o.refuseFor(err, nil)
 	}
 	if done {
 		h.body = nil
 	}
-	return ruling{n: n, outcome: h.o.support(h.protocol, h.protocol+" body")}
+	return ruling{n: n, outcome: h.o.flow(h.protocol, h.protocol+" body")}
 }
 
 // defaultPorts may be left out of a Host field (RFC 9110 sections 4.2.1 and 4.2.2).

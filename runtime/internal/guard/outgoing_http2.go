@@ -28,7 +28,7 @@ func (*http2Speaker) holdMax() int     { return http2.UnitBytesMax }
 func (h *http2Speaker) unit(data []byte, _ *output) ruling {
 	n, unit, err := h.client.Next(data)
 	if err != nil {
-		return h.o.refuseFor(err, "")
+		return h.o.refuseFor(err, data)
 	}
 	switch unit.Kind {
 	case http2.Support:
@@ -46,7 +46,7 @@ func (h *http2Speaker) unit(data []byte, _ *output) ruling {
 
 func (h *http2Speaker) request(unit *http2.Unit) Outcome {
 	head := unit.Head
-	message := &policy.Message{Kind: policy.KindHTTPS, Method: head.Method, Path: head.Path, Query: head.Query}
+	message := &policy.Message{Kind: policy.KindHTTPS, Method: head.Method, Path: head.Path, Query: head.Query, GRPC: head.GRPC}
 	peer, bound, outcome := h.o.addressed(message, policy.ProtocolHTTPS, head.Authority, head.ContentLength)
 	if outcome != Allowed {
 		return outcome
@@ -55,6 +55,9 @@ func (h *http2Speaker) request(unit *http2.Unit) Outcome {
 		return h.o.refuse(message.Text()+" by HTTP/2", policy.ReasonUnsupported) // a token cannot be put in
 	}
 	outcome, inv := h.o.g.judge(h.o.t, message, policy.ProtocolHTTPS, nil)
+	if outcome == Allowed {
+		h.o.asked(inv, cloned(message))
+	}
 	if outcome == Allowed && !unit.End {
 		h.bodies[unit.Stream] = &streamBody{inv: inv, left: bound}
 	}
@@ -73,5 +76,5 @@ func (h *http2Speaker) content(unit *http2.Unit) Outcome {
 	if body.left -= int64(unit.Bytes); unit.End {
 		delete(h.bodies, unit.Stream)
 	}
-	return h.o.support(policy.ProtocolHTTPS, "https body")
+	return h.o.flow(policy.ProtocolHTTPS, "https body")
 }

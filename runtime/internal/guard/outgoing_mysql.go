@@ -30,11 +30,13 @@ func (*mysqlSpeaker) whole(data []byte) int {
 
 func (*mysqlSpeaker) holdMax() int { return mysql.PacketBytesMax + holdBytesMax }
 
+func (m *mysqlSpeaker) server(b []byte) { m.client.Server(b) }
+
 func (m *mysqlSpeaker) unit(data []byte, _ *output) ruling {
 	o := m.o
 	n, unit, err := m.client.Next(data)
 	if err != nil {
-		return o.refuseFor(err, "")
+		return o.refuseFor(err, data)
 	}
 	if schema := m.client.Schema(); schema != "" && len(o.peers) > 1 {
 		for i, peer := range o.peers {
@@ -46,12 +48,22 @@ func (m *mysqlSpeaker) unit(data []byte, _ *output) ruling {
 	}
 	switch unit.Kind {
 	case mysql.Support:
-		return ruling{n: n, outcome: o.support("mysql", unit.Text)}
-	case mysql.Message:
+		return ruling{n: n, outcome: o.support(policy.ProtocolMySQL, unit.Text)}
+	case mysql.StartTLS:
+		o.startTLS(func(*tlsSpeaker) speaker { return m })
+		return ruling{n: n, outcome: o.support(policy.ProtocolMySQL, unit.Text)}
+	case mysql.Message, mysql.Prepare:
 	default:
-		return ruling{outcome: o.refuse(unit.Text, policy.ReasonUnsupported)}
+		return ruling{outcome: o.refuse("a packet of unknown use", policy.ReasonUnsupported)}
 	}
 	message := &policy.Message{Kind: policy.KindMySQL, Peer: o.peer(), Verb: unit.Verb, Read: unit.Read, Write: unit.Write}
-	outcome, _ := o.g.judge(o.t, message, "mysql", nil)
+	if unit.Kind == mysql.Prepare {
+		// It is judged when it is executed; a statement that the function never may execute could hold anything.
+		if !o.g.knows(message) {
+			return ruling{n: n, outcome: o.refuse(unit.Text, policy.ReasonNotInPolicy)}
+		}
+		return ruling{n: n, outcome: o.support(policy.ProtocolMySQL, unit.Text)}
+	}
+	outcome, _ := o.g.judge(o.t, message, policy.ProtocolMySQL, nil)
 	return ruling{n: n, outcome: outcome}
 }

@@ -48,7 +48,7 @@ func (t *tlsSpeaker) unit(data []byte, w *output) ruling {
 	n, unit, err := t.client.Next(data)
 	t.o.t.mark(phaseOpen)
 	if err != nil {
-		return t.o.refuseFor(err, "")
+		return t.o.refuseFor(err, data)
 	}
 	protocol := t.o.peers[0].Protocol
 	switch unit.Kind {
