@@ -58,7 +58,7 @@ func (o *Outgoing) choose() {
 
 // newMarked is a connection that enforce would have refused.
 func newMarked(g *Guard) *Outgoing {
-	o := &Outgoing{g: g}
+	o := &Outgoing{g: g, t: g.timing()}
 	o.front = channel{o: o, opaque: true}
 	return o
 }

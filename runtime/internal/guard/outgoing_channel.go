@@ -70,6 +70,7 @@ func (c *channel) take(b []byte) (send []byte, outcome Outcome) {
 	case c.opaque:
 		// Audit may have become enforce since the connection was marked.
 		if s := c.o.g.stand(); s.spares() {
+			c.o.t.passed(s.off(), len(b))
 			return b, Allowed
 		}
 		c.opaque, c.dead = false, true

@@ -1,8 +1,11 @@
 package guard
 
 import (
+	"crypto/tls"
+	"io"
 	"net"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -190,6 +193,50 @@ func TestAMeasuredMessageAllocatesNothing(t *testing.T) {
 	}
 }
 
+func TestBytesThatPassUnseenAreMeasuredOnlyWhenTheModeIsOff(t *testing.T) {
+	for mode, want := range map[string]int{"off": 1, "audit": 0} {
+		g, _ := newGuard(t, mode)
+		listener := &told{}
+		g.timers = newTimers(listener.take)
+		if _, outcome := newMarked(g).Write([]byte("anything")); outcome != Allowed {
+			t.Fatalf("%s: %v", mode, outcome)
+		}
+		g.timers.flush()
+
+		n, _ := listener.samples()
+		if n != want || n == 1 && (listener.frames[0].Kind[0] != "off" || listener.frames[0].Bytes[0] != 8) {
+			t.Errorf("%s: %d samples, %+v", mode, n, listener.frames)
+		}
+	}
+}
+
+func TestUnderTLSEveryPhaseButTheControllersIsMeasured(t *testing.T) {
+	for name, version := range versions {
+		g, c, _ := invoked(t, "enforce")
+		listener := &told{}
+		g.timers = newTimers(listener.take)
+		s := dialTLS(t, g, images, logged(g, &tls.Config{ServerName: "images.test", MaxVersion: version}), &tls.Config{})
+		for range 3 {
+			if _, err := io.WriteString(s, getI); err != nil {
+				t.Fatalf("%s: %v, %+v", name, err, c.Verdicts())
+			}
+		}
+		g.timers.flush()
+
+		m := listener.frames[0]
+		if len(listener.frames) != 1 || len(m.Kind) != 3 {
+			t.Fatalf("%s: %+v", name, m)
+		}
+		for i := range m.Kind {
+			sum := m.Record[i] + m.Open[i] + m.Event[i] + m.Local[i] + m.Reseal[i]
+			least := min(m.Record[i], m.Open[i], m.Event[i], m.Local[i], m.Reseal[i])
+			if least < 0 || m.Controller[i] != notTimed || m.Total[i] < sum || m.Kind[i] != "https" || m.Bytes[i] != len(getI) {
+				t.Errorf("%s: sample %d of %+v", name, i, m)
+			}
+		}
+	}
+}
+
 // judgedOnce is what a TLS message does to its timing.
 func judgedOnce(t *timing) {
 	t.begin()
@@ -205,57 +252,27 @@ func judgedOnce(t *timing) {
 	t.end()
 }
 
-func BenchmarkTimingOn(b *testing.B) {
-	ts := newTimers((&told{deaf: true}).take)
-	timing := &timing{to: ts}
-	b.ReportAllocs()
-	for i := 0; b.Loop(); i++ {
-		judgedOnce(timing)
-		if i%timesWaitingMax == 0 {
-			ts.flush()
-		}
-	}
-}
-
-func BenchmarkTimingOff(b *testing.B) {
-	var timing *timing
-	for b.Loop() {
-		judgedOnce(timing)
-	}
-}
-
-func TestTheMessagesOfAConnectionAreMeasuredOneByOne(t *testing.T) {
-	g, c, _ := invoked(t, "enforce")
-	listener := &told{}
-	g.timers = newTimers(listener.take)
-	out := connect(t, g, guardtest.HostAddress+":8080")
-	a := request("GET /a", "api.test:8080")
-	invoke := request("POST /function/payer", "gateway:8080", "Content-Length: 2\r\n")
-	for _, written := range []string{
-		a[:10], // a message in two writes is one
-		a[10:],
-		invoke + "{}" + request("POST /b", "api.test:8080"), // and two in one write are two
-	} {
-		if _, outcome := out.Write([]byte(written)); outcome != Allowed {
-			t.Fatalf("%q: %v, %+v", written, outcome, c.Last(t))
-		}
-		if written == a[10:] {
-			g.live.cursor = atState(g, 2) // where the invoke is next
-		}
-	}
-	g.timers.flush()
-
-	if len(listener.frames) != 1 {
-		t.Fatalf("%d frames", len(listener.frames))
-	}
-	m := listener.frames[0]
-	if !slices.Equal(m.Kind, []string{"http", "invoke", "http"}) || m.Bytes[0] != len(a) || m.Bytes[1] != len(invoke) {
-		t.Errorf("kinds %v, bytes %v", m.Kind, m.Bytes)
-	}
-	for i := range m.Kind {
-		occurred := m.Event[i] >= 0 && m.Local[i] >= 0 && m.Total[i] >= m.Event[i]+m.Local[i] && (m.Controller[i] >= 0) == (m.Kind[i] == "invoke")
-		if !occurred || m.Record[i] != notTimed || m.Open[i] != notTimed || m.Reseal[i] != notTimed || m.Invocation[i] != guardtest.Invocation {
-			t.Errorf("sample %d of %+v", i, m)
-		}
+// BenchmarkTimedWrite is a request of 1 KiB in clear from its write to what leaves, measured and not.
+func BenchmarkTimedWrite(b *testing.B) {
+	head := request("GET /a", "api.test:8080", "X-Filling: "+strings.Repeat("x", 1024-len(request("GET /a", "api.test:8080", "X-Filling: \r\n")))+"\r\n")
+	for _, timers := range []string{"off", "on"} {
+		b.Run("timers="+timers, func(b *testing.B) {
+			g := judging(b, newLogging())
+			if timers == "on" {
+				g.timers = newTimers((&told{deaf: true}).take)
+			}
+			out := connect(b, g, guardtest.HostAddress+":8080")
+			data := []byte(head)
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				g.live.cursor[0] = 1 << 0 // the state where it may be sent
+				if _, outcome := out.Write(data); outcome != Allowed {
+					b.Fatal("denied")
+				}
+				if timers == "on" && i%timesWaitingMax == 0 {
+					g.timers.flush()
+				}
+			}
+		})
 	}
 }
