@@ -13,7 +13,7 @@ from experiments.errors import ExperimentError
 from experiments.paths import RESULTS_SCHEMA, utc_now
 from experiments.site import Site, files_of_site
 
-JUDGING = "tls=connection"  # what the guard sees of HTTPS today: server name and pinned address
+JUDGING = "tls=opened"  # what the guard sees of HTTPS: every message, opened with the key that the client logs
 GIT_SECONDS_MAX = 20
 
 
@@ -56,7 +56,7 @@ def opening_record(site: Site, *, experiment: str, profile: str, seed: int, para
         "site_sha256": site.site_sha256,
         "site_commit": site.commit,
         "platform": {"engine": site.engine, "gvisor": "systrap", "gateway": gateway},
-        "tls": "judged per connection, not opened",
+        "tls": "opened, judged message by message, and sealed again",
         "judging": JUDGING,
         "profile": profile,
         "seed": seed,

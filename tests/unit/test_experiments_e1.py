@@ -66,7 +66,7 @@ def test_a_run_measures_every_entry_under_every_system_and_is_sealed(e1: E1, fak
     record = finished.paths.read_sealed()
     lines = finished.paths.samples.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 + 2 * 4 * len(ENTRIES) * (1 + 2 + 1)
-    assert record["judging"] == "tls=connection" and record["parameters"]["blocks"] == 2
+    assert record["judging"] == "tls=opened" and record["parameters"]["blocks"] == 2
     assert set(record["judged_messages"]) == {"kalium-audit", "kalium-enforce"}
     assert sorted({body["annotations"].get("kalium.io/app", "stock") for body in fake.ever}) == ["hello-retail", "hello-retail-audit", "stock"]
     assert fake.deployed == {}
