@@ -257,7 +257,7 @@ func BenchmarkTimedWrite(b *testing.B) {
 	head := request("GET /a", "api.test:8080", "X-Filling: "+strings.Repeat("x", 1024-len(request("GET /a", "api.test:8080", "X-Filling: \r\n")))+"\r\n")
 	for _, timers := range []string{"off", "on"} {
 		b.Run("timers="+timers, func(b *testing.B) {
-			g := judging(b, newLogging())
+			g := judging(b, newLogging(b))
 			if timers == "on" {
 				g.timers = newTimers((&told{deaf: true}).take)
 			}
