@@ -1,15 +1,18 @@
 """The controller's rules, each with what breaks it. The clock is a number and the tokens are counted."""
 
+import json
 from dataclasses import replace
 
 import pytest
-from controller_samples import Node, counting_mint, policy, site
+from controller_samples import Node, compiled, counting_mint, policy, site
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalium.controller.limits import LIMITS
 from kalium.controller.state import NS_PER_MS, Evicted, State
 from kalium.errors import KaliumError
+from kalium.policy.automaton import CompiledPolicy
+from kalium.policy.envelope import canonical
 from kalium.protocol.frames import Answer, Register
 
 
@@ -39,6 +42,31 @@ def test_a_call_goes_its_way_and_leaves_nothing() -> None:
     assert node.end(pay, "pay")
     assert node.end(front, "front")
 
+    assert node.counts() == (0, 0)
+
+
+def test_a_call_goes_on_past_a_function_whose_guard_is_off() -> None:
+    """That guard asks nothing: its invocation is none here, its token stays unspent, and what it invokes begins a call of its own."""
+    document = json.loads(compiled(entries="front, lists, mail"))
+    for function in ("stock", "pay"):
+        document["functions"][function]["mode"] = "off"
+    state = State(mint=counting_mint())
+    state.install(CompiledPolicy.parse(canonical(document)), b"signed 1", now_ns=0)
+    node = Node(state)
+    for function in ("front", "pay", "mail"):
+        assert node.register(function).allowed
+
+    front = granted(node.start("front"))
+    granted(node.invoke(front, "front", "stock"))
+    granted(node.invoke(front, "front", "pay"))
+    mail = granted(node.start("mail"))
+    assert mail.call != front.call
+    assert node.end(mail, "mail")
+    assert node.end(front, "front")
+
+    assert node.counts() == (1, 0), "tokens are pending"
+    node.now_ms = LIMITS.token_ms
+    state.expire(now_ns=node.now_ns)
     assert node.counts() == (0, 0)
 
 

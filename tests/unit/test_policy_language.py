@@ -223,6 +223,16 @@ def test_the_app_cfg_is_the_projection_on_invocations(steps: list[Step], data: s
         states, expressions = (after, derived) if derived else (states, expressions)
 
 
+def test_the_app_cfg_does_not_know_of_startup_and_tail() -> None:
+    """Neither has invocations: before the first request there is no call, and with the answer the invocation has ended."""
+    steps, tail = [MESSAGES[0][0], MESSAGES[2][0]], [MESSAGES[3][0], {"optional": MESSAGES[4][0]}]
+
+    bare, tailed = (CompiledPolicy.parse(compile_policy(source_of(steps, part), "generated")) for part in (None, tail))
+
+    assert bare.app_cfg == tailed.app_cfg
+    assert bare.functions["f"].states < tailed.functions["f"].states
+
+
 @settings(max_examples=60, deadline=None)
 @given(STEPS)
 def test_the_same_source_makes_the_same_bytes(steps: list[Step]) -> None:

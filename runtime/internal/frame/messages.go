@@ -112,7 +112,7 @@ type VerdictRecord struct {
 	PolicyVersion int
 	Call          string
 	Invocation    string
-	Kind          string // start, connect, name, http, https, mysql, invoke, incoming, other
+	Kind          string // start, connect, name, http, https, mysql, smtp, invoke, incoming, other
 	Message       string
 	Peer          string
 	Allowed       bool
