@@ -29,7 +29,7 @@ AS_BUILT = CGO_ENABLED=0 GOFLAGS=-trimpath
 STATICCHECK = $(shell sed -n '/^kalium_versions_staticcheck:/,/^$$/{s/^ *module: //p;s/^ *version: /@/p}' roles/kalium_versions/defaults/main.yml | tr -d '\n')
 
 .PHONY: help reproduce test setup site reset check format check-python check-go check-ansible integration site-tests developer lock clean
-.PHONY: reproduce-steps test-steps site-steps reset-steps check-steps
+.PHONY: test-guard bench-guard reproduce-steps test-steps site-steps reset-steps check-steps test-guard-steps bench-guard-steps
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
@@ -57,6 +57,12 @@ format: developer ## bring Python and Go into their format
 	ruff format .
 	ruff check --fix .
 	$(dir $(GO))gofmt -w runtime
+
+test-guard: ## the guard in real sandboxes: every way out, unmodified clients; the table goes to results/bypass
+	@.ci/privileged "make test-guard" $(MAKE) test-guard-steps
+
+bench-guard: ## what judging adds, side by side with mode off; figures go to results/bench/guard
+	@.ci/privileged "make bench-guard" $(MAKE) bench-guard-steps
 
 lock: ## resolve requirements/*.in into locked *.txt anew
 	.ci/setup $(PYTHON) dev
@@ -90,6 +96,7 @@ test-steps:
 	$(MAKE) check-steps
 	ansible-playbook site.yml -i $(INVENTORY)
 	$(MAKE) site-tests
+	$(MAKE) test-guard-steps
 	$(MAKE) integration
 
 developer:
@@ -121,3 +128,10 @@ site-tests: developer
 integration: developer
 	@mkdir -p $(REPORTS)
 	$(AS_ROOT) $(PYTEST) --quiet --junitxml=$(REPORTS)/integration.xml tests/integration
+
+test-guard-steps: developer
+	@mkdir -p $(REPORTS)
+	$(AS_ROOT) $(PYTEST) --quiet --junitxml=$(REPORTS)/guard.xml tests/guard
+
+bench-guard-steps: developer
+	$(AS_ROOT) env PYTHONPATH=tests:. python -m guard.bench

@@ -44,12 +44,16 @@ def until(claim: Callable[[], Any], what: str, seconds: float = READY_S_MAX) -> 
     return value
 
 
+def go_program() -> str:
+    """The Go that is new enough for runtime/, as the Makefile finds it."""
+    version = next(line.split()[1] for line in (ROOT / "runtime" / "go.mod").read_text(encoding="utf-8").splitlines() if line.startswith("go "))
+    return sh("python3", str(ROOT / "roles/kalium_toolchain/files/find_go.py"), version).strip()
+
+
 def build(folder: Path) -> Path:
     """The three programs of runtime/, built from this checkout. The build cache makes it a matter of seconds."""
-    version = next(line.split()[1] for line in (ROOT / "runtime" / "go.mod").read_text(encoding="utf-8").splitlines() if line.startswith("go "))
-    go = sh("python3", str(ROOT / "roles/kalium_toolchain/files/find_go.py"), version).strip()
     environment = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local"}
-    command = [go, "build", "-trimpath", "-ldflags", "-s -w", "-o", f"{folder}/", "./cmd/..."]
+    command = [go_program(), "build", "-trimpath", "-ldflags", "-s -w", "-o", f"{folder}/", "./cmd/..."]
     done = subprocess.run(command, cwd=ROOT / "runtime", env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"go build: {done.stderr}")
@@ -84,6 +88,7 @@ class Sandbox:
     process: subprocess.Popen[bytes]
     folder: Path
     seen: int = 0  # verdicts of it that were read
+    started_s: float = 0  # until it answered
 
     def request(self, job: Mapping[str, Any], *, headers: Mapping[str, str] | None = None, seconds: float = 120) -> Answer:
         """One request of an invocation, as the gateway would send it."""
@@ -330,6 +335,7 @@ class Lab:
         flags = [f"--root={self.state}", "--ignore-cgroups", "--network=sandbox", "--platform=systrap", "--overlay2=root:memory"]
         if runtime == "runsc-kalium":
             flags.append(f"--pod-init-config={self.folder / 'pod-init.json'}")
+        began = time.monotonic()
         with (bundle / "log").open("wb") as log:
             process = subprocess.Popen(
                 [str(self.bin / runtime), *flags, "run", f"--bundle={bundle}", name], stdout=log, stderr=log, stdin=subprocess.DEVNULL
@@ -343,6 +349,7 @@ class Lab:
                 return sandbox.healthy()
 
             until(ready, f"sandbox {name}")
+            sandbox.started_s = time.monotonic() - began
             yield sandbox
         finally:
             sandbox.close()

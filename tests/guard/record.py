@@ -46,10 +46,22 @@ def recorded(experiment: str, *, profile: str, seed: int, parameters: Mapping[st
         "complete": False,
     }
     run.write_record(record)
-    yield run
-    run.write_record({**record, "end": utc_now(), "complete": True})
-    run.seal()
-    run.point_latest(SITE)
+    try:
+        yield run
+        run.write_record({**record, "end": utc_now(), "complete": True})
+        run.seal()
+        run.point_latest(SITE)
+    finally:
+        _give_back(run.folder)
+
+
+def _give_back(folder: Path) -> None:
+    """What root wrote into the checkout belongs to the checkout's owner."""
+    owner = ROOT.stat()
+    above = [parent for parent in folder.parents if ROOT in parent.parents]
+    for path in (*above, folder, *folder.rglob("*"), folder.parent / "latest"):
+        if path.is_symlink() or path.exists():
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
