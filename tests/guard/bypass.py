@@ -41,6 +41,7 @@ NAMES = {
 }
 # How a call says that a kind of socket or an option does not exist here. It ends before there is a message to judge.
 ABSENT = frozenset({"EPROTONOSUPPORT", "ENOPROTOOPT", "EAFNOSUPPORT", "ENOSYS"})
+STARTS_MAX = 5
 STRANGER = ("10.199.0.9", 9000)
 TARGETS = {
     "http": (NAMES["web.test"], 80),
@@ -74,7 +75,7 @@ functions:
             - {{http: POST, peer: web, path: /allowed}}
             - {{https: GET, peer: tls, path: /allowed}}
             - {{mysql: select, peer: database, read: [photos]}}
-            - {{smtp: mail, peer: mail, to: [allowed@shop.test]}}
+            - {{smtp: mail, peer: mail, from: function@shop.test, to: [allowed@shop.test]}}
         at_most: 8
 """
 
@@ -158,9 +159,10 @@ def any_answer(kept: bytes) -> bytes:
 
 
 def smtp_answer(kept: bytes) -> bytes:
-    """A mail server that takes everything, so that nothing but the guard refuses."""
-    last = kept.rstrip(b"\r\n").rsplit(b"\r\n", 1)[-1]
-    return b"354 go on\r\n" if last == b"DATA" else b"250 ok\r\n" if kept.endswith(b"\n") else b""
+    """A mail server that takes everything, so that nothing but the guard refuses; DATA it refuses to who says EHLO refuse."""
+    if kept.rstrip(b"\r\n").rsplit(b"\r\n", 1)[-1] == b"DATA":
+        return b"554 no\r\n" if b"EHLO refuse\r\n" in kept else b"354 go on\r\n"
+    return b"250 ok\r\n" if kept.endswith(b"\n") else b""
 
 
 class Suite:
@@ -201,7 +203,10 @@ class Suite:
 
     def run(self, case: Case, sandbox: Sandbox, system: str) -> dict[str, Any]:
         marker = "M" + secrets.token_hex(8).upper()
-        answer = sandbox.request({"python": case.code(marker, self.files.paths)})
+        for _ in range(STARTS_MAX):
+            answer = sandbox.request({"python": case.code(marker, self.files.paths)})
+            if answer.status != 503:  # on a busy machine a start may miss the policy's deadline; then nothing ran
+                break
         job = answer.job if answer.status == 200 else {"result": f"answer {answer.status}"}
         outcome = job.get("result") or f"{job['error']}: {job['text']}"
         return {"case": case.name, "protocol": case.protocol, "way": case.way, "mode": system, "marker": marker, "outcome": outcome}
@@ -212,7 +217,8 @@ def by_request(verdicts: list[dict[str, Any]]) -> list[list[str]]:
     requests: list[list[str]] = []
     for record in verdicts:
         if record["kind"] == "start":
-            requests.append([])
+            if record["allowed"]:
+                requests.append([])
         elif not record["allowed"] or record["would_deny"]:
             requests[-1].append(f"{record['kind']} {record['reason']}")
     return requests

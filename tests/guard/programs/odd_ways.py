@@ -397,13 +397,11 @@ STATEMENTS = {
 }
 
 
-def mail(*lines):
+def mail(*lines, hello="EHLO function"):
     def attempt(to, marker):
         with dial(to) as s:
             s.recv(512)
-            s.sendall(b"EHLO function\r\n")
-            s.recv(512)
-            for line in lines:
+            for line in (hello + "\r\n", *lines):
                 s.sendall(line.replace("{m}", marker).encode())
                 s.recv(512)
 
@@ -415,7 +413,7 @@ MAILS = {
     "second recipient": mail(*ENVELOPE, "RCPT TO:<{m}@evil.test>\r\n"),
     "pipelined": mail("MAIL FROM:<function@shop.test>\r\nRCPT TO:<{m}@evil.test>\r\nDATA\r\n"),
     "bare line feed": mail(*ENVELOPE, "DATA\r\n", "x\n.\nMAIL FROM:<{m}@shop.test>\r\n.\r\n"),
-    "envelope in a body": mail(*ENVELOPE, "DATA\r\n", "MAIL FROM:<{m}@shop.test>\r\n.\r\n"),
+    "envelope as a refused text": mail(*ENVELOPE, "DATA\r\n", "MAIL FROM:<{m}@shop.test>\r\n.\r\n", hello="EHLO refuse"),
     "VRFY": mail("VRFY {m}\r\n"),
     "source route": mail("MAIL FROM:<function@shop.test>\r\n", "RCPT TO:<@{m}.test:allowed@shop.test>\r\n"),
     "second mail": mail(*ENVELOPE, "DATA\r\n", "x\r\n.\r\n", "MAIL FROM:<{m}@shop.test>\r\n"),
