@@ -13,6 +13,11 @@ import (
 
 // Outgoing judges what a program sends on one connection to a peer. Bytes go in as they were written and come out when
 // the unit that they belong to was judged.
+//
+// Its memory is bounded. Between writes it has what its parsers keep (a head of 16 KiB, the dynamic table of HTTP/2, the
+// statements of MySQL: at most about 130 KiB, and mostly less than 2) and the unfinished unit: holdBytesMax, or a packet of
+// MySQL more, and under TLS an unfinished record beside it. During a write it has what leaves in place of what was written,
+// which is as long and belongs to a pool.
 type Outgoing struct {
 	g *Guard
 	t *timing // nil when nothing is measured

@@ -14,6 +14,10 @@ type http1Speaker struct {
 	protocol string      // http or https
 	body     *http1.Body // of the request whose head has passed
 	inv      *invocation // that the body belongs to
+
+	// The memory of one request after the other.
+	head    http1.RequestHead
+	message policy.Message
 }
 
 func (*http1Speaker) whole([]byte) int { return 0 }
@@ -30,11 +34,12 @@ func (h *http1Speaker) unit(data []byte, w *output) ruling {
 func (h *http1Speaker) request(data []byte, w *output) ruling {
 	o := h.o
 	o.sent = o.sent[:0] // of requests that wait for their answers together none is sent again
-	head, n, err := http1.ParseRequest(data)
+	head, message := &h.head, &h.message
+	n, err := head.Parse(data)
 	if err != nil {
 		return o.refuseFor(err, data)
 	}
-	message := &policy.Message{Kind: policy.KindHTTP, Method: head.Method, Path: head.Path, Query: head.Query, Upgrade: head.Upgrade != ""}
+	*message = policy.Message{Kind: policy.KindHTTP, Method: head.Method, Path: head.Path, Query: head.Query, Upgrade: head.Upgrade != ""}
 	if h.protocol == policy.ProtocolHTTPS {
 		message.Kind = policy.KindHTTPS
 	}
@@ -92,13 +97,19 @@ func (h *http1Speaker) content(data []byte) ruling {
 // defaultPorts may be left out of a Host field (RFC 9110 sections 4.2.1 and 4.2.2).
 var defaultPorts = map[string]uint16{policy.ProtocolHTTP: 80, policy.ProtocolHTTPS: 443}
 
-// peerOfHost finds the peer that a Host field means.
+// peerOfHost finds the peer that a Host field means, which is one by its grammar.
 func (o *Outgoing) peerOfHost(protocol, host string) (policy.Peer, bool) {
-	name, port, hasPort := strings.Cut(host, ":")
-	for _, peer := range o.peers {
-		right := port == strconv.Itoa(int(peer.Port)) || !hasPort && peer.Port == defaultPorts[protocol]
-		if peer.Protocol == protocol && name == peer.Host && right {
-			return peer, true
+	name, text, hasPort := strings.Cut(host, ":")
+	port := uint64(defaultPorts[protocol])
+	if hasPort {
+		var err error
+		if port, err = strconv.ParseUint(text, 10, 16); err != nil {
+			return policy.Peer{}, false
+		}
+	}
+	for i := range o.peers {
+		if peer := &o.peers[i]; peer.Protocol == protocol && peer.Host == name && uint64(peer.Port) == port {
+			return *peer, true
 		}
 	}
 	return policy.Peer{}, false

@@ -63,7 +63,7 @@ func (o *Outgoing) Ended() {
 func (o *Outgoing) ended() {
 	if !o.isAnswered() {
 		for i := range o.sent {
-			o.g.unanswered(o.sent[i].inv, &o.sent[i].message)
+			o.g.unanswered(o.sent[i].inv, cloned(&o.sent[i].message)) // the connection may go on to use the memory
 		}
 	}
 	o.sent = nil
