@@ -159,7 +159,9 @@ func (s *Stream) Write(p tcpip.Payloader, o tcpip.WriteOptions) (int64, tcpip.Er
 		if total == 0 || err == nil {
 			return total, err
 		}
-		if _, full := err.(*tcpip.ErrWouldBlock); !full {
+		switch err.(type) {
+		case *tcpip.ErrWouldBlock, *tcpip.ErrBadBuffer: // the rest says so itself when it is written
+		default:
 			// EPERM behind a partial result is nothing that gVisor's system calls know how to report.
 			if _, denied := err.(*tcpip.ErrNotPermitted); denied {
 				err = &tcpip.ErrConnectionReset{}
@@ -200,11 +202,9 @@ func (s *Stream) writePart(kind uint32, p tcpip.Payloader, o tcpip.WriteOptions)
 	}
 	m := newMessage(n)
 	defer m.free()
-	n, fault := io.ReadFull(p, m.b) // the only read of the program's memory
-	if n == 0 {
-		return 0, &tcpip.ErrBadBuffer{}
+	if _, err := io.ReadFull(p, m.b); err != nil { // the only read of the program's memory
+		return 0, &tcpip.ErrBadBuffer{} // what cannot be read whole is no message, as in gVisor's own endpoint
 	}
-	m.b = m.b[:n]
 	var err tcpip.Error
 	if kind == kindOutgoing {
 		err = s.sendOutgoing(&m, o)
@@ -213,9 +213,6 @@ func (s *Stream) writePart(kind uint32, p tcpip.Payloader, o tcpip.WriteOptions)
 	}
 	if err != nil {
 		return 0, err
-	}
-	if fault != nil && p.Len() > 0 {
-		return int64(n), &tcpip.ErrBadBuffer{}
 	}
 	return int64(n), nil
 }
