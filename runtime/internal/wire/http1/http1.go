@@ -44,6 +44,7 @@ type RequestHead struct {
 	Upgrade       string // what the connection shall become (websocket), when the server agrees; empty: nothing
 
 	text []byte // what the strings are parts of
+	seen int    // bytes of an unfinished head that hold nothing to refuse
 }
 
 // ParseRequest reads the head of a request that a function sends, at the front of b; n counts its bytes, the empty line
@@ -70,18 +71,25 @@ func parse(b []byte, incoming bool) (*RequestHead, int, error) {
 
 // Parse does what ParseRequest does, in h's own memory. Its strings, those in Query and Fields too, are parts of that
 // memory: they hold until the next Parse and have to be copied (strings.Clone) by whoever keeps one for longer. b is not
-// kept. After an error h is of no use but for another Parse.
+// kept. After an error h is of no use but for another Parse; after wire.ErrShort that has to be of the same head, longer.
 func (h *RequestHead) Parse(b []byte) (n int, err error) {
 	return h.parse(b, false)
 }
 
 func (h *RequestHead) parse(b []byte, incoming bool) (int, error) {
-	n, err := headEnd(b)
-	if err != nil {
-		if err != wire.ErrShort {
-			return 0, err
+	// Heads may come byte by byte: what was seen is not looked at again until the head is whole, and then all of it is.
+	if h.seen = min(h.seen, len(b)); h.seen > 0 {
+		if _, err := headEnd(b, h.seen-1); err == wire.ErrShort {
+			return 0, h.short(b)
 		}
-		return 0, refuseEarly(b)
+	}
+	n, err := headEnd(b, 0)
+	if err == wire.ErrShort {
+		return 0, h.short(b)
+	}
+	h.seen = 0
+	if err != nil {
+		return 0, err
 	}
 	text := append(h.text[:0], b[:n]...)
 	*h = RequestHead{Query: h.Query[:0], Fields: h.Fields[:0], text: text}
@@ -100,11 +108,12 @@ func (h *RequestHead) parse(b []byte, incoming bool) (int, error) {
 }
 
 // headEnd finds the end of the empty line, and refuses at the first byte that no head may hold: CR and LF only
-// together (RFC 9112 section 2.2 lets servers take a bare LF, and some do not), no other control characters.
-func headEnd(b []byte) (int, error) {
+// together (RFC 9112 section 2.2 lets servers take a bare LF, and some do not), no other control characters. It begins at
+// b[from:].
+func headEnd(b []byte, from int) (int, error) {
 	whole := b
 	b = b[:min(len(b), HeadBytesMax)]
-	for i := 0; i < len(b); i++ {
+	for i := from; i < len(b); i++ {
 		c := b[i]
 		if classText.has(c) {
 			continue
@@ -134,19 +143,28 @@ func headEnd(b []byte) (int, error) {
 	return 0, wire.ErrShort
 }
 
-// refuseEarly looks at an unfinished head: bytes that cannot become a request are refused at once instead of being
+// short says that b is an unfinished head, unless it cannot become a request: then it is refused at once instead of being
 // held until a deadline.
-func refuseEarly(b []byte) error {
-	line, _, complete := bytes.Cut(b, []byte("\r\n"))
-	if complete {
-		if err := new(RequestHead).requestLine(string(line)); err != nil {
+func (h *RequestHead) short(b []byte) error {
+	if bytes.IndexByte(b[:h.seen], '\n') < 0 {
+		if err := earlyLine(b); err != nil {
+			h.seen = 0
 			return err
 		}
-		return wire.ErrShort
+	}
+	h.seen = len(b)
+	return wire.ErrShort
+}
+
+// earlyLine reads a request line that may be unfinished.
+func earlyLine(b []byte) error {
+	line, _, complete := bytes.Cut(b, []byte("\r\n"))
+	if complete {
+		return new(RequestHead).requestLine(string(line))
 	}
 	for i, c := range line {
 		if c == ' ' && i > 0 {
-			return wire.ErrShort
+			return nil
 		}
 		if !classToken.has(c) {
 			return wire.Malformed("byte %#02x in a method", c)
@@ -155,7 +173,7 @@ func refuseEarly(b []byte) error {
 			return wire.Malformed("a method of more than %d bytes", methodMax)
 		}
 	}
-	return wire.ErrShort
+	return nil
 }
 
 // cutLine cuts at the first line end. There is one, since the text is a whole head, in which CR and LF come together.

@@ -429,6 +429,14 @@ func FuzzRequest(f *testing.F) {
 		for _, text := range []string{accepted["python requests"], string(data), "GET /x?y=1", string(data)} {
 			_, err = reused.Parse([]byte(text))
 		}
+		for i := 0; i < n && n < 1024; i++ {
+			if _, err := reused.Parse(data[:i]); err != wire.ErrShort {
+				t.Fatalf("byte by byte, %d: %v", i, err)
+			}
+		}
+		if n < 1024 {
+			_, err = reused.Parse(data)
+		}
 		reused.text, head.text = nil, nil
 		if want := fmt.Sprintf("%+v", *head); err != nil || fmt.Sprintf("%+v", reused) != want {
 			t.Fatalf("a head that is used again reads %+v, %v; want %s", reused, err, want)

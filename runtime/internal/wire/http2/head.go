@@ -203,8 +203,8 @@ func (c *Client) pseudoField(name, value string) error {
 	case ":path":
 		into = &c.reading.target
 	default:
-		// :protocol (RFC 8441) makes a tunnel.
-		return wire.Unsupported("pseudo-field %s", name)
+		// RFC 8441 makes a tunnel with :protocol.
+		return wire.Unsupported("a pseudo-field other than :method, :scheme, :authority and :path")
 	}
 	if !c.reading.pseudo {
 		return wire.Malformed("%s behind the fields", name)
