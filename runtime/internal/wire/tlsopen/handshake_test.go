@@ -25,6 +25,9 @@ import (
 
 const serverName = "peer.test"
 
+// patience is for a machine that does much else; nothing waits so long otherwise.
+const patience = time.Minute
+
 // certificates are one for each kind of key: the suites of TLS 1.2 differ by it.
 var certificates = sync.OnceValue(func() []tls.Certificate {
 	ec, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -215,7 +218,7 @@ func (e *echo) wait(t testing.TB) (seen string, err error) {
 	t.Helper()
 	select {
 	case <-e.ended:
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("the server does not end")
 	}
 	e.mu.Lock()
@@ -229,7 +232,7 @@ func dial(t testing.TB, address string, keys *Keys, cuts *mathrand.Rand) *guarde
 	if err != nil {
 		t.Fatal(err)
 	}
-	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = conn.SetDeadline(time.Now().Add(patience))
 	g := &guarded{Conn: conn, client: NewClient(keys), cuts: cuts, reseal: true}
 	t.Cleanup(func() { _ = conn.Close(); g.client.Close() })
 	return g

@@ -50,7 +50,7 @@ func (p *transcript) String() string {
 func (p *transcript) await(want string) []string {
 	p.t.Helper()
 	pattern := regexp.MustCompile(want)
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		if groups := pattern.FindStringSubmatch(p.String()); groups != nil {
 			return groups
 		}
@@ -138,7 +138,7 @@ func TestTLS13SuitesAgainstOpenSSL(t *testing.T) {
 				server.say("K\n") // the server updates its key and asks for the client's
 				select {
 				case <-updated:
-				case <-time.After(20 * time.Second):
+				case <-time.After(patience):
 					t.Fatal("no KeyUpdate")
 				}
 				say(fmt.Sprintf("GET /update/%d", i))
@@ -217,7 +217,7 @@ func (r *relayed) refusal() (reason policy.Reason) {
 			r.t.Fatalf("ended with %v", err)
 		}
 		return refused.Reason
-	case <-time.After(20 * time.Second):
+	case <-time.After(patience):
 		r.t.Fatal("the connection does not end")
 		return ""
 	}
