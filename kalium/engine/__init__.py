@@ -13,6 +13,7 @@ of 2026-02; docs/reference/gateway.md has the table of where else.
         --network ns:/run/netns/kal-ID       a namespace of our own with one end of a veth pair; no NAT, no firewall rule
         --cgroups no-conmon                  `disabled` is refused for runtimes that containers.conf does not list
         --cap-drop all --security-opt no-new-privileges --pull never --http-proxy=false
+        --image-volume tmpfs                 a folder of the host would be a way out, and the guarded runtime refuses it
         --pidfile FILE                       the sandbox's process: its end is the end of the instance
         --stop-timeout 1                     podman 3.4 has no `rm --time`
     podman ... start CONTAINER

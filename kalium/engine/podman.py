@@ -89,6 +89,8 @@ class Podman:
         yield from ("--network", f"ns:/run/netns/{namespace_of(instance)}", "--dns", around.nameserver, "--dns-search", ".")
         yield from (word for host, address in around.hosts.items() for word in ("--add-host", f"{host}:{address}"))
         yield from ("--cap-drop", "all", "--security-opt", "no-new-privileges", "--cgroups", "no-conmon", "--systemd", "false")
+        # What an image calls a volume would be a writable folder of the host, which a guarded sandbox does not take.
+        yield from ("--image-volume", "tmpfs")
         yield from ("--http-proxy=false", "--stop-timeout", str(STOP_SECONDS), "--pidfile", str(self.pid_file(instance)))
         yield from ("--log-driver", "k8s-file", "--log-opt", f"max-size={CONTAINER_LOG_BYTES_MAX}")
         yield from ("--label", f"{ENGINE_LABEL}={around.engine}", "--label", f"{INSTANCE_LABEL}={instance}")
