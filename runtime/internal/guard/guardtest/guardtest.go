@@ -69,6 +69,8 @@ func Signed(t testing.TB, mode string, version string) []byte {
 type Controller struct {
 	OnStart  func(*frame.Start) (*frame.Answer, error)
 	OnInvoke func(*frame.Invoke) (*frame.Answer, error)
+	OnLog    func(*frame.VerdictRecord) // nil: nothing more than to keep it
+	OnEnd    func(*frame.End)           // the same
 
 	mu      sync.Mutex
 	stuck   bool
@@ -92,6 +94,9 @@ func (c *Controller) Invoke(_ time.Time, m *frame.Invoke) (*frame.Answer, error)
 
 // End implements guard.Controller.
 func (c *Controller) End(m *frame.End) {
+	if c.OnEnd != nil {
+		c.OnEnd(m)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.ends = append(c.ends, *m)
@@ -99,6 +104,9 @@ func (c *Controller) End(m *frame.End) {
 
 // Log implements guard.Controller.
 func (c *Controller) Log(_ time.Time, r *frame.VerdictRecord) error {
+	if c.OnLog != nil {
+		c.OnLog(r)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.stuck {
