@@ -313,5 +313,6 @@ func (s *Stream) answerInstead(answer []byte) {
 	r.mu.Unlock()
 	if closed {
 		s.inner.Close()
+		s.leave()
 	}
 }

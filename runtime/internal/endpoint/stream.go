@@ -28,6 +28,8 @@ type Stream struct {
 	shown shown           // kindOutgoing
 	ended atomic.Bool     // by the guard: the connection was reset
 
+	counted atomic.Bool // among the connections that the guard bounds
+
 	write sync.Mutex // one Write at a time, also while the judge waits for an answer
 	after tcpip.Error
 	hold  *time.Timer // runs while bytes of an unfinished unit are held
@@ -49,7 +51,7 @@ func NewStream(g *guard.Guard, inner tcpip.Endpoint, queue *waiter.Queue, net tc
 
 func newStream(g *guard.Guard, inner tcpip.Endpoint, queue *waiter.Queue, v6 bool, own Own) *Stream {
 	s := &Stream{base: base{inner: inner, queue: queue, guard: g, own: own}, v6: v6}
-	s.tx.inner, s.tx.queue = inner, queue
+	s.tx.inner, s.tx.queue, s.tx.gone = inner, queue, s.leave
 	return s
 }
 
@@ -73,6 +75,8 @@ func (s *Stream) Connect(to tcpip.FullAddress) tcpip.Error {
 			return &tcpip.ErrNotPermitted{}
 		}
 		kind = kindOutgoing
+		s.leave() // an attempt before this one
+		s.counted.Store(true)
 	}
 	s.out = out
 	s.kind.Store(kind)
@@ -128,6 +132,7 @@ func (s *Stream) admit(from tcpip.FullAddress) bool {
 		return false
 	}
 	s.in = in
+	s.counted.Store(true)
 	s.kind.Store(kindIncoming)
 	s.keep()
 	return true
@@ -375,6 +380,14 @@ func (s *Stream) Close() {
 	}
 	if !s.tx.later(0, true) {
 		s.inner.Close()
+		s.leave()
+	}
+}
+
+// leave tells the guard that the connection is gone.
+func (s *Stream) leave() {
+	if s.counted.Swap(false) {
+		s.guard.Leave()
 	}
 }
 
@@ -390,6 +403,7 @@ func (s *Stream) Abort() {
 		s.rx.close()
 	}
 	s.inner.Abort()
+	s.leave()
 }
 
 // GetSockOptInt implements tcpip.Endpoint. Bytes that wait here count.

@@ -35,6 +35,7 @@ func gone(state uint32) bool {
 type transmit struct {
 	inner tcpip.Endpoint
 	queue *waiter.Queue
+	gone  func() // hears that inner was closed here
 
 	mu      sync.Mutex
 	parts   []message
@@ -159,6 +160,7 @@ func (q *transmit) feed(stop chan struct{}) {
 			q.drop()
 			q.inner.Abort()
 			q.inner.Close()
+			q.gone()
 			return
 		}
 	}
@@ -173,6 +175,7 @@ func (q *transmit) advance(stop chan struct{}) (more, closing bool) {
 		q.mu.Unlock()
 		if closing {
 			q.inner.Close()
+			q.gone()
 		}
 		return false, false
 	}
@@ -214,6 +217,7 @@ func (q *transmit) advance(stop chan struct{}) (more, closing bool) {
 	}
 	if closing {
 		q.inner.Close()
+		q.gone()
 	}
 	q.queue.Notify(waiter.WritableEvents)
 	return false, false

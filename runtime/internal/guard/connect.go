@@ -22,6 +22,10 @@ func (g *Guard) Connect(to netip.AddrPort) (*Outgoing, Outcome) {
 	}
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	what := subject{kind: "connect", text: "connect " + to.String()}
+	if s.off() {
+		g.enter(&s)
+		return newMarked(g), Allowed
+	}
 	reason := s.refusal
 	var peers []policy.Peer
 	if reason == "" {
@@ -36,7 +40,13 @@ func (g *Guard) Connect(to netip.AddrPort) (*Outgoing, Outcome) {
 		if outcome == Denied {
 			return nil, Denied
 		}
+		if !g.enter(&s) {
+			return nil, g.crowded(s, what, began)
+		}
 		return newMarked(g), outcome
+	}
+	if !g.enter(&s) {
+		return nil, g.crowded(s, what, began)
 	}
 	return newOutgoing(g, peers), Allowed
 }

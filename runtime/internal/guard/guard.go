@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"kalium.dev/kalium/runtime/internal/frame"
@@ -58,6 +59,8 @@ type Guard struct {
 	rest   rest
 	walk   walk
 	timers *timers // nil when nothing is measured
+
+	connections atomic.Int64
 
 	mu        sync.RWMutex
 	force     rule

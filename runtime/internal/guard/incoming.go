@@ -57,15 +57,17 @@ func (g *Guard) Accept(port uint16, from netip.AddrPort) (*Incoming, Outcome) {
 		return nil, Denied
 	}
 	in := &Incoming{g: g, from: from, idle: closedChannel}
-	if port == g.port && slices.ContainsFunc(g.sources, func(source netip.Prefix) bool { return source.Contains(from.Addr()) }) && !s.off() {
-		return in, Allowed
-	}
 	what := subject{kind: "incoming", text: fmt.Sprintf("incoming %s to port %d", from, port)}
-	outcome := g.refuse(s, what, policy.ReasonIncomingNotDeclared, began)
-	if outcome == Denied {
-		return nil, Denied
+	outcome := Allowed
+	if port != g.port || s.off() || !slices.ContainsFunc(g.sources, func(source netip.Prefix) bool { return source.Contains(from.Addr()) }) {
+		if outcome = g.refuse(s, what, policy.ReasonIncomingNotDeclared, began); outcome == Denied {
+			return nil, Denied
+		}
+		in.free.Store(true)
 	}
-	in.free.Store(true)
+	if !g.enter(&s) {
+		return nil, g.crowded(s, what, began)
+	}
 	return in, outcome
 }
 
