@@ -18,14 +18,11 @@ func (g *Guard) Connect(to netip.AddrPort) (*Outgoing, Outcome) {
 	g.stir()
 	s := g.stand()
 	if s.off() {
+		g.enter(&s)
 		return newMarked(g), Marked
 	}
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	what := subject{kind: "connect", text: "connect " + to.String()}
-	if s.off() {
-		g.enter(&s)
-		return newMarked(g), Allowed
-	}
 	reason := s.refusal
 	var peers []policy.Peer
 	if reason == "" {

@@ -324,6 +324,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 	g.now = func() time.Time { return now }
 	for range sandboxBurst {
 		connect(t, g, api)
+		g.Leave()
 	}
 
 	_, outcome := g.Connect(client)
