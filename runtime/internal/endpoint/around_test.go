@@ -77,7 +77,7 @@ func TestAnInstanceThatWorksOnForNobodyAnswersThatItIsRetired(t *testing.T) {
 	program.read(work + "{}")
 
 	gateway.Abort()
-	time.Sleep(150 * time.Millisecond)
+	time.Sleep(500 * time.Millisecond)
 
 	for _, request := range []string{work + "{}", "GET /_/health HTTP/1.1\r\nHost: f\r\n\r\n"} {
 		if answer := n.asked(listener, request); !strings.HasPrefix(answer, "HTTP/1.1 503 ") || !strings.Contains(answer, `"error":"retired"`) {

@@ -73,7 +73,7 @@ func TestWithoutATailTheAnswerIsTheEnd(t *testing.T) {
 }
 
 func TestATailHasATime(t *testing.T) {
-	g, c := edited(t, "enforce", selectText, selectTail, guardtest.TailTime, `"tail_ms":20`)
+	g, c := edited(t, "enforce", selectText, selectTail, guardtest.TailTime, `"tail_ms":300`)
 	in := request1(t, g)
 	judged(t, g, Allowed, getA)
 	inv := g.live
