@@ -40,6 +40,7 @@ schema: kalium/v1
 app: {mode}
 version: 1
 mode: {mode}
+on_unavailable: {{app_edge: deny, deadline_ms: 10000}}
 peers:
   web: {{host: web.test, port: 8000, protocol: http}}
   tls: {{host: tls.test, port: 4443, protocol: https}}

@@ -27,6 +27,7 @@ schema: kalium/v1
 app: clients
 version: 1
 mode: enforce
+on_unavailable: {app_edge: deny, deadline_ms: 10000}
 peers:
   tls13: {host: tls13.test, port: 4443, protocol: https}
   tls12: {host: tls12.test, port: 4443, protocol: https}

@@ -8,6 +8,7 @@ schema: kalium/v1
 app: lab
 version: 1
 mode: enforce
+on_unavailable: {app_edge: deny, deadline_ms: 10000}
 peers:
   web: {host: web.test, port: 80, protocol: http}
 entries: [caller]
