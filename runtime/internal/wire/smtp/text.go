@@ -107,9 +107,11 @@ func (c *Client) endChunk() error {
 // address, which begins behind ':' or '<'. That is more than FROM: and TO:, which not all servers insist on.
 type scanner struct {
 	state scanning
-	verb  [4]byte
-	bytes int // of the verb
+	verb  string // which the line may begin with
+	bytes int    // of it so far
 }
+
+var verbs = [...]string{"MAIL", "RCPT"}
 
 type scanning uint8
 
@@ -132,15 +134,21 @@ func (s *scanner) feed(c byte) (isCommand bool) {
 			return s.feed(c)
 		}
 	case inVerb:
-		switch {
-		case isLetter(c) && s.bytes < len(s.verb):
-			s.verb[s.bytes] = c &^ 0x20
-			s.bytes++
-		case isSpace && (string(s.verb[:s.bytes]) == "MAIL" || string(s.verb[:s.bytes]) == "RCPT"):
+		if isSpace && s.bytes == len(verbs[0]) {
 			s.state = behindVerb
-		default:
-			s.state = harmless
+			break
 		}
+		if s.bytes == 0 {
+			s.verb = verbs[0]
+			if c&^0x20 == verbs[1][0] {
+				s.verb = verbs[1]
+			}
+		}
+		if s.bytes == len(s.verb) || c&^0x20 != s.verb[s.bytes] {
+			s.state = harmless
+			break
+		}
+		s.bytes++
 	case behindVerb:
 		return c == ':' || c == '<'
 	}
