@@ -79,15 +79,29 @@ func (n *names) want(hosts []string) {
 	signal(n.wake)
 }
 
-// fixed is a host of the configuration, or one that is an address itself.
+// fixed is a host of the configuration, or one that is an address itself. Such a one is reached when it is public, or when
+// the configuration has it as an address of some host: a policy alone cannot lead to the inside.
 func (n *names) fixed(host string) ([]string, bool) {
 	if addresses, listed := n.static[host]; listed {
 		return addresses, true
 	}
-	if _, err := netip.ParseAddr(host); err == nil {
+	address, err := netip.ParseAddr(host)
+	if err != nil {
+		return nil, false
+	}
+	if address.Is4() && (public(address) || n.declared(host)) {
 		return []string{host}, true
 	}
-	return nil, false
+	return nil, true
+}
+
+func (n *names) declared(address string) bool {
+	for _, addresses := range n.static {
+		if slices.Contains(addresses, address) {
+			return true
+		}
+	}
+	return false
 }
 
 // of returns the addresses of each host; a host that is not resolved yet has none.

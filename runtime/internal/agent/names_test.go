@@ -41,7 +41,7 @@ func (a *answers) lookup(_ context.Context, host string) ([]netip.Addr, error) {
 func newTestNames(t *testing.T) (*names, *answers) {
 	a := &answers{hosts: map[string][]string{}}
 	n := newNames(map[string][]string{"gateway": {"10.137.0.1"}}, a.lookup, newLogger(&syncBuffer{}), func() {})
-	n.want([]string{"gateway", "shop.example", "10.9.9.9"})
+	n.want([]string{"gateway", "shop.example", "10.9.9.9", "9.9.9.9", "10.137.0.1"})
 	return n, a
 }
 
@@ -50,12 +50,27 @@ func (n *names) one(host string) []string { return n.of([]string{host})[host] }
 func TestFixedNamesAreNeverLookedUp(t *testing.T) {
 	n, a := newTestNames(t)
 	a.set("gateway", "8.8.8.8")
-	a.set("10.9.9.9", "8.8.8.8")
+	a.set("9.9.9.9", "8.8.8.8")
 
 	n.refresh(t.Context())
 
-	if want := map[string][]string{"gateway": {"10.137.0.1"}, "10.9.9.9": {"10.9.9.9"}}; !reflect.DeepEqual(n.of([]string{"gateway", "10.9.9.9"}), want) {
-		t.Errorf("%v", n.of([]string{"gateway", "10.9.9.9"}))
+	if want := map[string][]string{"gateway": {"10.137.0.1"}, "9.9.9.9": {"9.9.9.9"}}; !reflect.DeepEqual(n.of([]string{"gateway", "9.9.9.9"}), want) {
+		t.Errorf("%v", n.of([]string{"gateway", "9.9.9.9"}))
+	}
+}
+
+func TestAPolicyAloneDoesNotLeadToAPrivateAddress(t *testing.T) {
+	n, a := newTestNames(t)
+	a.set("10.9.9.9", "10.9.9.9")
+	n.refresh(t.Context())
+
+	for host, want := range map[string][]string{
+		"10.9.9.9": nil, "127.0.0.1": nil, "169.254.169.254": nil, "::ffff:10.9.9.9": nil,
+		"10.137.0.1": {"10.137.0.1"}, // the configuration's, by another name
+	} {
+		if got := n.one(host); !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: %v", host, got)
+		}
 	}
 }
 

@@ -23,9 +23,11 @@ const (
 	HoldMax    = 10 * time.Second // bytes that complete no unit, and requests that wait for their turn
 	waitingMax = 64               // requests that wait for the instance
 	peersMax   = 4096             // addresses that are remembered for listed hosts
-	pinnedFor  = 5 * time.Minute  // how long an address stays valid after its host's list was replaced
-	labelMax   = 128              // bytes of X-Call-Id that are logged
-	tokenMax   = 128              // bytes of a token that are worth asking about
+	// pinnedFor is how long an address stays valid after its host's list was replaced: a program may have asked just
+	// before, and may keep the answer for its time to live and some more.
+	pinnedFor = ttlSeconds*time.Second + 5*time.Minute
+	labelMax  = 128 // bytes of X-Call-Id that are logged
+	tokenMax  = 128 // bytes of a token that are worth asking about
 )
 
 // Controller is whom the guard asks and tells. Link is the real one.

@@ -115,8 +115,12 @@ func TestAReplacedAddressStaysValidForAWhile(t *testing.T) {
 		t.Errorf("the name is answered with %v", addresses)
 	}
 
-	now = now.Add(pinnedFor + time.Second)
+	now = now.Add(5 * time.Minute)
 	g.Renew(60000)
+	if !reach("10.137.0.1:8080") {
+		t.Error("an address that was given for 30 seconds is not reached five minutes later")
+	}
+	now = now.Add(31 * time.Second)
 
 	if !reach("10.137.0.9:8080") || reach("10.137.0.1:8080") {
 		t.Error("the old address is still valid")
@@ -185,6 +189,38 @@ func TestWhatIsNoQueryIsRefused(t *testing.T) {
 	}
 
 	if r := c.Last(t); r.Kind != "name" || r.Reason != "malformed" {
+		t.Errorf("verdict %+v", r)
+	}
+}
+
+// Rebinding: whoever answers for a listed name cannot have an open or a later connection judged as another peer's. The
+// name of a connection is that of the peer whose pins hold its address, and what is said inside has to name it again.
+func TestAnAddressOfTwoNamesIsToldApartByWhatIsSaid(t *testing.T) {
+	g, c, _ := invoked(t, "enforce")
+	if err := g.SetNames(map[string][]string{"api.test": {"10.137.0.7"}, "gateway": {"10.137.0.7"}}); err != nil {
+		t.Fatal(err)
+	}
+	out := connect(t, g, "10.137.0.7:8080")
+
+	expect(t, out, request("GET /a", "elsewhere.test:8080"), "", Denied)
+
+	lastReason(t, c, "unknown_peer")
+	if _, outcome := g.Connect(netip.MustParseAddrPort("10.137.0.8:8080")); outcome != Denied {
+		t.Error("an address that no name has is reached")
+	}
+}
+
+func TestOtherTypesOfAListedNameHaveNoData(t *testing.T) {
+	g, c := newGuard(t, "enforce")
+	for _, kind := range []byte{2, 5, 15, 16, 28, 33, 65, 255} {
+		if got := g.Resolve(query("api.test", kind)); got[3]&rcodeMask != 0 || got[7] != 0 {
+			t.Errorf("type %d: answer %x", kind, got)
+		}
+		if got := g.Resolve(query("unlisted.test", kind)); got[3]&rcodeMask != 3 {
+			t.Errorf("type %d of an unlisted name: answer %x", kind, got)
+		}
+	}
+	if r := c.Last(t); r.Reason != "name_not_listed" {
 		t.Errorf("verdict %+v", r)
 	}
 }
