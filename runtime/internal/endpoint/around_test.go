@@ -135,7 +135,7 @@ func TestBytesThatComeSlowlyAreRefusedInTime(t *testing.T) {
 	out.connect(guardtest.HostAddress + ":8080")
 	receiver := server.accept()
 	began := time.Now()
-	for _, c := range "POST / HTT" {
+	for _, c := range "POST / H" {
 		gateway.write(string(c))
 		out.write(string(c))
 		time.Sleep(time.Second)
