@@ -232,7 +232,6 @@ func (c *Client) data() (Unit, error) {
 	if c.phase = awaitingText; c.inTLS {
 		c.phase = inText
 	}
-	c.text = text{}
 	return c.envelope(Mail), nil
 }
 

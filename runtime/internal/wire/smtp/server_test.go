@@ -183,7 +183,7 @@ var fragments = []string{
 // Whatever a server refuses and whatever it does with an envelope, the mails that it takes were judged: each has the sender
 // of a judged one of its own, and only recipients of it.
 func TestWhatAServerTakesWasJudged(t *testing.T) {
-	const seeds = 20000
+	const seeds = 8000
 	taken := 0
 	for seed := range uint64(seeds) {
 		dice := rand.New(rand.NewPCG(seed, 1))

@@ -60,7 +60,7 @@ type Unit struct {
 	From  string   // Envelope and Mail: the sender, its domain in lower case
 	To    []string // as From: the recipients so far, sorted, without repetitions
 	Bytes int      // Body: how many bytes of the mail's text are in b[:n]
-	End   bool     // Body: the mail ends here
+	End   bool     // the mail ends with this unit: Body, or the command when its chunk is empty
 }
 
 type phase uint8

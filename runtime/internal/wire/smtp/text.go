@@ -6,28 +6,28 @@ import (
 	"kalium.dev/kalium/runtime/internal/wire"
 )
 
-// text checks the text of a mail: lines of at most textBytesMax bytes that end with CRLF, without a bare CR or LF and
-// without a zero byte.
+// text checks the text of a mail in chunks of BDAT, which may be cut anywhere: lines of at most textBytesMax bytes that end
+// with CRLF, without a bare CR or LF and without a zero byte. The reply to BDAT only comes behind the chunk, so that no line
+// may look like a command, in clear either.
 type text struct {
 	length int  // of the line so far
 	isCR   bool // its last byte
 	line   scanner
 }
 
-// feed reads the next byte. watched: the server may be reading commands.
-func (t *text) feed(c byte, watched bool) error {
+func (t *text) feed(c byte) error {
 	if t.isCR != (c == '\n') {
-		return wire.Malformed("a bare CR or LF in the text of a mail")
+		return bareEnd()
 	}
 	if c == 0 {
-		return wire.Malformed("a zero byte in the text of a mail")
+		return zeroByte()
 	}
 	if t.length++; t.length > textBytesMax {
 		return wire.TooLarge("a line of more than %d bytes in the text of a mail", textBytesMax)
 	}
 	t.isCR = c == '\r'
-	if watched && t.line.feed(c) {
-		return wire.Unsupported("text of a mail that reads like an envelope command, where the server may be reading commands")
+	if t.line.feed(c) {
+		return readsLikeACommand()
 	}
 	if c == '\n' {
 		t.length, t.line = 0, scanner{}
@@ -43,37 +43,61 @@ func (c *Client) lines(b []byte) (int, Unit, error) {
 		line := b[at : at+n]
 		var err error
 		switch {
-		case n == 0 && len(b)-at >= textBytesMax:
+		case n > textBytesMax, n == 0 && len(b)-at >= textBytesMax:
 			err = wire.TooLarge("a line of more than %d bytes in the text of a mail", textBytesMax)
 		case n == 0:
 			err = wire.ErrShort
-		case len(line) == 3 && line[0] == '.' && line[1] == '\r':
+		case string(line) == ".\r\n":
 			c.phase = inCommands
 			if err := c.expect(toOther); err != nil {
 				return 0, Unit{}, err
 			}
 			c.sent()
 			return at + n, Unit{Kind: Body, Text: "smtp text", Bytes: at, End: true}, nil
+		case n == 1, bytes.IndexByte(line, '\r') != n-2:
+			err = bareEnd()
+		case bytes.IndexByte(line, 0) >= 0:
+			err = zeroByte()
+		case c.inTLS && isCommand(line):
+			err = readsLikeACommand()
 		}
-		for i := 0; i < len(line) && err == nil; i++ {
-			err = c.text.feed(line[i], c.inTLS)
+		if err == nil {
+			at += n
+			continue
 		}
-		if err != nil {
-			if at == 0 {
-				return 0, Unit{}, err
-			}
-			c.text = text{}
-			return at, Unit{Kind: Body, Text: "smtp text", Bytes: at}, nil
+		if at == 0 {
+			return 0, Unit{}, err
 		}
-		at += n
+		return at, Unit{Kind: Body, Text: "smtp text", Bytes: at}, nil
 	}
 }
 
-// content reads what there is of a chunk. The reply to BDAT only comes behind it, so it is watched in clear, too.
+func isCommand(line []byte) bool {
+	var s scanner
+	for _, c := range line {
+		if s.feed(c) {
+			return true
+		}
+		if s.state == harmless {
+			break
+		}
+	}
+	return false
+}
+
+func bareEnd() error { return wire.Malformed("a bare CR or LF in the text of a mail") }
+
+func zeroByte() error { return wire.Malformed("a zero byte in the text of a mail") }
+
+func readsLikeACommand() error {
+	return wire.Unsupported("text of a mail that reads like an envelope command, where the server may be reading commands")
+}
+
+// content reads what there is of a chunk.
 func (c *Client) content(b []byte) (int, Unit, error) {
 	n := int(min(int64(len(b)), c.chunk))
 	for _, next := range b[:n] {
-		if err := c.text.feed(next, true); err != nil {
+		if err := c.text.feed(next); err != nil {
 			return 0, Unit{}, err
 		}
 	}
