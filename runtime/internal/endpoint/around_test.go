@@ -5,7 +5,9 @@ import (
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 
 	"kalium.dev/kalium/runtime/internal/guard"
 	"kalium.dev/kalium/runtime/internal/guard/guardtest"
@@ -49,6 +51,37 @@ func TestInOffModeConnectionsFromOutsideAreTheProgramsOwn(t *testing.T) {
 	if got, how := gateway.end(); got != "" || !isReset(how) {
 		t.Errorf("the gateway got %q and %v", got, how)
 	}
+}
+
+func TestInOffModeQueriesReachTheirServer(t *testing.T) {
+	n := newNet(t, "enforce")
+	server := n.plain(udp.ProtocolNumber)
+	must(t, server.Bind(full("10.137.0.77:53")))
+	before := n.datagrams()
+	must(t, before.Endpoint.Connect(full("10.137.0.77:53")))
+	n.setPolicy("off", "4")
+	connected := n.datagrams()
+	must(t, connected.Endpoint.Connect(full("10.137.0.77:53")))
+
+	for name, send := range map[string]func() tcpip.Error{
+		"to an address": func() tcpip.Error { _, err := n.datagrams().sendTo("q", "10.137.0.77:53"); return err },
+		"connected": func() tcpip.Error {
+			_, err := connected.Write(strings.NewReader("q"), tcpip.WriteOptions{})
+			return err
+		},
+		"connected before the mode": func() tcpip.Error { _, err := before.Write(strings.NewReader("q"), tcpip.WriteOptions{}); return err },
+	} {
+		must(t, send())
+		if got, _ := server.receive(); got != "q" {
+			t.Errorf("%s: the server got %q", name, got)
+		}
+	}
+
+	n.setPolicy("enforce", "5")
+	if _, err := connected.Write(strings.NewReader("no query"), tcpip.WriteOptions{}); !denied(err) {
+		t.Errorf("after the switch: %v", err)
+	}
+	server.quiet()
 }
 
 func TestAConnectionThatIsKeptGoesOnWhenTheGuardIsSwitchedOff(t *testing.T) {

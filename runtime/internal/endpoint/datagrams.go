@@ -50,7 +50,7 @@ func (d *Datagrams) Connect(to tcpip.FullAddress) tcpip.Error {
 	d.write.Lock()
 	defer d.write.Unlock()
 	to = definite(to, d.v6)
-	if to.Port == dnsPort {
+	if to.Port == dnsPort && !d.guard.Off() {
 		if d.guard.Associate(addressPortOf(to)) == guard.Denied {
 			return &tcpip.ErrNotPermitted{}
 		}
@@ -107,7 +107,12 @@ func (d *Datagrams) Write(p tcpip.Payloader, o tcpip.WriteOptions) (int64, tcpip
 		to = remote
 	}
 	if to.Port == dnsPort {
-		return d.resolve(p, to)
+		if !d.guard.Off() {
+			return d.resolve(p, to)
+		}
+		if d.resolver != nil && o.To == nil { // it was connected before the guard was switched off
+			o.To = &to
+		}
 	}
 	// The address that a connected socket reports carries the interface that gVisor chose for it.
 	own := o.To == nil && d.own(to.Addr) || d.isOwn(to)
