@@ -267,7 +267,12 @@ func (c *Client) clear(kind byte, record []byte) error {
 			}
 			return nil
 		}
-		return c.change(suite, s.hello.Random)
+		if !c.flight.mayEnd() {
+			return wire.Malformed("a ChangeCipherSpec out of place")
+		}
+		// OpenSSL logs the secret when it makes the Finished, and with kernel TLS wanted it sends this record before.
+		c.stage = changed
+		return nil
 	case kind == contentHandshake && !tls13:
 		c.stage = exchanged
 		_, err := c.flight.take(body, flightTLS12)
@@ -287,21 +292,18 @@ func (c *Client) clear(kind byte, record []byte) error {
 	return wire.Malformed("record type %d inside the handshake", kind)
 }
 
-// change takes the keys of TLS 1.2.
-func (c *Client) change(suite *suite, server [randomBytes]byte) error {
-	if !c.flight.mayEnd() {
-		return wire.Malformed("a ChangeCipherSpec out of place")
-	}
+// masterKeys takes the keys of TLS 1.2.
+func (c *Client) masterKeys() error {
 	logged := c.keys.get(c.hello.Random, masterSecret)
 	if logged.n == 0 {
 		return noKey("no master secret was logged")
 	}
 	var err error
-	if c.opening, err = suite.client(logged.bytes[:logged.n], c.hello.Random, server); err != nil {
+	s := c.server.now()
+	if c.opening, err = suites[s.hello.Suite].client(logged.bytes[:logged.n], c.hello.Random, s.hello.Random); err != nil {
 		return err
 	}
 	c.release()
-	c.stage = changed
 	return nil
 }
 
@@ -311,6 +313,9 @@ const finishedBytes = 12 // verify_data of TLS 1.2 (RFC 5246 section 7.4.9)
 func (c *Client) finished(kind byte, record []byte) error {
 	if kind != contentHandshake {
 		return wire.Malformed("record type %d where a Finished is expected", kind)
+	}
+	if err := c.masterKeys(); err != nil {
+		return err
 	}
 	content, _, err := c.openCopy(record)
 	if err != nil {

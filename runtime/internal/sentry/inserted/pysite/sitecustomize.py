@@ -1,6 +1,9 @@
-# Lets every TLS context of Python log its keys, also those that a program makes by hand: ssl.create_default_context()
-# does it by itself. Python imports this file at its start because the runtime puts its folder first on PYTHONPATH. It
-# must run on every version, and it imports nothing that the program might not need.
+"""Lets every TLS context of Python log its keys, also those that a program makes by hand.
+
+ssl.create_default_context() does it by itself. Python imports this file at its start, because the runtime puts its folder first on
+PYTHONPATH.
+"""
+
 import os
 import sys
 
@@ -46,10 +49,19 @@ class _OnImport(object):
 
 def _chain():
     """Runs the sitecustomize that this one has taken the place of."""
+    path = [entry for entry in sys.path if os.path.abspath(entry or ".") != _here]
+    if sys.version_info < (3, 5):
+        import imp
+
+        try:
+            found = imp.find_module("sitecustomize", path)
+        except ImportError:
+            return
+        imp.load_module("sitecustomize", *found)
+        return
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
 
-    path = [entry for entry in sys.path if os.path.abspath(entry or ".") != _here]
     spec = PathFinder.find_spec("sitecustomize", path)
     if spec is not None and spec.loader is not None:
         module = module_from_spec(spec)
@@ -57,9 +69,9 @@ def _chain():
         spec.loader.exec_module(module)
 
 
-if sys.version_info >= (3, 8):
-    if _log and "ssl" in sys.modules:
+if _log and sys.version_info >= (3, 8):
+    if "ssl" in sys.modules:
         _hook(sys.modules["ssl"])
-    elif _log:
+    else:
         sys.meta_path.insert(0, _OnImport())
-    _chain()
+_chain()
