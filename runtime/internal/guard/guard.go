@@ -165,10 +165,20 @@ func (g *Guard) SetPolicy(app string, envelope []byte) error {
 		g.mu.Unlock()
 		return fmt.Errorf("policy version %d arrived, %d is in force", verified.Version, before.Version)
 	}
-	next := g.ruleOf(verified)
-	g.force = next
+	g.force = g.ruleOf(verified)
 	g.mu.Unlock()
-	g.renewStartup(next)
+	// Whoever brings policies also brings the controller's answers, and one of them may be waited for with the walk's lock
+	// held.
+	if g.walk.mu.TryLock() {
+		defer g.walk.mu.Unlock()
+		g.renewStartup()
+	} else {
+		go func() {
+			g.walk.mu.Lock()
+			defer g.walk.mu.Unlock()
+			g.renewStartup()
+		}()
+	}
 	return nil
 }
 

@@ -146,13 +146,13 @@ func (in *Incoming) Admit(b []byte, gone <-chan struct{}) Admission {
 	default:
 		return in.turnAway(policy.ReasonHeldTooLong, "the instance is busy with another request", began)
 	}
-	if g.Off() { // since the request waits
+	if s = g.standNew(); s.off() { // since the request waits
 		g.slot.release()
 		in.free.Store(true)
 		return Admission{Free: true}
 	}
 	began = g.now() // what a verdict took does not count the requests before it
-	inv, reason, detail := g.start(head, began)
+	inv, reason, detail := g.start(s, head, began)
 	if inv == nil {
 		g.slot.release()
 		return refusal(reason, detail)
@@ -251,9 +251,8 @@ const (
 	callFieldLower = "x-call-id"
 )
 
-// start asks for an invocation.
-func (g *Guard) start(head *http1.RequestHead, began time.Time) (inv *invocation, reason policy.Reason, detail string) {
-	s := g.standNew()
+// start asks for an invocation, by the rule of s.
+func (g *Guard) start(s standing, head *http1.RequestHead, began time.Time) (inv *invocation, reason policy.Reason, detail string) {
 	what := subject{kind: "start", text: "start " + g.identity.Function}
 	verdict := policy.Verdict{Reason: s.refusal}
 	var call, id string

@@ -139,10 +139,10 @@ func (g *Guard) beginStartup(r rule) {
 }
 
 // renewStartup puts a newer version in force for what comes before the first request, which belongs to no call. Where
-// the CFG is another one, it begins anew if nothing was sent, and is over otherwise.
-func (g *Guard) renewStartup(r rule) {
-	g.walk.mu.Lock()
-	defer g.walk.mu.Unlock()
+// the CFG is another one, it begins anew if nothing was sent, and is over otherwise. The walk's lock is held.
+func (g *Guard) renewStartup() {
+	s := g.standNew()
+	r := s.rule
 	before := g.walk.startup
 	if before == nil {
 		if !g.walk.started {

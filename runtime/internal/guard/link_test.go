@@ -207,3 +207,30 @@ func TestQuestionsWithoutAnswerAreBounded(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// The answer to an app edge comes by the same reader as a policy before it.
+func TestAPolicyThatComesWhileAnAnswerIsWaitedForDelaysNothing(t *testing.T) {
+	_, a, g, _, _ := linked(t)
+	in := accept(t, g)
+	admitted := make(chan Admission, 1)
+	go func() { admitted <- in.Admit([]byte(postRequest), nil) }()
+	id, _ := a.next()
+	a.say(id, &frame.Answer{Allowed: true, Reason: "allowed", Call: guardtest.Call, Invocation: guardtest.Invocation})
+	a.next() // the verdict
+	released(t, <-admitted)
+	g.live.cursor = atState(g, 2)
+	out := connect(t, g, "10.137.0.1:8080")
+	outcome := make(chan Outcome, 1)
+	go func() {
+		_, o := out.Write([]byte(request("POST /function/payer", "gateway:8080")))
+		outcome <- o
+	}()
+	id, _ = a.next()
+
+	a.say(0, &frame.Policy{App: "shop", Policy: guardtest.Signed(t, "enforce", "9")})
+	a.say(id, &frame.Answer{Allowed: true, Reason: "allowed", Token: guardtest.Token})
+
+	if got := <-outcome; got != Allowed {
+		t.Errorf("outcome %d", got)
+	}
+}
