@@ -57,7 +57,7 @@ func (p *pair) compare(t testing.TB, after string) (denied bool) {
 	t.Helper()
 	var logs [2][]frame.VerdictRecord
 	for i, c := range p.controllers {
-		logs[i] = c.Verdicts()[p.seen:]
+		logs[i] = c.Since(p.seen)
 		for j := range logs[i] {
 			r := &logs[i][j]
 			if (r.Allowed && !r.WouldDeny) != (r.Reason == "allowed") {

@@ -119,10 +119,13 @@ func (c *Controller) Log(_ time.Time, r *frame.VerdictRecord) error {
 }
 
 // Verdicts lists what was logged.
-func (c *Controller) Verdicts() []frame.VerdictRecord {
+func (c *Controller) Verdicts() []frame.VerdictRecord { return c.Since(0) }
+
+// Since lists what was logged after the first n verdicts.
+func (c *Controller) Since(n int) []frame.VerdictRecord {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return append([]frame.VerdictRecord(nil), c.records...)
+	return append([]frame.VerdictRecord(nil), c.records[n:]...)
 }
 
 // Last is the newest verdict; the test fails without one.
