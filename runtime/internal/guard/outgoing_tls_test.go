@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"strings"
 	"sync"
@@ -382,6 +383,47 @@ func TestALongBodyUnderTLSArrivesWhole(t *testing.T) {
 
 		if got := s.arrived(); got != head+body {
 			t.Errorf("%s: %d bytes arrived of %d, %v", name, len(got), len(head+body), s.end)
+		}
+	}
+}
+
+// TestTheSplitOfTLSRecordsChangesNothing cuts the bytes of a connection anywhere, as writes that find no room do.
+func TestTheSplitOfTLSRecordsChangesNothing(t *testing.T) {
+	seed := rand.Uint64()
+	random := rand.New(rand.NewPCG(seed, 2))
+	const bad = "GET /secret HTTP/1.1\r\nHost: images.test:4443\r\n\r\n"
+	for i := range 30 {
+		version := []uint16{tls.VersionTLS12, tls.VersionTLS13}[random.IntN(2)]
+		g, c, _ := invoked(t, "enforce")
+		s := dialTLS(t, g, images, logged(g, &tls.Config{ServerName: "images.test", MaxVersion: version}), &tls.Config{})
+		if err := s.Handshake(); err != nil {
+			t.Fatal(err)
+		}
+		good := 1 + random.IntN(4)
+		said := strings.Repeat(getI, good) + bad + getI
+		var kept [][]byte
+		s.kept = &kept
+		for len(said) > 0 {
+			n := 1 + random.IntN(len(said))
+			if _, err := io.WriteString(s, said[:n]); err != nil {
+				t.Fatal(err)
+			}
+			said = said[n:]
+		}
+		s.kept = nil
+		raw := bytes.Join(kept, nil)
+		var err error
+		for len(raw) > 0 && err == nil {
+			n := 1 + random.IntN(min(len(raw), 1+random.IntN(200)))
+			_, err = s.NetConn().Write(raw[:n])
+			raw = raw[n:]
+		}
+
+		if got := s.arrived(); got != strings.Repeat(getI, good) || !errors.Is(err, errDenied) {
+			t.Fatalf("seed %d, connection %d: %q arrived, %v", seed, i, got, err)
+		}
+		if r := c.Last(t); r.Reason != "not_in_policy" || r.Message != "https GET images /secret" {
+			t.Fatalf("seed %d, connection %d: verdict %+v", seed, i, r)
 		}
 	}
 }
