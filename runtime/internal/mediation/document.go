@@ -49,8 +49,9 @@ that is compiled into the runtime, and fails when something has no line: an upgr
 | absent | this gVisor answers with an error; a later one that has it fails the test |
 
 gVisor's own tests of system calls are C++ programs that are built with Bazel. They are no part of its Go module and were not
-run. In their place stands ` + "`runtime/internal/sentry/semantics_test.go`" + `, which compares what a program sees of sockets under
-stock gVisor and under ours.
+run. In their place stands ` + "`runtime/internal/sentry/semantics_test.go::TestAProgramSeesTheSocketsOfStockGVisor`" + `, which compares line by
+line what a program sees of sockets under stock gVisor and under ours: 170 checks on loopback (off, audit, enforce), 150 to outside
+(off, audit). What the table refuses of options and ioctls differs from stock by design and is not among them.
 `)
 	counts := map[Class]int{}
 	for _, kind := range Kinds() {

@@ -1,7 +1,7 @@
 //go:build sandbox
 
 // Tests with real sandboxes: this test binary runs inside of one, as the function, while the test plays agent, gateway and
-// the world. They need root, `ip`, and nothing else:
+// the world. They need root and `ip`, and gcc for the comparison with stock gVisor:
 //
 //	CGO_ENABLED=0 go test -tags sandbox ./internal/sentry
 package sentry
@@ -64,11 +64,14 @@ func grant(m *frame.Start) *frame.Answer {
 	return answer
 }
 
-// built are the binaries that tests were run with; each is built once.
+// built are the binaries that tests were run with; each is built once, unless KALIUM_BUILD names a folder that has it.
 var built = map[string]func() (string, error){"runsc-kalium": building("runsc-kalium"), "runsc-stock": building("runsc-stock")}
 
 func building(command string) func() (string, error) {
 	return sync.OnceValues(func() (string, error) {
+		if folder := os.Getenv("KALIUM_BUILD"); folder != "" {
+			return filepath.Join(folder, command), nil
+		}
 		folder, err := os.MkdirTemp("", "kalium-sandbox-test")
 		if err != nil {
 			return "", err
