@@ -37,6 +37,7 @@ func TestAChangedDescriptorIsNoWayOut(t *testing.T) {
 		t.Run(runtime, func(t *testing.T) {
 			s := newSite(t)
 			s.runtime = runtimePath(t, runtime)
+			s.welcome = lasting(t, "enforce")
 			if runtime == "runsc-kalium" {
 				s.env = []string{"KALIUM_RACE=" + raceTime().String()}
 			} else {

@@ -64,6 +64,15 @@ func grant(m *frame.Start) *frame.Answer {
 	return answer
 }
 
+// lasting welcomes a guard with a lease that is longer than any test: nobody renews it here.
+func lasting(t *testing.T, mode string) func(*frame.Hello) *frame.Welcome {
+	return func(*frame.Hello) *frame.Welcome {
+		welcome := guardtest.Welcome(t, mode)
+		welcome.LeaseMS = 600000
+		return welcome
+	}
+}
+
 // built are the binaries that tests were run with; each is built once, unless KALIUM_BUILD names a folder that has it.
 var built = map[string]func() (string, error){"runsc-kalium": building("runsc-kalium"), "runsc-stock": building("runsc-stock")}
 

@@ -10,9 +10,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-
-	"kalium.dev/kalium/runtime/internal/frame"
-	"kalium.dev/kalium/runtime/internal/guard/guardtest"
 )
 
 // semantics builds testdata/semantics.c once. It is C for the sake of signals, which Go's runtime keeps for itself.
@@ -41,11 +38,7 @@ func runSemantics(t *testing.T, mode string, words ...string) string {
 	s.runtime = runtimePath(t, "runsc-stock")
 	if mode != "" {
 		s.runtime = runtimePath(t, "runsc-kalium")
-		s.welcome = func(*frame.Hello) *frame.Welcome {
-			welcome := guardtest.Welcome(t, mode)
-			welcome.LeaseMS = 600000
-			return welcome
-		}
+		s.welcome = lasting(t, mode)
 	}
 	raw, err := os.ReadFile(program)
 	if err == nil {
