@@ -2,8 +2,8 @@
 
 from experiments.attacks.case import Case, Match
 
-# The policy allows one connection to the image server in an invocation. The exploit spends it as the function would, and
-# then opens a second one. While TLS is judged per connection, this is what "the wrong moment" means for an HTTPS peer.
+# The policy allows one request to the image server in an invocation. The exploit spends it as the function would, and then
+# sends a second one, on a connection of its own.
 CASE = Case(
     name="wrong-moment",
     category="scenario-1",

@@ -5,7 +5,7 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalium.policy.message import Reason
@@ -93,7 +93,6 @@ def read(data: bytes, cuts: list[int]) -> tuple[list[tuple[int, Frame]], str]:
     return frames, ""
 
 
-@settings(deadline=None)  # a machine that is busy is no bug of ours
 @given(st.lists(frames_with_ids(), max_size=4), st.lists(st.integers(0, 10_000), max_size=8))
 def test_frames_come_out_as_they_went_in_whatever_the_split(said: list[tuple[int, Frame]], cuts: list[int]) -> None:
     stream = b"".join(encode(*each) for each in said)
@@ -108,13 +107,11 @@ def test_a_stream_may_arrive_byte_by_byte() -> None:
     assert read(stream, list(range(len(stream)))) == (said, "")
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_no_bytes_make_a_reader_raise_anything_else(data: bytes) -> None:
     read(data, [])
 
 
-@settings(deadline=None)
 @given(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 21, 22, 23, 24, 25]), st.binary(max_size=300))
 def test_no_payload_makes_a_reader_raise_anything_else(frame_type: int, payload: bytes) -> None:
     """Behind a good prefix the bytes reach msgpack."""
@@ -122,7 +119,6 @@ def test_no_payload_makes_a_reader_raise_anything_else(frame_type: int, payload:
     read(b"KL\x01" + bytes([frame_type]) + frame_id.to_bytes(4, "big") + len(payload).to_bytes(4, "big") + payload, [])
 
 
-@settings(deadline=None)
 @given(frames_with_ids(), st.integers(0, 10_000), st.integers(1, 255))
 def test_a_changed_byte_gives_another_frame_or_a_refusal_and_never_the_same(said: tuple[int, Frame], at: int, change: int) -> None:
     """One spelling a frame: bytes that differ cannot mean the same."""
@@ -134,7 +130,6 @@ def test_a_changed_byte_gives_another_frame_or_a_refusal_and_never_the_same(said
     assert refusal or frames != [said]
 
 
-@settings(deadline=None)
 @given(frames_with_ids(), st.integers(0, 10_000))
 def test_a_frame_cut_short_is_waited_for_and_its_end_is_a_refusal(said: tuple[int, Frame], at: int) -> None:
     data = encode(*said)
@@ -144,7 +139,6 @@ def test_a_frame_cut_short_is_waited_for_and_its_end_is_a_refusal(said: tuple[in
     assert (frames, refusal) == ([], "truncated")
 
 
-@settings(deadline=None)
 @given(frames_with_ids(), st.integers(0, 10_000), st.binary(min_size=1, max_size=20))
 def test_junk_in_the_middle_makes_a_reader_raise_nothing_else(said: tuple[int, Frame], at: int, junk: bytes) -> None:
     data = encode(*said)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from controller_samples import Node, compiled, counting_mint, policy, site
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalium.controller.limits import LIMITS
@@ -629,7 +629,6 @@ def test_an_app_has_a_bound_of_versions_and_drops_the_oldest() -> None:
 # Everything at once
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5), st.integers(0, 3)), max_size=60))
 def test_whatever_happens_nothing_is_left_when_everything_is_over(script: list[tuple[int, int, int]]) -> None:
     """Starts, invokes, ends, repeats, a lost connection and the clock in any order: the tables agree and empty themselves."""

@@ -135,7 +135,7 @@ def after_all(expressions: set[Expression], message: Message) -> set[Expression]
     return {after for e in expressions for after in derivatives(e, message)}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(STEPS, st.data())
 def test_the_automaton_allows_what_the_derivatives_allow(steps: list[Step], data: st.DataObject) -> None:
     """Verdict, reason and the right to end agree after every message of any sequence; a denial changes nothing."""
@@ -155,7 +155,7 @@ def test_the_automaton_allows_what_the_derivatives_allow(steps: list[Step], data
         assert function.accepts(states) == any(map(is_nullable, expressions))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.recursive(st.sampled_from([step for step, _ in MESSAGES[:2]]), composed, max_leaves=4), max_size=2),
     st.lists(st.recursive(st.sampled_from([step for step, _ in MESSAGES[2:]]), composed, max_leaves=4), min_size=1, max_size=2),
@@ -182,7 +182,7 @@ def test_the_tail_follows_the_messages_and_is_all_that_is_left_after_the_answer(
         assert function.accepts(states) == any(map(is_nullable, expressions))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(STEPS, st.data())
 def test_every_allowed_path_can_be_walked_to_an_end(steps: list[Step], data: st.DataObject) -> None:
     """Following what is expected reaches an end: no state is dead, and a sequence of the policy's own is never refused."""
@@ -201,7 +201,7 @@ def test_every_allowed_path_can_be_walked_to_an_end(steps: list[Step], data: st.
     assert not function.expected(states)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(STEPS, st.data())
 def test_the_app_cfg_is_the_projection_on_invocations(steps: list[Step], data: st.DataObject) -> None:
     """A callee may be invoked exactly if some messages that are no invocations lead to it."""
@@ -233,7 +233,7 @@ def test_the_app_cfg_does_not_know_of_startup_and_tail() -> None:
     assert bare.functions["f"].states < tailed.functions["f"].states
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(STEPS)
 def test_the_same_source_makes_the_same_bytes(steps: list[Step]) -> None:
     source = source_of(steps)

@@ -77,6 +77,7 @@ func (s *Stream) Connect(to tcpip.FullAddress) tcpip.Error {
 		kind = kindOutgoing
 		s.leave() // an attempt before this one
 		s.counted.Store(true)
+		s.float()
 	}
 	s.out = out
 	s.kind.Store(kind)
@@ -133,6 +134,7 @@ func (s *Stream) admit(from tcpip.FullAddress) bool {
 	}
 	s.in = in
 	s.counted.Store(true)
+	s.float()
 	s.kind.Store(kindIncoming)
 	s.keep()
 	return true

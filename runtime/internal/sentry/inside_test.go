@@ -18,6 +18,8 @@ import (
 
 // What follows runs inside of the sandbox, as the function.
 
+const leavingBytes = 1 << 20 // more than both ends' buffers hold
+
 func inside(scenario string) int {
 	switch scenario {
 	case "calls":
@@ -25,6 +27,15 @@ func inside(scenario string) int {
 	case "send":
 		_, err := dial()
 		fmt.Printf("connect: %s\n", name(err))
+		return 0
+	case "leave":
+		fd, err := dial()
+		for left := leavingBytes; left > 0 && err == nil; {
+			var n int
+			n, err = unix.Write(fd, make([]byte, min(left, 64<<10)))
+			left -= n
+		}
+		fmt.Printf("written: %s\n", name(err))
 		return 0
 	case "ways":
 		return answer(1, func(*bufio.Reader) string { raw, _ := json.Marshal(tryWays()); return string(raw) })

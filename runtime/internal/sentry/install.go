@@ -32,6 +32,9 @@ var wrappers = map[string]wrapper{
 	"unshare": refuseIf(linuxerr.EPERM, newNetwork),
 	"setns":   refuseIf(linuxerr.EPERM, intoNetwork),
 	"clone3":  func(kernel.SyscallFn) kernel.SyscallFn { return clone3Call },
+
+	"exit":       exitCall(false),
+	"exit_group": exitCall(true),
 }
 
 // preparing are calls in front of which something is made ready. Nothing about the call itself changes.

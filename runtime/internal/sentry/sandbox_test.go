@@ -552,3 +552,36 @@ func TestAStartThatIsRefusedIsNotSeenInside(t *testing.T) {
 		t.Errorf("granted: %q", granted)
 	}
 }
+
+func TestWhatWasTakenIsSentAtTheEnd(t *testing.T) {
+	s := newSite(t)
+	s.welcome = func(*frame.Hello) *frame.Welcome { return guardtest.Welcome(t, "audit") }
+	listener := s.listen(8080)
+	received := make(chan int64, 1)
+	go func() {
+		conn, err := listener.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		time.Sleep(300 * time.Millisecond) // a slow receiver: the program has ended before it reads
+		n, err := io.Copy(io.Discard, conn)
+		if err != nil {
+			t.Error("the connection:", err)
+		}
+		received <- n
+	}()
+
+	if got := s.run("leave", true)(); !strings.Contains(got, "written: ok") {
+		t.Fatal(got)
+	}
+
+	select {
+	case n := <-received:
+		if n != leavingBytes {
+			t.Errorf("%d of %d bytes arrived", n, leavingBytes)
+		}
+	case <-time.After(patience):
+		t.Error("the receiver waits in vain for the end")
+	}
+}
