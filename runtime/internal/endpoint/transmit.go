@@ -28,7 +28,7 @@ func gone(state uint32) bool {
 
 // transmit holds judged bytes that the inner endpoint has no room for. A message was read and judged once, so it has to
 // be taken whole: a message is admitted while less than highWater waits, and the socket is writable exactly then. At
-// most highWater, messageMax and the held bytes of one unit wait.
+// most highWater, messageMax and the held bytes of one unit wait, in memory that is a few times as long.
 //
 // While bytes wait, one goroutine feeds them to the inner endpoint. The waiter's callback cannot: the stack calls it with
 // the endpoint's lock held.
@@ -108,11 +108,25 @@ func (q *transmit) send(m *message, o tcpip.WriteOptions) tcpip.Error {
 		q.stop = make(chan struct{})
 		go q.feed(q.stop)
 	}
-	rest := m.rest(sent)
-	q.parts = append(q.parts, rest)
 	q.opts = o
-	q.n += len(rest.b)
+	q.n += len(m.b) - sent
+	if !q.join(m.b[sent:]) {
+		q.parts = append(q.parts, m.rest(sent))
+	}
 	return nil
+}
+
+// join puts b behind the last part, if there is room in its buffer: otherwise each of many tiny writes would keep one.
+func (q *transmit) join(b []byte) bool {
+	if len(q.parts) == 0 {
+		return false
+	}
+	last := &q.parts[len(q.parts)-1]
+	if len(b) > cap(last.b)-len(last.b) {
+		return false
+	}
+	last.b = append(last.b, b...)
+	return true
 }
 
 // later puts a shutdown or a close behind the waiting bytes. It says no when none wait.
