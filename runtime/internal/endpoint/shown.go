@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
@@ -38,9 +39,21 @@ func (s *Stream) readAnswer(w io.Writer, o tcpip.ReadOptions) (tcpip.ReadResult,
 		s.out.Answered(result.Count)
 	case *tcpip.ErrWouldBlock, *tcpip.ErrBadBuffer:
 	default:
-		s.out.Ended()
+		if !answerable(s.inner.State()) {
+			s.out.Ended()
+		}
 	}
 	return result, err
+}
+
+// answerable tells that the peer may still send. A program that only shuts its reading side down reads the end, too, and its
+// requests are worked on nevertheless.
+func answerable(state uint32) bool {
+	switch tcp.EndpointState(state) {
+	case tcp.StateEstablished, tcp.StateFinWait1, tcp.StateFinWait2:
+		return true
+	}
+	return false
 }
 
 // unread is told to the guard at the end: an answer that the program did not read is one.

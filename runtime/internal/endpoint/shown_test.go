@@ -181,3 +181,38 @@ func TestReadsGoDirectlyOnceTheServerIsKnown(t *testing.T) {
 		t.Errorf("direct %v, %d bytes wait", s.shown.direct.Load(), s.shown.waiting.Len())
 	}
 }
+
+func TestARequestIsOnlySentAgainWhenThePeerHasEndedItsConnection(t *testing.T) {
+	for name, c := range map[string]struct {
+		end     func(program, server *peer)
+		allowed bool
+	}{
+		"the peer closed":                    {func(_, server *peer) { server.Close() }, true},
+		"the program only shut reading down": {func(program, _ *peer) { program.Shutdown(tcpip.ShutdownRead) }, false},
+		"the program shut both ways down":    {func(program, _ *peer) { program.Shutdown(tcpip.ShutdownRead | tcpip.ShutdownWrite) }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNet(t, "enforce")
+			n.setPolicy("enforce", "4", guardtest.RetriesOfGet, strings.Replace(guardtest.RetriesOfGet, `"retries":0`, `"retries":1`, 1))
+			n.working()
+			listener := n.plain(tcp.ProtocolNumber).listen(peerServer)
+			program := n.stream().connect(peerServer)
+			server := listener.accept()
+			defer program.Close()
+			defer server.Close()
+			program.write(getA)
+			server.read(getA)
+
+			c.end(program, server)
+			if got, _ := program.end(); got != "" {
+				t.Fatalf("%q was read", got)
+			}
+
+			second := n.stream().connect(peerServer)
+			defer second.Close()
+			if _, err := second.Write(strings.NewReader(getA), tcpip.WriteOptions{}); (err == nil) != c.allowed {
+				t.Errorf("the request again: %v, denials: %s", err, n.reasons())
+			}
+		})
+	}
+}
