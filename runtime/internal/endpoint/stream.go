@@ -79,7 +79,9 @@ func (s *Stream) Connect(to tcpip.FullAddress) tcpip.Error {
 		s.counted.Store(true)
 		s.float()
 	}
-	s.out = out
+	if out != nil { // a read that saw the attempt before this one may still look at its own
+		s.out = out
+	}
 	s.kind.Store(kind)
 	err := s.inner.Connect(to)
 	switch err.(type) {

@@ -403,3 +403,24 @@ func BenchmarkAllowedRequest(b *testing.B) {
 		server.read(record)
 	}
 }
+
+// A thread may be about to read while another connects anew: what it looks at must be there.
+func TestAReadOfAnAttemptThatFailedFindsItsConnection(t *testing.T) {
+	n := newNet(t, "enforce")
+	listener := n.stream().listen("127.0.0.1:7000")
+	defer listener.Close()
+	program := n.stream()
+	defer program.Close()
+	must(t, n.stack.RemoveAddress(1, address(guardtest.HostAddress)))
+	n.stack.SetRouteTable(nil)
+	if err := program.Connect(full(peerServer)); err == nil || denied(err) || begun(program.State()) {
+		t.Fatalf("a connection without a route: %v", err)
+	}
+	program.connect("127.0.0.1:7000")
+
+	_, err := program.Endpoint.(*Stream).readAnswer(io.Discard, tcpip.ReadOptions{}) // Read saw the first attempt
+
+	if _, empty := err.(*tcpip.ErrWouldBlock); !empty {
+		t.Errorf("the read: %v", err)
+	}
+}
