@@ -2,6 +2,7 @@ package guard
 
 import (
 	"kalium.dev/kalium/runtime/internal/policy"
+	"kalium.dev/kalium/runtime/internal/wire"
 	"kalium.dev/kalium/runtime/internal/wire/http2"
 	"kalium.dev/kalium/runtime/internal/wire/tlsopen"
 )
@@ -47,7 +48,12 @@ func (*tlsSpeaker) holdMax() int { return holdBytesMax }
 func (t *tlsSpeaker) unit(data []byte, w *output) ruling {
 	n, unit, err := t.client.Next(data)
 	t.o.t.mark(phaseOpen)
-	if err != nil {
+	switch {
+	case err == nil:
+	case err != wire.ErrShort && t.client.Opened():
+		// It cannot leave as it is in any mode: a record of ours has used its nonce.
+		return ruling{outcome: t.o.settle(err.Error(), reasonOf(err), true)}
+	default:
 		return t.o.refuseFor(err, data)
 	}
 	protocol := t.o.peers[0].Protocol
@@ -59,7 +65,11 @@ func (t *tlsSpeaker) unit(data []byte, w *output) ruling {
 	case tlsopen.KindControl:
 		w.instead()
 		w.b = t.client.SealControl(w.b)
-		return ruling{n: n, outcome: t.o.support(protocol, protocol+" upkeep")}
+		outcome := t.o.support(protocol, protocol+" upkeep")
+		if outcome == Marked { // what is inside goes on unseen, and sealed by us
+			t.inner.opaque, outcome = true, Allowed
+		}
+		return ruling{n: n, outcome: outcome}
 	case tlsopen.KindData:
 		send, outcome := t.inner.take(unit.Data)
 		w.instead()

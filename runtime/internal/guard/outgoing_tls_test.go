@@ -427,3 +427,56 @@ func TestTheSplitOfTLSRecordsChangesNothing(t *testing.T) {
 		}
 	}
 }
+
+// Once our own records have taken the place of the program's, one of its own would use a nonce again.
+func TestNoRecordOfTheProgramsLeavesBehindOurs(t *testing.T) {
+	for name, version := range versions {
+		for _, mode := range []string{"enforce", "audit"} {
+			g, c, _ := invoked(t, mode)
+			s := dialTLS(t, g, images, logged(g, &tls.Config{ServerName: "images.test", MaxVersion: version}), &tls.Config{})
+			if _, err := io.WriteString(s, getI); err != nil {
+				t.Fatal(err)
+			}
+			record := "\x17\x03\x03\x00\x40" + strings.Repeat("r", 64)
+
+			send, outcome := s.out.Write([]byte(record + record))
+
+			if len(send) != 0 || outcome != Denied {
+				t.Errorf("%s, %s: %d bytes left, outcome %d", name, mode, len(send), outcome)
+			}
+			if r := c.Last(t); r.Reason != "no_key" || r.WouldDeny {
+				t.Errorf("%s, %s: verdict %+v", name, mode, r)
+			}
+			if send, outcome := s.out.Write([]byte(record)); len(send) != 0 || outcome != Denied {
+				t.Errorf("%s, %s: %d more bytes left, outcome %d", name, mode, len(send), outcome)
+			}
+		}
+	}
+}
+
+// An upkeep record beyond the bound is marked in audit, and what follows is read and sealed as before.
+func TestUpkeepBeyondItsBoundLetsNoRecordOfTheProgramsLeave(t *testing.T) {
+	g, c, _ := invoked(t, "audit")
+	s := dialTLS(t, g, images, logged(g, &tls.Config{ServerName: "images.test"}), &tls.Config{})
+	if _, err := io.WriteString(s, getI); err != nil {
+		t.Fatal(err)
+	}
+	now := g.now()
+	g.now = func() time.Time { return now }
+	s.out.rate = bucket{used: supportBurst, filled: now}
+	if err := s.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if r := c.Last(t); r.Reason != "rate_bound" || !r.WouldDeny {
+		t.Errorf("verdict %+v", r)
+	}
+
+	send, outcome := s.out.Write([]byte("\x17\x03\x03\x00\x40" + strings.Repeat("r", 64)))
+
+	if len(send) != 0 || outcome != Denied {
+		t.Errorf("%d bytes left, outcome %d", len(send), outcome)
+	}
+	if got := s.arrived(); got != getI || s.end != io.EOF {
+		t.Errorf("%q arrived, and the connection ended with %v", got, s.end)
+	}
+}
