@@ -40,8 +40,13 @@ func (s *smtpSpeaker) unit(data []byte, _ *output) ruling {
 	}
 	message := &policy.Message{Kind: policy.KindSMTP, Peer: o.peer(), From: unit.From, To: unit.To}
 	if unit.Kind == smtp.Envelope {
-		// A denial of the mail would come too late for its addresses.
-		return ruling{n: n, outcome: o.g.could(message, policy.ProtocolSMTP)}
+		// A denial of the mail would come too late for its addresses. What allows them moves nothing, so their number has the
+		// bound of support traffic.
+		outcome := o.g.could(message, policy.ProtocolSMTP)
+		if outcome == Allowed {
+			outcome = o.support(policy.ProtocolSMTP, unit.Text)
+		}
+		return ruling{n: n, outcome: outcome}
 	}
 	var outcome Outcome
 	outcome, s.inv = o.g.judge(o.t, message, policy.ProtocolSMTP, nil)

@@ -318,6 +318,25 @@ func TestSupportTrafficIsBounded(t *testing.T) {
 	}
 }
 
+// An envelope moves no cursor and is not logged: without a bound, addresses that lead to no mail would carry what they like.
+func TestEnvelopesAreBounded(t *testing.T) {
+	g, c, _ := mailing(t, "enforce")
+	now := g.now()
+	g.now = func() time.Time { return now }
+	out := connect(t, g, mail)
+	dialogue(t, out, "220 mail\r\n", "EHLO f\r\n", "250 mail\r\n", "MAIL FROM:<f@shop.test>\r\n", "250 ok\r\n")
+	recipient := "RCPT TO:<a@shop.test>\r\n"
+	for range supportBurst - 2 {
+		dialogue(t, out, "", recipient, "250 ok\r\n")
+	}
+
+	expect(t, out, recipient, "", Denied)
+
+	if r := c.Last(t); r.Reason != "rate_bound" || r.Kind != "smtp" {
+		t.Errorf("verdict %+v", r)
+	}
+}
+
 func TestConnectionsAreBounded(t *testing.T) {
 	g, c, _ := invoked(t, "enforce")
 	now := g.now()
