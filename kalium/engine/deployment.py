@@ -16,7 +16,8 @@ OURS = "kalium.io/"  # labels and annotations of this engine
 RUNTIME_LABEL = OURS + "runtime"
 APP_ANNOTATION = OURS + "app"
 INFLIGHT_ANNOTATION = OURS + "max-inflight"
-TIMERS_ANNOTATION = OURS + "timers"  # "on": the guard measures what it judges
+# What the guard reads of a deployment, with the only value that has a meaning: it measures what it judges; it ends TLS, so programs trust it.
+GUARD_ANNOTATIONS = {OURS + "timers": "on", OURS + "tls": "terminate"}
 SCALE_LABEL = "com.openfaas.scale.min"
 RUNTIME_DEFAULT = "stock"
 
@@ -54,8 +55,9 @@ class Deployment:
     max_inflight: int  # requests at a time in one instance
 
     @property
-    def is_timed(self) -> bool:
-        return TIMERS_ANNOTATION in self.annotations
+    def for_guard(self) -> dict[str, str]:
+        """The annotations that the guard reads, beside those that say who the function is."""
+        return {name: value for name, value in GUARD_ANNOTATIONS.items() if name in self.annotations}
 
     def document(self) -> dict[str, Any]:
         """The request that says the same."""
@@ -124,8 +126,9 @@ def parse(document: Mapping[str, Any], runtimes: Mapping[str, Runtime]) -> Deplo
     labels = _texts(document, "labels")
     annotations = _texts(document, "annotations")
     runtime = _runtime(labels, runtimes)
-    if annotations.get(TIMERS_ANNOTATION, "on") != "on":
-        raise Refused(400, f"annotation {TIMERS_ANNOTATION} is {annotations[TIMERS_ANNOTATION][:200]!r}: only `on` has a meaning")
+    for annotation, value in GUARD_ANNOTATIONS.items():
+        if annotations.get(annotation, value) != value:
+            raise Refused(400, f"annotation {annotation} is {annotations[annotation][:200]!r}: only `{value}` has a meaning")
     return Deployment(
         name=name,
         image=image,
@@ -174,7 +177,7 @@ def _runtime(labels: Mapping[str, str], runtimes: Mapping[str, Runtime]) -> str:
 
 def _app(annotations: Mapping[str, str], runtime: str, is_guarded: bool) -> str:
     for annotation in annotations:
-        if annotation.startswith(OURS) and annotation not in (APP_ANNOTATION, INFLIGHT_ANNOTATION, TIMERS_ANNOTATION):
+        if annotation.startswith(OURS) and annotation not in (APP_ANNOTATION, INFLIGHT_ANNOTATION, *GUARD_ANNOTATIONS):
             raise Refused(400, f"annotation {annotation} is this gateway's own: leave it out")
     app = annotations.get(APP_ANNOTATION)
     if app is not None and not is_guarded:

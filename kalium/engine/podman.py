@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kalium.engine.command import CommandFailed, Done, Run, checked
 from kalium.engine.config import Runtime
-from kalium.engine.deployment import APP_ANNOTATION, OURS, TIMERS_ANNOTATION, Deployment
+from kalium.engine.deployment import APP_ANNOTATION, OURS, Deployment
 from kalium.engine.limits import CONTAINER_LOG_BYTES_MAX, PODMAN_AT_ONCE, PODMAN_SECONDS_MAX, STOP_SECONDS
 from kalium.engine.network import namespace_of
 
@@ -98,8 +98,7 @@ class Podman:
         yield from ("--annotation", f"{FUNCTION_ANNOTATION}={deployment.name}")
         if deployment.app:
             yield from ("--annotation", f"{APP_ANNOTATION}={deployment.app}")
-        if deployment.is_timed:
-            yield from ("--annotation", f"{TIMERS_ANNOTATION}=on")
+        yield from (word for key, value in deployment.for_guard.items() for word in ("--annotation", f"{key}={value}"))
         if deployment.is_read_only:
             yield "--read-only"
         if deployment.process:

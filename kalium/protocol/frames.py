@@ -105,6 +105,7 @@ class Welcome:
     port: int = field(default=0, metadata=INT)
     sources: Sequence[str] = field(default=(), metadata=TEXTS)
     health_path: str = field(default="", metadata=TEXT)
+    roots: bytes = field(default=b"", metadata=BIN)  # PEM; empty unless the policy ends the function's TLS in the guard
 
 
 @dataclass(frozen=True, slots=True)

@@ -265,6 +265,7 @@ class Lab:
                 "names": {name: [address] for name, address in self.names.items()},
                 "incoming": {"port": PORT, "sources": [f"{GATEWAY}/32"], "health_path": "/"},
                 "lease_ms": 60000,
+                "tls_roots": str(pki / "ca.crt"),
             },
         )
         (self.folder / "agent").mkdir()

@@ -74,6 +74,7 @@ def test_a_put_of_an_absent_function_is_not_found_whatever_else_is_wrong(tmp_pat
         ({"service": "echo", "image": "shop/echo:1", "labels": GUARDED, "annotations": {"kalium.io/app": ""}}, "annotation kalium.io/app is ''"),
         ({"service": "echo", "image": "shop/echo:1", "annotations": {"kalium.io/function": "other"}}, "this gateway's own"),
         ({"service": "echo", "image": "shop/echo:1", "annotations": {"kalium.io/timers": "off"}}, "only `on` has a meaning"),
+        ({"service": "echo", "image": "shop/echo:1", "annotations": {"kalium.io/tls": "open"}}, "only `terminate` has a meaning"),
         ({"service": "echo", "image": "shop/echo:1", "envVars": {"A": 1}}, "envVars holds 'A'"),
         ({"service": "echo", "image": "shop/echo:1", "envVars": {"A=B": "1"}}, "envVars holds 'A=B'"),
         ({"service": "echo", "image": "shop/echo:1", "envVars": ["A"]}, "envVars is not an object"),
@@ -134,14 +135,21 @@ def test_a_guarded_function_is_registered_before_it_runs_and_told_apart_by_annot
         async with world(tmp_path) as site:
             seen = []
             site.machine.fails = lambda command: seen.append(dict(site.agent.registered)) if " start " in command else None
-            assert (await site.deploy(labels=GUARDED, annotations={**APP, "dev.gvisor.flag.network": "host", "kalium.io/timers": "on"}))[0] == 202
+            assert (
+                await site.deploy(
+                    labels=GUARDED, annotations={**APP, "dev.gvisor.flag.network": "host", "kalium.io/timers": "on", "kalium.io/tls": "terminate"}
+                )
+            )[0] == 202
             await site.ready()
 
             (container,) = site.machine.containers.values()
             assert seen == [{container.id: ("shop", "echo", "sha256:" + "5" * 64)}]
-            assert container.values("--annotation") == ["kalium.io/function=echo", "kalium.io/app=shop", "kalium.io/timers=on"], (
-                "runsc reads flags out of others"
-            )
+            assert container.values("--annotation") == [
+                "kalium.io/function=echo",
+                "kalium.io/app=shop",
+                "kalium.io/timers=on",
+                "kalium.io/tls=terminate",
+            ], "runsc reads flags out of others"
 
     play(story())
 

@@ -34,6 +34,7 @@ CALL = "0123456789abcdef0123456789abcdef"
 INVOCATION = "fedcba9876543210fedcba9876543210"
 TOKEN = "a0a1a2a3a4a5a6a7a8a9aaabacadaeaf"
 CONTAINER = "5d1f" * 16
+ROOTS = b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 ENVELOPE = b'{"format":"kalium-signed/v1"}'
 ORIGIN = {"instance": CONTAINER, "app": "hello-retail", "function": "product-photos-master"}
 RECORD = frames.VerdictRecord(
@@ -86,6 +87,7 @@ def good() -> Iterator[tuple[str, int, frames.Frame]]:
             health_path="/_/health",
         ),
     )
+    yield "welcome_with_roots", 1, frames.Welcome(ok=True, policy=ENVELOPE, lease_ms=1, port=8080, health_path="/", roots=ROOTS)
     yield "welcome_refused", 4_294_967_295, frames.Welcome(ok=False, reason="unregistered")
     yield "start_of_the_guard", 2, frames.Start(STEP, "", "benchmark-17", 7)
     yield "start_with_a_token", 3, frames.Start(STEP, TOKEN, "", 7)

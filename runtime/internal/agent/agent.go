@@ -52,6 +52,9 @@ func Serve(ctx context.Context, config *Config, log io.Writer, reopen <-chan os.
 
 func run(ctx context.Context, config *Config, log *slog.Logger, reopen <-chan os.Signal, resolve lookup) (err error) {
 	a := &Agent{config: config, log: log, policies: map[string]*held{}, instances: map[string]*instance{}}
+	if err := config.checkRoots(); err != nil {
+		return err
+	}
 	if a.key, err = loadOperatorKey(config.OperatorKey); err != nil {
 		return err
 	}

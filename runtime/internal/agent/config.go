@@ -33,6 +33,7 @@ type Config struct {
 	Names          map[string][]string `json:"names"`
 	Incoming       Incoming            `json:"incoming"`
 	LeaseMS        int                 `json:"lease_ms"`
+	TLSRoots       string              `json:"tls_roots"` // "": none
 
 	// peerUID is whose processes may use the sockets: root's. Tests that do not run as root set another one.
 	peerUID uint32
@@ -116,6 +117,9 @@ func (c *Config) check() error {
 		if !filepath.IsAbs(path.value) {
 			return fmt.Errorf("%s is %q, not an absolute path", path.name, path.value)
 		}
+	}
+	if c.TLSRoots != "" && !filepath.IsAbs(c.TLSRoots) {
+		return fmt.Errorf("tls_roots is %q, not an absolute path", c.TLSRoots)
 	}
 	if _, _, err := net.SplitHostPort(c.Controller.Address); err != nil {
 		return fmt.Errorf("controller.address is %q, not host:port", c.Controller.Address)

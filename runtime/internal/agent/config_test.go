@@ -48,6 +48,7 @@ func TestAConfigurationThatIsNotMeantIsRefused(t *testing.T) {
 		"a health path with a query":   {`/_/health`, `/_/health?x`, "not a plain path"},
 		"a health path without a root": {`/_/health`, `_/health`, "not a plain path"},
 		"no lease":                     {`60000`, `0`, "lease_ms is 0"},
+		"relative roots":               {`"lease_ms"`, `"tls_roots":"r","lease_ms"`, "tls_roots is"},
 		"a lease of a day":             {`60000`, `86400000`, "lease_ms is 86400000"},
 		"a text for a number":          {`60000`, `"60000"`, "cannot unmarshal"},
 		"bytes behind it":              {`"lease_ms":60000}`, `"lease_ms":60000} {}`, "bytes follow"},

@@ -121,12 +121,14 @@ func (a *Agent) admit(g *guard, id uint32) policy.Reason {
 	if held == nil {
 		return policy.ReasonPolicyMismatch
 	}
-	if held.policy.Functions[g.identity.Function] == nil {
+	function := held.policy.Functions[g.identity.Function]
+	if function == nil {
 		return policy.ReasonUnknownFunction
 	}
 	welcome := &frame.Welcome{
 		OK: true, Policy: held.envelope, LeaseMS: a.leaseLeft(), Names: a.names.of(held.hosts),
 		Port: a.config.Incoming.Port, Sources: a.config.Incoming.Sources, HealthPath: a.config.Incoming.HealthPath,
+		Roots: a.roots(function.Terminate),
 	}
 	var behind frame.Message
 	data, err := frame.Append(nil, id, welcome)

@@ -9,6 +9,7 @@ import (
 // Bounds of the daemon. What happens at each is said where it is used; always it is a refusal, never a queue that grows.
 const (
 	configBytesMax   = 64 * 1024
+	rootsBytesMax    = 512 * 1024 // of trust roots: they fit a frame beside a policy of half a frame
 	versionsBytesMax = 1 << 20
 	appsMax          = 256 // apps with a policy
 

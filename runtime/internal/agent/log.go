@@ -16,6 +16,7 @@ const (
 	eventControllerAway    = "controller.unreachable"
 	eventPolicyAccepted    = "policy.accepted"
 	eventPolicyRefused     = "policy.refused"
+	eventRoots             = "guard.roots_unreadable"
 	eventGuardWelcome      = "guard.welcomed"
 	eventGuardRefused      = "guard.refused"
 	eventGuardClosed       = "guard.closed"

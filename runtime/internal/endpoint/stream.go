@@ -26,7 +26,9 @@ type Stream struct {
 	in    *guard.Incoming // kindIncoming
 	rx    inbound         // kindIncoming
 	shown shown           // kindOutgoing
-	ended atomic.Bool     // by the guard: the connection was reset
+	// kindOutgoing whose TLS ends in the guard: set by the write that completes the hello, and kept.
+	ending atomic.Pointer[guard.Termination]
+	ended  atomic.Bool // by the guard: the connection was reset
 
 	counted atomic.Bool // among the connections that the guard bounds
 
@@ -202,10 +204,15 @@ func (s *Stream) writePart(kind uint32, p tcpip.Payloader, o tcpip.WriteOptions)
 			return 0, &tcpip.ErrClosedForSend{}
 		}
 	}
-	if err := s.tx.admit(); err != nil {
+	n := min(p.Len(), messageMax)
+	if e := s.ending.Load(); e != nil {
+		var err tcpip.Error
+		if n, err = admitTerminated(e, n); err != nil {
+			return 0, err
+		}
+	} else if err := s.tx.admit(); err != nil {
 		return 0, err
 	}
-	n := min(p.Len(), messageMax)
 	if n == 0 {
 		return 0, nil
 	}
@@ -243,6 +250,7 @@ func (s *Stream) sendOutgoing(m *message, o tcpip.WriteOptions) tcpip.Error {
 		s.reset()
 		return &tcpip.ErrNotPermitted{}
 	}
+	s.terminate()
 	s.watchHeld()
 	return err
 }
@@ -250,7 +258,7 @@ func (s *Stream) sendOutgoing(m *message, o tcpip.WriteOptions) tcpip.Error {
 // watchHeld gives the bytes that are held a deadline. The write lock is held.
 func (s *Stream) watchHeld() {
 	n, since := s.out.Held()
-	if n == 0 {
+	if n == 0 || s.ending.Load() != nil { // a termination watches by itself
 		if s.hold != nil {
 			s.hold.Stop()
 			s.hold = nil
@@ -269,7 +277,7 @@ func (s *Stream) watchHeld() {
 func (s *Stream) expire() {
 	s.write.Lock()
 	defer s.write.Unlock()
-	if n, since := s.out.Held(); n == 0 || time.Since(since) < guard.HoldMax {
+	if n, since := s.out.Held(); n == 0 || time.Since(since) < guard.HoldMax || s.ending.Load() != nil {
 		return
 	}
 	s.giveUp(false)
@@ -322,6 +330,9 @@ func (s *Stream) Read(w io.Writer, o tcpip.ReadOptions) (tcpip.ReadResult, tcpip
 	case kindIncoming:
 		return s.readRequest(w, o)
 	case kindOutgoing:
+		if e := s.ending.Load(); e != nil {
+			return readTerminated(e, w, o)
+		}
 		return s.readAnswer(w, o)
 	}
 	return s.inner.Read(w, o)
@@ -332,6 +343,9 @@ func (s *Stream) Readiness(mask waiter.EventMask) waiter.EventMask {
 	ready := s.inner.Readiness(mask)
 	switch s.kind.Load() {
 	case kindOutgoing:
+		if e := s.ending.Load(); e != nil {
+			return readyTerminated(e, mask, ready)
+		}
 		ready = s.shown.readiness(mask, s.tx.readiness(mask, ready))
 	case kindIncoming:
 		ready = s.rx.readiness(mask, s.tx.readiness(mask, ready))
@@ -341,6 +355,13 @@ func (s *Stream) Readiness(mask waiter.EventMask) waiter.EventMask {
 
 // Shutdown implements tcpip.Endpoint. What was taken before is sent first.
 func (s *Stream) Shutdown(f tcpip.ShutdownFlags) tcpip.Error {
+	if e := s.ending.Load(); e != nil {
+		if !connected(s.inner.State()) {
+			return &tcpip.ErrNotConnected{}
+		}
+		shutTerminated(e, f)
+		return nil
+	}
 	if f&tcpip.ShutdownWrite != 0 {
 		s.finishWriting()
 		if s.tx.later(tcpip.ShutdownWrite, false) {
@@ -369,6 +390,15 @@ func (s *Stream) finishWriting() {
 func (s *Stream) Close() {
 	kind := s.kind.Load()
 	linger := s.inner.SocketOptions().GetLinger()
+	if e := s.ending.Load(); e != nil {
+		if linger.Enabled && linger.Timeout == 0 {
+			s.tx.drop()
+			e.Abort()
+			s.inner.Abort()
+		}
+		e.Close() // which closes the inner endpoint at last
+		return
+	}
 	if linger.Enabled && linger.Timeout == 0 {
 		s.tx.drop()
 	}
@@ -382,6 +412,11 @@ func (s *Stream) Close() {
 			return // the guard's own answer is on its way, and its sender closes
 		}
 	}
+	s.closeInner()
+}
+
+// closeInner closes the inner endpoint behind what waits.
+func (s *Stream) closeInner() {
 	if !s.tx.later(0, true) {
 		s.inner.Close()
 		s.leave()
@@ -400,6 +435,10 @@ func (s *Stream) Abort() {
 	s.tx.drop()
 	switch s.kind.Load() {
 	case kindOutgoing:
+		if e := s.ending.Load(); e != nil {
+			e.Abort()
+			break // it closes s.out
+		}
 		s.unread()
 		s.out.Close()
 	case kindIncoming:
@@ -415,6 +454,15 @@ func (s *Stream) GetSockOptInt(o tcpip.SockOptInt) (int, tcpip.Error) {
 	v, err := s.inner.GetSockOptInt(o)
 	if err != nil {
 		return v, err
+	}
+	if e := s.ending.Load(); e != nil {
+		switch o {
+		case tcpip.SendQueueSizeOption:
+			v += s.tx.size() + e.Unsent()
+		case tcpip.ReceiveQueueSizeOption:
+			v, _ = e.Unread()
+		}
+		return v, nil
 	}
 	switch o {
 	case tcpip.SendQueueSizeOption:

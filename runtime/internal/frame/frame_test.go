@@ -20,8 +20,9 @@ func samples() []Message {
 		&Welcome{
 			OK: true, Policy: []byte("envelope"), LeaseMS: 60000, Port: 8080, HealthPath: "/_/health",
 			Names: map[string][]string{"gateway": {"10.137.0.1"}, "database": {"10.137.0.1", "10.137.0.2"}}, Sources: []string{"10.137.0.1/32"},
+			Roots: []byte("-----BEGIN CERTIFICATE-----"),
 		},
-		&Welcome{Reason: "unregistered", Policy: []byte{}, Names: map[string][]string{}, Sources: []string{}},
+		&Welcome{Reason: "unregistered", Policy: []byte{}, Names: map[string][]string{}, Sources: []string{}, Roots: []byte{}},
 		&Start{Step: step, Token: "t", Label: "call-1", Version: 7},
 		&Start{Step: step, Version: 7, Identity: identity},
 		&Invoke{Step: step, Call: "c", Invocation: "i", Callee: "product-photos-2-record", Version: 300},

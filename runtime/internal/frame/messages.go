@@ -55,6 +55,7 @@ type Welcome struct {
 	Port       int                 // on which invocations arrive
 	Sources    []string            // CIDRs from which they may come
 	HealthPath string
+	Roots      []byte // certificates in PEM, by which the guard checks servers; empty unless the policy ends the function's TLS in it
 }
 
 // Identity is what the agent adds to a guard's question from its registration. Empty between guard and agent.
@@ -284,7 +285,8 @@ func (m *Hello) fields() []field {
 func (m *Welcome) fields() []field {
 	return []field{
 		{"health_path", &m.HealthPath}, {"lease_ms", &m.LeaseMS}, {"names", &m.Names}, {"ok", &m.OK},
-		{"policy", &m.Policy}, {"port", &m.Port}, {"reason", &m.Reason}, {"sources", &m.Sources},
+		{"policy", &m.Policy}, {"port", &m.Port}, {"reason", &m.Reason}, {"roots", &m.Roots},
+		{"sources", &m.Sources},
 	}
 }
 

@@ -45,7 +45,7 @@ func (g *Guard) Connect(to netip.AddrPort) (*Outgoing, Outcome) {
 	if !g.enter(&s) {
 		return nil, g.crowded(s, what, began)
 	}
-	return newOutgoing(g, peers), Allowed
+	return newOutgoing(g, peers, s.function.Terminate), Allowed
 }
 
 // peersAt lists the peers of the policy that have the address and port, by name.

@@ -43,7 +43,11 @@ type Controller interface {
 }
 
 // Identity says which instance the guard belongs to. It comes from the host's side, never from the sandbox.
-type Identity struct{ Container, App, Function string }
+type Identity struct {
+	Container, App, Function string
+	// Trusting: the bundle says that programs trust the sandbox's authority (see Trust).
+	Trusting bool
+}
 
 // Guard is the judge of one sandbox.
 type Guard struct {
@@ -62,7 +66,10 @@ type Guard struct {
 	walk   walk
 	timers *timers // nil when nothing is measured
 
-	connections atomic.Int64
+	authority *authority // of TLS that ends in the guard
+
+	connections  atomic.Int64
+	terminations atomic.Int64
 
 	mu        sync.RWMutex
 	force     rule
@@ -109,6 +116,9 @@ func New(identity Identity, key ed25519.PublicKey, welcome *frame.Welcome, contr
 		identity: identity, key: key, controller: controller, now: time.Now,
 		port: uint16(welcome.Port), healthPath: welcome.HealthPath,
 		keys: tlsopen.NewKeys(), hosts: map[string][]pin{},
+	}
+	if g.authority, err = newAuthority(identity.Container, welcome.Roots); err != nil {
+		return nil, err
 	}
 	g.force = g.ruleOf(verified)
 	g.rest.born = time.Now()

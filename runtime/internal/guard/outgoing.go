@@ -29,12 +29,15 @@ type Outgoing struct {
 	peers []policy.Peer // that have the connection's address, by name; fewer when the program has said whom it means
 	front channel       // the bytes as the program writes them
 	tls   *tlsSpeaker   // of front; nil in clear
-	rate  bucket        // of support traffic
-	sent  []sentRequest // without an answer
+	// TLS that ends here: whether it does, and with what, from the hello on.
+	terminates bool
+	ending     *Termination
+	rate       bucket        // of support traffic
+	sent       []sentRequest // without an answer
 }
 
-func newOutgoing(g *Guard, peers []policy.Peer) *Outgoing {
-	o := &Outgoing{g: g, t: g.timing(), peers: peers}
+func newOutgoing(g *Guard, peers []policy.Peer, terminates bool) *Outgoing {
+	o := &Outgoing{g: g, t: g.timing(), peers: peers, terminates: terminates}
 	o.front = channel{o: o}
 	o.choose()
 	o.watch()
@@ -128,6 +131,9 @@ func (o *Outgoing) watch() {
 func (o *Outgoing) Held() (n int, since time.Time) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if o.ending != nil {
+		return len(o.ending.plain.held.b), o.ending.plain.since
+	}
 	if o.tls != nil && len(o.tls.inner.held.b) > 0 {
 		n, since = len(o.tls.inner.held.b), o.tls.inner.since
 	}
@@ -149,6 +155,8 @@ func (o *Outgoing) Expire(cut bool) (send []byte, outcome Outcome) {
 		reason = policy.ReasonMalformed
 	}
 	switch {
+	case o.ending != nil && len(o.ending.plain.held.b) > 0:
+		return o.ending.plain.giveUp(reason)
 	case o.tls != nil && len(o.tls.inner.held.b) > 0:
 		send, outcome = o.tls.giveUp(reason)
 	case len(o.front.held.b) > 0 && o.tls != nil && o.tls.client.Opened():
@@ -170,17 +178,39 @@ func (o *Outgoing) Close() {
 	if o.tls != nil {
 		o.tls.client.Close()
 	}
+	if o.ending != nil {
+		o.ending.plain.dead = true
+	}
 	o.front.dead = true
 	o.watch()
 }
 
 // speak has another speaker go on with the plain bytes.
 func (o *Outgoing) speak(s speaker) {
-	if o.tls != nil {
+	switch {
+	case o.ending != nil:
+		o.ending.plain.speaker = s
+	case o.tls != nil:
 		o.tls.inner.speaker = s
-	} else {
+	default:
 		o.front.speaker = s
 	}
+}
+
+// takePlain is Write for what a termination has found in the program's TLS, and sentPlain is Sent.
+func (o *Outgoing) takePlain(b []byte) (send []byte, outcome Outcome) {
+	o.g.stir()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.t.begin()
+	defer o.t.end()
+	return o.ending.plain.take(b)
+}
+
+func (o *Outgoing) sentPlain() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.ending.plain.rest()
 }
 
 // opener tells TLS from HTTP by the first byte where one port has both. Other protocols do not share a port: their servers

@@ -1,6 +1,8 @@
 package guard
 
 import (
+	"errors"
+
 	"kalium.dev/kalium/runtime/internal/policy"
 	"kalium.dev/kalium/runtime/internal/wire"
 	"kalium.dev/kalium/runtime/internal/wire/http2"
@@ -54,12 +56,16 @@ func (t *tlsSpeaker) unit(data []byte, w *output) ruling {
 		// It cannot leave as it is in any mode: a record of ours has used its nonce.
 		return ruling{outcome: t.o.settle(err.Error(), reasonOf(err), true)}
 	default:
-		return t.o.refuseFor(err, data)
+		return t.refuseFor(err, data)
 	}
 	protocol := t.o.peers[0].Protocol
 	switch unit.Kind {
 	case tlsopen.KindHello:
-		return ruling{n: n, outcome: t.hello(unit.Hello)}
+		outcome := t.hello(unit.Hello)
+		if outcome == Allowed && t.o.terminates && protocol == policy.ProtocolHTTPS {
+			return ruling{outcome: t.o.terminate(unit.Hello.SNI, unit.Hello.ALPN)} // which takes the hello, too
+		}
+		return ruling{n: n, outcome: outcome}
 	case tlsopen.KindPass:
 		return ruling{n: n, outcome: t.o.support(protocol, protocol+" handshake")}
 	case tlsopen.KindControl:
@@ -80,6 +86,19 @@ func (t *tlsSpeaker) unit(data []byte, w *output) ruling {
 		return ruling{n: n, outcome: outcome}
 	}
 	return ruling{outcome: t.o.refuse("a record of unknown use", policy.ReasonUnsupported)}
+}
+
+// refuseFor says what opens a connection whose keys are not known.
+func (t *tlsSpeaker) refuseFor(err error, data []byte) ruling {
+	var refused *wire.Error
+	if errors.As(err, &refused) && refused.Reason == policy.ReasonNoKey && !t.o.terminates {
+		text := err.Error() + ", perhaps because the program logs no keys: `tls: terminate` for this function opens it"
+		if t.o.g.identity.Trusting {
+			text += "; the bundle's annotation kalium.io/tls says so, and the policy does not"
+		}
+		return ruling{outcome: t.o.refuse(text, refused.Reason)}
+	}
+	return t.o.refuseFor(err, data)
 }
 
 // giveUp settles what is held of the plain bytes. What leaves nevertheless is sealed.

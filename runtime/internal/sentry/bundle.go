@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -39,7 +40,7 @@ func (c *command) prepareBundle() error {
 	}
 	folder, err := filepath.Abs(c.value("bundle"))
 	if err == nil {
-		err = prepareFolder(folder)
+		err = prepareFolder(folder, wantsTrust(c))
 	}
 	if err != nil {
 		return failed("runtime.bundle", "prepare the bundle", err.Error(), "make the bundle's folder writable for root")
@@ -47,7 +48,7 @@ func (c *command) prepareBundle() error {
 	return nil
 }
 
-func prepareFolder(folder string) error {
+func prepareFolder(folder string, trusting bool) error {
 	err := fs.WalkDir(inserted, "inserted", func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -79,7 +80,7 @@ func prepareFolder(folder string) error {
 	if err != nil {
 		return err
 	}
-	after, err := prepareSpec(before, filepath.Join(folder, insertedInDir))
+	after, err := prepareSpec(before, filepath.Join(folder, insertedInDir), trusting)
 	if err != nil || after == nil {
 		return err
 	}
@@ -104,8 +105,8 @@ func replaceFile(path string, content []byte, mode fs.FileMode) error {
 }
 
 // prepareSpec returns the configuration with what is inserted, or nil when it is there already. The rest of it is kept as
-// it stands, also what we know nothing of.
-func prepareSpec(raw []byte, source string) ([]byte, error) {
+// it stands, also what we know nothing of. trusting: its programs trust the sandbox's authority, and log no keys.
+func prepareSpec(raw []byte, source string, trusting bool) ([]byte, error) {
 	decoder := json.NewDecoder(bytes.NewReader(raw))
 	decoder.UseNumber() // a float64 has no room for every number
 	var spec map[string]any
@@ -127,7 +128,7 @@ func prepareSpec(raw []byte, source string) ([]byte, error) {
 		replaceEntry(spec, "mounts", "destination", map[string]any{
 			"destination": insertedPath, "type": "bind", "source": source, "options": []string{"bind", "ro", "nosuid", "nodev"},
 		}),
-		setEnvironment(process),
+		setEnvironment(process, trusting),
 	)
 	if err != nil {
 		return nil, err
@@ -180,37 +181,74 @@ func replaceEntry(in map[string]any, name, key string, entry map[string]any) err
 	return nil
 }
 
-// setEnvironment leads key logs to the device. What the image says of the first variable is replaced, and what it says of
-// the others is kept beside ours.
-func setEnvironment(process map[string]any) error {
+// setEnvironment leads key logs to the device or, when they are trusting, programs to the sandbox's authority. Of what the
+// image says, paths of ours replace the value of a variable, and lists and options keep it beside ours.
+func setEnvironment(process map[string]any, trusting bool) error {
 	before, err := list(process, "env")
 	if err != nil {
 		return err
 	}
-	pythonPath, nodeOptions := "", ""
+	values := map[string]string{}
+	ours := keyLogEnvironment
+	if trusting {
+		ours = trustEnvironment
+	}
 	var after []any
 	for _, entry := range before {
 		text, ok := entry.(string)
 		if !ok {
 			return errors.New("config.json: an environment variable is no text")
 		}
-		switch name, value, _ := strings.Cut(text, "="); name {
-		case "SSLKEYLOGFILE":
-		case "PYTHONPATH":
-			pythonPath = value
-		case "NODE_OPTIONS":
-			nodeOptions = value
-		default:
+		name, value, _ := strings.Cut(text, "=")
+		if slices.ContainsFunc(ours, func(v variable) bool { return v.name == name }) {
+			values[name] = value
+		} else if name != keyLogVariable {
 			after = append(after, text)
 		}
 	}
-	if pythonPath != pySite && !strings.HasPrefix(pythonPath, pySite+":") {
-		// An empty part would be the working directory.
-		pythonPath = strings.TrimSuffix(pySite+":"+pythonPath, ":")
+	for _, v := range ours {
+		after = append(after, v.name+"="+v.merge(values[v.name]))
 	}
-	if !strings.Contains(" "+nodeOptions+" ", " "+nodeRequire+" ") {
-		nodeOptions = strings.TrimPrefix(nodeOptions+" "+nodeRequire, " ")
-	}
-	process["env"] = append(after, "SSLKEYLOGFILE="+keysPath, "PYTHONPATH="+pythonPath, "NODE_OPTIONS="+nodeOptions)
+	process["env"] = after
 	return nil
+}
+
+// variable is one of the environment that is ours, beside what the image says.
+type variable struct {
+	name  string
+	merge func(before string) string
+}
+
+const keyLogVariable = "SSLKEYLOGFILE"
+
+var keyLogEnvironment = []variable{
+	{keyLogVariable, always(keysPath)}, {"PYTHONPATH", inFront(pySite)}, {"NODE_OPTIONS", besides(nodeRequire)},
+}
+
+// trustEnvironment is what OpenSSL and Go, requests, curl, Node.js and Java read.
+var trustEnvironment = []variable{
+	{"SSL_CERT_FILE", always(trustPath)}, {"REQUESTS_CA_BUNDLE", always(trustPath)}, {"CURL_CA_BUNDLE", always(trustPath)},
+	{"NODE_EXTRA_CA_CERTS", always(trustPath)}, {"JAVA_TOOL_OPTIONS", besides("-Djavax.net.ssl.trustStore=" + trustJavaPath)},
+}
+
+func always(value string) func(string) string { return func(string) string { return value } }
+
+// inFront puts a folder in front of a list of them.
+func inFront(folder string) func(string) string {
+	return func(before string) string {
+		if before == folder || strings.HasPrefix(before, folder+":") {
+			return before
+		}
+		return strings.TrimSuffix(folder+":"+before, ":") // an empty part would be the working directory
+	}
+}
+
+// besides puts an option behind others.
+func besides(option string) func(string) string {
+	return func(before string) string {
+		if strings.Contains(" "+before+" ", " "+option+" ") {
+			return before
+		}
+		return strings.TrimPrefix(before+" "+option, " ")
+	}
 }

@@ -16,7 +16,7 @@ func prepared(t *testing.T, folder, config string) map[string]any {
 	if err := os.WriteFile(path, []byte(config), 0o640); err != nil {
 		t.Fatal(err)
 	}
-	if err := prepareFolder(folder); err != nil {
+	if err := prepareFolder(folder, false); err != nil {
 		t.Fatal(err)
 	}
 	raw, err := os.ReadFile(path)
@@ -85,6 +85,28 @@ func TestWhatTheImageSetsIsKeptOrReplaced(t *testing.T) {
 	}
 }
 
+func TestABundleThatTrustsTheGuardGetsTheAuthorityAndNoKeyLog(t *testing.T) {
+	raw := `{"process":{"env":["SSLKEYLOGFILE=/k","SSL_CERT_FILE=/image/ca","JAVA_TOOL_OPTIONS=-Xmx64m","PYTHONPATH=/app"]}}`
+
+	first, err := prepareSpec([]byte(raw), "/s", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var spec map[string]any
+	if err := json.Unmarshal(first, &spec); err != nil {
+		t.Fatal(err)
+	}
+	if got := environment(spec); !slices.Equal(got, []string{
+		"PYTHONPATH=/app", "SSL_CERT_FILE=/dev/kalium-ca", "REQUESTS_CA_BUNDLE=/dev/kalium-ca", "CURL_CA_BUNDLE=/dev/kalium-ca",
+		"NODE_EXTRA_CA_CERTS=/dev/kalium-ca", "JAVA_TOOL_OPTIONS=-Xmx64m -Djavax.net.ssl.trustStore=/dev/kalium-ca.jks",
+	}) {
+		t.Errorf("environment %q", got)
+	}
+	if second, err := prepareSpec(first, "/s", true); err != nil || second != nil {
+		t.Errorf("the second time: %s, %v", second, err)
+	}
+}
+
 func TestPreparingABundleTwiceChangesNothing(t *testing.T) {
 	folder := t.TempDir()
 	prepared(t, folder, `{"process":{"env":["PYTHONPATH=/app"]}}`)
@@ -94,7 +116,7 @@ func TestPreparingABundleTwiceChangesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	if err := prepareFolder(folder); err != nil {
+	if err := prepareFolder(folder, false); err != nil {
 		t.Fatal(err)
 	}
 
@@ -126,7 +148,7 @@ func TestOnlyContainersOfFunctionsArePrepared(t *testing.T) {
 
 func TestABrokenConfigurationIsAnError(t *testing.T) {
 	for _, config := range []string{`{`, `[]`, `{"linux":[]}`, `{"process":""}`, `{"process":{"env":[1]}}`, `{"mounts":{}}`} {
-		if after, err := prepareSpec([]byte(config), "/s"); err == nil {
+		if after, err := prepareSpec([]byte(config), "/s", false); err == nil {
 			t.Errorf("%s: %s", config, after)
 		}
 	}

@@ -29,6 +29,7 @@ func offerKeys(original kernel.SyscallFn) kernel.SyscallFn {
 				log.Warningf("kalium: no key device, so no TLS connection will be opened: %v", err)
 			}
 		})
+		offerTrust(t)
 		return original(t, number, a)
 	}
 }

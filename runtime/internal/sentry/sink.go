@@ -166,7 +166,7 @@ func welcome(config map[string]any, conn connection) error {
 	link := guard.NewLink(conn, helloID, func(r *frame.VerdictRecord) {
 		log.Warningf("kalium: verdict without an agent: %+v", *r)
 	})
-	identity := guard.Identity{Container: hello.Container, App: hello.App, Function: hello.Function}
+	identity := guard.Identity{Container: hello.Container, App: hello.App, Function: hello.Function, Trusting: wantsTrust(started)}
 	g, err := guard.New(identity, key, message, link)
 	if err != nil {
 		return err
