@@ -46,10 +46,10 @@ func (s *Stream) settled() bool {
 }
 
 // EndWriting ends the program's side of every connection with the outside, behind what was taken from it. It is for the end
-// of the sandbox.
+// of the sandbox, and waits for nobody: a write that does not end must not keep the sandbox, nor what the others have taken.
 func EndWriting() {
 	for _, stream := range connections() {
-		stream.Shutdown(tcpip.ShutdownWrite)
+		go stream.Shutdown(tcpip.ShutdownWrite)
 	}
 }
 
