@@ -150,13 +150,10 @@ func (o *Outgoing) Held() (n int, since time.Time) {
 func (o *Outgoing) Expire(cut bool) (send []byte, outcome Outcome) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	reason := policy.ReasonHeldTooLong
-	if cut {
-		reason = policy.ReasonMalformed
-	}
+	reason := unfinished(cut)
 	switch {
-	case o.ending != nil && len(o.ending.plain.held.b) > 0:
-		return o.ending.plain.giveUp(reason)
+	case o.ending != nil: // what is held there leaves inside TLS or not at all
+		return nil, Allowed
 	case o.tls != nil && len(o.tls.inner.held.b) > 0:
 		send, outcome = o.tls.giveUp(reason)
 	case len(o.front.held.b) > 0 && o.tls != nil && o.tls.client.Opened():
@@ -168,6 +165,13 @@ func (o *Outgoing) Expire(cut bool) (send []byte, outcome Outcome) {
 	}
 	o.watch()
 	return send, outcome
+}
+
+func unfinished(cut bool) policy.Reason {
+	if cut {
+		return policy.ReasonMalformed
+	}
+	return policy.ReasonHeldTooLong
 }
 
 // Close forgets the connection.
@@ -197,7 +201,7 @@ func (o *Outgoing) speak(s speaker) {
 	}
 }
 
-// takePlain is Write for what a termination has found in the program's TLS, and sentPlain is Sent.
+// takePlain is Write for what a termination has found in the program's TLS, expirePlain is Expire, and sentPlain is Sent.
 func (o *Outgoing) takePlain(b []byte) (send []byte, outcome Outcome) {
 	o.g.stir()
 	o.mu.Lock()
@@ -205,6 +209,15 @@ func (o *Outgoing) takePlain(b []byte) (send []byte, outcome Outcome) {
 	o.t.begin()
 	defer o.t.end()
 	return o.ending.plain.take(b)
+}
+
+func (o *Outgoing) expirePlain(cut bool) (send []byte, outcome Outcome) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.ending.plain.held.b) == 0 {
+		return nil, Allowed
+	}
+	return o.ending.plain.giveUp(unfinished(cut))
 }
 
 func (o *Outgoing) sentPlain() {

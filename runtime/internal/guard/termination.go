@@ -316,7 +316,7 @@ func (e *Termination) overdue(server *tls.Conn) {
 	if n, since := e.o.Held(); n == 0 || time.Since(since) < HoldMax {
 		return
 	}
-	send, outcome := e.o.Expire(false)
+	send, outcome := e.o.expirePlain(false)
 	e.send(server, send, outcome)
 }
 
@@ -324,7 +324,7 @@ func (e *Termination) overdue(server *tls.Conn) {
 func (e *Termination) cut(server *tls.Conn) bool {
 	e.turn.Lock()
 	defer e.turn.Unlock()
-	send, outcome := e.o.Expire(true)
+	send, outcome := e.o.expirePlain(true)
 	return e.send(server, send, outcome)
 }
 

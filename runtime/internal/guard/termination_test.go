@@ -546,3 +546,25 @@ func BenchmarkConnection(b *testing.B) {
 		}
 	})
 }
+
+// A shutdown that began before the hello came may ask, too, what becomes of what is held.
+func TestWhatIsHeldWhereTLSEndsNeverLeavesInClear(t *testing.T) {
+	for _, mode := range []string{"enforce", "audit"} {
+		certificate := guardtest.Certificate(t, "images.test")
+		e := end(t, mode, certificate, certificate, &tls.Config{}, nil)
+		if _, err := io.WriteString(e.client, getI+getI[:20]); err != nil {
+			t.Fatal(err)
+		}
+		e.until(func() bool { return e.plain.String() == getI })
+
+		send, outcome := e.out.Expire(true)
+
+		if len(send) != 0 || outcome != Allowed {
+			t.Errorf("%s: %q left in clear, outcome %d", mode, send, outcome)
+		}
+		if _, err := io.WriteString(e.client, getI[20:]); err != nil {
+			t.Errorf("%s: %v", mode, err)
+		}
+		e.until(func() bool { return e.plain.String() == getI+getI })
+	}
+}
