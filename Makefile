@@ -18,6 +18,10 @@ export DEBIAN_FRONTEND := noninteractive
 export PYTHONDONTWRITEBYTECODE := 1
 export GOTOOLCHAIN := local
 
+# How long each fuzz target runs, and each way of sending against a thread that changes descriptors.
+FUZZ_TIME ?= 10m
+RACE ?= 10s
+
 CACHE := $(or $(KALIUM_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kalium)
 REPORTS := $(CACHE)/reports
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --non-interactive env PATH="$(PATH)" PYTHONDONTWRITEBYTECODE=1 KALIUM_CACHE="$(CACHE)")
@@ -29,7 +33,7 @@ AS_BUILT = CGO_ENABLED=0 GOFLAGS=-trimpath
 STATICCHECK = $(shell sed -n '/^kalium_versions_staticcheck:/,/^$$/{s/^ *module: //p;s/^ *version: /@/p}' roles/kalium_versions/defaults/main.yml | tr -d '\n')
 
 .PHONY: help reproduce test setup site reset check format check-python check-go check-ansible integration site-tests developer lock clean
-.PHONY: test-guard bench-guard reproduce-steps test-steps site-steps reset-steps check-steps test-guard-steps bench-guard-steps
+.PHONY: test-guard bench-guard fuzz reproduce-steps test-steps site-steps reset-steps check-steps test-guard-steps bench-guard-steps
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
@@ -60,6 +64,9 @@ format: developer ## bring Python and Go into their format
 
 test-guard: ## the guard in real sandboxes: every way out, unmodified clients; the table goes to results/bypass
 	@.ci/privileged "make test-guard" $(MAKE) test-guard-steps
+
+fuzz: developer ## every fuzz target of runtime/ for FUZZ_TIME (default 10m)
+	.ci/fuzz $(GO) $(FUZZ_TIME)
 
 bench-guard: ## what judging adds, side by side with mode off; figures go to results/bench/guard
 	@.ci/privileged "make bench-guard" $(MAKE) bench-guard-steps
@@ -96,7 +103,7 @@ test-steps:
 	$(MAKE) check-steps
 	ansible-playbook site.yml -i $(INVENTORY)
 	$(MAKE) site-tests
-	$(MAKE) test-guard-steps
+	$(MAKE) test-guard-steps RACE=1s
 	$(MAKE) integration
 
 developer:
@@ -120,6 +127,7 @@ check-go: developer
 	cd runtime && $(AS_BUILT) $(GO) vet ./...
 	cd runtime && $(AS_BUILT) $(GO) run $(STATICCHECK) ./...
 	cd runtime && $(GO) test -race -json ./... | $(PYTHON) ../.ci/report.py go $(REPORTS)/go.json
+	.ci/fuzz $(GO) 2s
 
 site-tests: developer
 	@mkdir -p $(REPORTS)
@@ -131,6 +139,7 @@ integration: developer
 
 test-guard-steps: developer
 	@mkdir -p $(REPORTS)
+	cd runtime && $(AS_ROOT) env KALIUM_RACE=$(RACE) $(AS_BUILT) $(GO) test -tags sandbox -json ./internal/sentry | $(PYTHON) ../.ci/report.py go $(REPORTS)/sandbox.json
 	$(AS_ROOT) $(PYTEST) --quiet --junitxml=$(REPORTS)/guard.xml tests/guard
 
 bench-guard-steps: developer

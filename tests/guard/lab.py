@@ -138,7 +138,8 @@ class Sandbox:
             self.process.wait()
         subprocess.run([str(self.lab.bin / self.runtime), f"--root={self.lab.state}", "delete", "--force", self.id], capture_output=True, check=False)
         if self.runtime == "runsc-kalium":
-            self.lab.register({"op": "unregister", "container": self.id})
+            with contextlib.suppress(OSError):  # a test may have ended the agent
+                self.lab.register({"op": "unregister", "container": self.id})
         sh("ip", "netns", "del", self.id)
 
 
@@ -168,6 +169,7 @@ class Lab:
     folder: Path = Path()
     world: World = field(init=False)
     _stack: contextlib.ExitStack = field(init=False, repr=False)
+    _daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict, repr=False)
 
     def __enter__(self) -> Lab:
         self._stack = contextlib.ExitStack()
@@ -280,15 +282,18 @@ class Lab:
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
-        def end() -> None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        self._daemons[name] = process
+        stack.callback(self.stop, name)
 
-        stack.callback(end)
+    def stop(self, name: str) -> None:
+        """End `agent` or `controller`."""
+        process = self._daemons[name]
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
     def register(self, line: Mapping[str, Any]) -> dict[str, Any]:
         """One line to the agent's register socket, and its answer."""
