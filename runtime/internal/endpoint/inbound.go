@@ -96,8 +96,12 @@ func (s *Stream) readRequest(w io.Writer, o tcpip.ReadOptions) (tcpip.ReadResult
 		return tcpip.ReadResult{}, &tcpip.ErrBadBuffer{}
 	}
 	if !o.Peek {
+		full := len(r.open) >= pullBytes
 		if r.open = r.open[n:]; len(r.open) == 0 {
 			r.open = nil
+		}
+		if full && len(r.open) < pullBytes {
+			r.nudge()
 		}
 	}
 	return tcpip.ReadResult{Count: n, Total: n}, nil
@@ -186,7 +190,7 @@ func (s *Stream) bring() {
 			return
 		}
 		var failed tcpip.Error
-		head := r.body == nil
+		head := r.body == nil && len(r.open) < pullBytes // the program has to read before more comes in
 		if head {
 			for failed == nil && len(r.held) < pullBytes {
 				failed = s.pull()

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
@@ -350,4 +351,34 @@ func TestNoWakeUpIsLost(t *testing.T) {
 	if ends := n.c.Ended(); len(ends) != connections*requests {
 		t.Errorf("%d invocations ended", len(ends))
 	}
+}
+
+// A program may answer requests that it does not read: what it has not read is bounded nevertheless.
+func TestRequestsThatNobodyReadsAreBounded(t *testing.T) {
+	n := newNet(t, "enforce")
+	gateway, program := n.served()
+	request := "GET / HTTP/1.1\r\nHost: f\r\nX-Long: " + strings.Repeat("x", 15<<10) + "\r\n\r\n"
+	inside := &program.Endpoint.(*Stream).rx
+	unread := func() int {
+		inside.mu.Lock()
+		defer inside.mu.Unlock()
+		return len(inside.open)
+	}
+	const most = pullBytes/(15<<10) + 1 // that do not reach the bound, and the one that does
+	for i := range most {
+		gateway.write(request)
+		n.eventually("a start", func() bool { return len(n.c.Started()) == i+1 && unread() >= len(request)*(i+1) })
+		program.write(noContent)
+		gateway.read(noContent)
+	}
+	gateway.write(request)
+	time.Sleep(50 * time.Millisecond)
+	if got := len(n.c.Started()); got != most || unread() >= pullBytes+len(request) {
+		t.Errorf("%d requests were started, %d bytes wait to be read", got, unread())
+	}
+
+	program.read(strings.Repeat(request, most+1))
+
+	program.write(noContent)
+	gateway.read(noContent)
 }
