@@ -68,6 +68,9 @@ func (g *Guard) Accept(port uint16, from netip.AddrPort) (*Incoming, Outcome) {
 	if !g.enter(&s) {
 		return nil, g.crowded(s, what, began)
 	}
+	if s.off() && port == g.port {
+		g.begun()
+	}
 	return in, outcome
 }
 
@@ -119,6 +122,7 @@ func (in *Incoming) Admit(b []byte, gone <-chan struct{}) Admission {
 	}
 	g := in.g
 	if g.Off() {
+		g.begun()
 		in.free.Store(true)
 		return Admission{Free: true}
 	}
@@ -147,6 +151,7 @@ func (in *Incoming) Admit(b []byte, gone <-chan struct{}) Admission {
 		return in.turnAway(policy.ReasonHeldTooLong, "the instance is busy with another request", began)
 	}
 	if s = g.standNew(); s.off() { // since the request waits
+		g.begun()
 		g.slot.release()
 		in.free.Store(true)
 		return Admission{Free: true}

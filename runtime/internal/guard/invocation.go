@@ -70,6 +70,14 @@ func (g *Guard) released(inv *invocation) bool {
 	return inv.released
 }
 
+// begun is told in off mode that requests may come, which are not looked at: what a later version says of the time before
+// the first one is over.
+func (g *Guard) begun() {
+	g.walk.mu.Lock()
+	defer g.walk.mu.Unlock()
+	g.walk.started = true
+}
+
 // finish ends the invocation: by its answer its tail begins, if the CFG has one there. Only the first end counts. The
 // slot is released by whoever knows that the program is done with the request: until then a message could still be a
 // late one of this invocation.

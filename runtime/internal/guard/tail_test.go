@@ -233,3 +233,26 @@ func TestANewPolicyRenewsAStartup(t *testing.T) {
 		}
 	}
 }
+
+func TestThereIsNoStartupBehindTheRequestsOfOffMode(t *testing.T) {
+	for name, come := range map[string]func(*Guard){
+		"a connection in off mode": func(g *Guard) { accept(t, g) },
+		"a request in off mode on an older connection": func(g *Guard) {
+			setPolicy(t, g, "enforce", "4", withStartup()...)
+			in := accept(t, g)
+			setPolicy(t, g, "off", "5", withStartup()...)
+			if a := in.Admit([]byte(postRequest), nil); !a.Free {
+				t.Errorf("%+v", a)
+			}
+		},
+	} {
+		g, c := edited(t, "off", withStartup()...)
+		come(g)
+		setPolicy(t, g, "enforce", "6", withStartup()...)
+
+		if outcome, _ := g.judge(nil, getA, "http", nil); outcome != Denied {
+			t.Errorf("%s: outcome %d", name, outcome)
+		}
+		lastReason(t, c, policy.ReasonNoInvocation)
+	}
+}
