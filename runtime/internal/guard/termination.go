@@ -255,6 +255,8 @@ func (e *Termination) up(program, server *tls.Conn) {
 		}
 		switch {
 		case err == nil:
+		case errors.Is(err, ErrReset):
+			return
 		case isNetwork(err):
 			if e.cut(server) {
 				server.CloseWrite()

@@ -31,6 +31,7 @@ type ended struct {
 
 	program net.Conn  // what the client of TLS reads and writes
 	client  *tls.Conn // of the program
+	roots   *x509.CertPool
 	news    chan struct{}
 
 	mu     sync.Mutex
@@ -170,12 +171,13 @@ func end(t testing.TB, mode string, certificate tls.Certificate, roots tls.Certi
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { raw.Close(); e.out.Close() })
-	raw.SetDeadline(time.Now().Add(10 * time.Second))
+	raw.SetDeadline(time.Now().Add(2 * HoldMax))
 	if trusts == nil {
 		trusts = e.g.Trust()
 	}
 	config.RootCAs = x509.NewCertPool()
 	config.RootCAs.AppendCertsFromPEM(trusts)
+	e.roots = config.RootCAs
 	config.ServerName = "images.test"
 	e.program = &socket{Conn: raw, e: e}
 	e.client = tls.Client(e.program, config)
@@ -191,7 +193,7 @@ func (e *ended) serve(listener net.Listener, config *tls.Config) {
 		return
 	}
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(10 * time.Second))
+	conn.SetDeadline(time.Now().Add(2 * HoldMax))
 	e.server = tls.Server(conn, config)
 	buffer := make([]byte, 64<<10)
 	for {
@@ -533,7 +535,47 @@ func TestWithoutKeysTheWayOutIsNamed(t *testing.T) {
 	}
 }
 
-// BenchmarkConnection is one connection with one request: what it costs to end TLS, beside the same without the guard.
+// What does not become whole in time is refused: a request, and the program's part of the handshake.
+func TestWhatComesSlowlyWhereTLSEndsIsRefusedInTime(t *testing.T) {
+	if testing.Short() {
+		t.Skip("waits for HoldMax")
+	}
+	t.Parallel()
+	server := guardtest.Certificate(t, "images.test")
+	slow := end(t, "enforce", server, server, &tls.Config{}, nil)
+	stuck := end(t, "enforce", server, server, &tls.Config{}, nil)
+	began := time.Now()
+	if _, err := io.WriteString(slow.client, getI[:len(getI)-1]); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(stuck.program, guardtest.ClientHello("images.test", supportedVersions, keyShare, groups, signatures)); err != nil {
+		t.Fatal(err)
+	}
+
+	for name, e := range map[string]*ended{"a head": slow, "a handshake": stuck} {
+		for len(e.c.Verdicts()) < 2 && time.Since(began) < HoldMax+5*time.Second {
+			time.Sleep(10 * time.Millisecond)
+		}
+		if r := e.c.Last(t); r.Reason != "held_too_long" || time.Since(began) < HoldMax-time.Second {
+			t.Errorf("%s: after %v: %+v", name, time.Since(began), r)
+		}
+		if got := e.arrived(); got != "" {
+			t.Errorf("%s: %q arrived", name, got)
+		}
+	}
+}
+
+// What a hello of TLS 1.3 needs for a server to answer it, in the wire's form; the key is X25519's base point.
+const (
+	supportedVersions = "\x00\x2b\x00\x03\x02\x03\x04"
+	keyShare          = "\x00\x33\x00\x26\x00\x24\x00\x1d\x00\x20\x09" + "\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00" +
+		"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+	groups     = "\x00\x0a\x00\x04\x00\x02\x00\x1d"
+	signatures = "\x00\x0d\x00\x04\x00\x02\x04\x03"
+)
+
+// BenchmarkConnection is a connection with one request, with the client and the server in it: ended in the guard, and
+// without a guard in between.
 func BenchmarkConnection(b *testing.B) {
 	server := guardtest.Certificate(b, "images.test")
 	b.Run("terminated", func(b *testing.B) {
@@ -542,7 +584,18 @@ func BenchmarkConnection(b *testing.B) {
 			if err := e.answered(getI); err != nil {
 				b.Fatal(err)
 			}
-			e.program.Close()
+			e.arrived()
+		}
+	})
+	b.Run("direct", func(b *testing.B) {
+		for b.Loop() {
+			e := end(b, "audit", server, server, &tls.Config{}, nil)
+			e.program = e.program.(*socket).Conn
+			e.client = tls.Client(e.program, &tls.Config{ServerName: "images.test", RootCAs: e.roots})
+			if err := e.answered(getI); err != nil {
+				b.Fatal(err)
+			}
+			e.arrived()
 		}
 	})
 }
