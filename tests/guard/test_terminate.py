@@ -237,13 +237,15 @@ except OSError as error:
 
 
 def test_what_it_costs_for_each_connection(site: Site) -> None:
-    """Figures, printed: the median of a connection with one request, ended in the guard and passed unseen."""
-    count = int(os.environ.get("KALIUM_TERMINATE_COUNT", "20"))
-    times = {}
-    for app in ("ending", "resting"):
-        sandbox = site.sandbox(app)
-        done = sandbox.program(*site.clients["Go"].argv, url("allowed"), str(count))
-        assert done["code"] == 0, (done, sandbox.verdicts()[-1:])
-        times[app] = int(done["stdout"])
-    print(f"\na connection and one request: {times['ending']} us ended in the guard, {times['resting']} us in mode off")
-    assert times["ending"] < 1_000_000
+    """Figures, printed: a connection with one request, ended in the guard and passed unseen, in turns; the best median of a few."""
+    rounds, count = int(os.environ.get("KALIUM_TERMINATE_ROUNDS", "2")), 40
+    times: dict[str, list[int]] = {"ending": [], "resting": []}
+    for _ in range(rounds):
+        for app, medians in times.items():
+            sandbox = site.sandbox(app)
+            done = sandbox.program(*site.clients["Go"].argv, url("allowed"), str(count))
+            assert done["code"] == 0, (done, sandbox.verdicts()[-1:])
+            medians.append(int(done["stdout"]))
+    ending, resting = (min(medians) for medians in times.values())
+    print(f"\na connection and one request: {ending} us ended in the guard, {resting} us in mode off")
+    assert ending < 1_000_000
