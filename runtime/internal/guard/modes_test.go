@@ -148,8 +148,10 @@ func TestWhatCouldBeSentMovesNothing(t *testing.T) {
 		g, c, _ := invoked(t, mode)
 		before := len(c.Verdicts())
 
-		if g.could(getA, "http") != Allowed || g.could(getA, "http") != Allowed || len(c.Verdicts()) != before {
-			t.Error("it could not be sent, or a verdict was logged")
+		for range 2 { // the first moves nothing, so the second is the same
+			if g.could(getA, "http") != Allowed || len(c.Verdicts()) != before {
+				t.Error("it could not be sent, or a verdict was logged")
+			}
 		}
 		if outcome := g.could(postB, "http"); (outcome == Denied) != (mode == "enforce") {
 			t.Errorf("outcome %d", outcome)
@@ -185,7 +187,8 @@ func TestAKnownMessageStandsSomewhereInTheCFG(t *testing.T) {
 
 func TestKeysAreTheSandboxsOwn(t *testing.T) {
 	g, _ := newGuard(t, "enforce")
-	if g.Keys() == nil || g.Keys() != g.Keys() || (*Guard)(nil).Keys() == nil {
+	first, second := g.Keys(), g.Keys()
+	if first == nil || first != second || (*Guard)(nil).Keys() == nil {
 		t.Error("no store of keys")
 	}
 }
