@@ -129,6 +129,11 @@ class Sandbox:
         """`kind reason` of each new verdict that denies, or would in audit."""
         return [f"{record['kind']} {record['reason']}" for record in self.verdicts() if not record["allowed"] or record["would_deny"]]
 
+    def name_peers(self) -> None:
+        """Put the lab's names into the sandbox's hosts file: in mode off, as under stock gVisor, nobody answers names."""
+        with (self.folder / "hosts").open("a", encoding="utf-8") as hosts:
+            hosts.writelines(f"{address} {host}\n" for host, address in self.lab.names.items())
+
     def close(self) -> None:
         subprocess.run([str(self.lab.bin / self.runtime), f"--root={self.lab.state}", "kill", self.id, "KILL"], capture_output=True, check=False)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -347,6 +352,8 @@ class Lab:
                 [str(self.bin / runtime), *flags, "run", f"--bundle={bundle}", name], stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
         sandbox = Sandbox(self, name, app, function, runtime, address, process, bundle)
+        if runtime == "runsc-stock":
+            sandbox.name_peers()
         try:
 
             def ready() -> bool:
@@ -364,9 +371,7 @@ class Lab:
         self, bundle: Path, name: str, app: str, function: str, env: Mapping[str, str], annotations: Mapping[str, str], argv: tuple[str, ...]
     ) -> None:
         (bundle / "resolv.conf").write_text(f"nameserver {GATEWAY}\n", encoding="utf-8")
-        # Stock gVisor has nobody who answers names.
-        known = "" if app else "".join(f"{address} {host}\n" for host, address in self.names.items())
-        (bundle / "hosts").write_text(f"127.0.0.1 localhost\n{known}", encoding="utf-8")
+        (bundle / "hosts").write_text("127.0.0.1 localhost\n", encoding="utf-8")
         environment = {"PATH": os.environ["PATH"], "HOME": "/tmp", "LANG": "C.UTF-8", **env}  # inside the sandbox
         document = {
             "ociVersion": "1.0.0",

@@ -93,8 +93,7 @@ class Site:
             made = self.lab.sandbox(app, "caller", annotations=TERMINATE if annotated else {}, env=env)
             self._sandboxes[key] = self.stack.enter_context(made)
             # In mode off the guard answers no names.
-            with (self._sandboxes[key].folder / "hosts").open("a", encoding="utf-8") as hosts:
-                hosts.writelines(f"{address} {name}\n" for name, address in NAMES.items())
+            self._sandboxes[key].name_peers()
         return self._sandboxes[key]
 
 

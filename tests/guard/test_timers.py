@@ -138,6 +138,7 @@ def load(box: Sandbox, cell: Cell, count: int) -> dict[str, Any]:
 def test_every_message_of_every_cell_has_its_sample(lab: Lab, place: Path, tmp_path: Path) -> None:
     with ExitStack() as stack, E2SampleFile(tmp_path / "samples.csv") as file:
         boxes = {name: sandbox(lab, stack, name, place, {"kalium.io/timers": "on"}) for name in ("e2-load", "e2-load-off")}
+        boxes["e2-load-off"].name_peers()
         for _ in range(MESSAGES // BATCH):
             for cell in QUICK_CELLS:
                 before = len(timings(lab))
