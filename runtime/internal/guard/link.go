@@ -15,10 +15,6 @@ const (
 	queueMax   = 1024 // frames that wait to be written
 	pendingMax = 256  // questions without an answer, the abandoned ones included
 	readBytes  = 64 << 10
-	batchBytes = 32 << 10 // of frames that are written at once
-
-	lookEvery = 5 * time.Millisecond // at the queue, while frames come
-	looksMax  = 4                    // in vain, before the writer waits to be woken
 )
 
 // Errors of a link. The texts are details for people.
@@ -32,12 +28,11 @@ var (
 // Link is the guard's end of the connection to the agent. The connection cannot be made again from inside of the
 // sandbox: when it is down, questions fail at once and local decisions go on until the lease ends.
 type Link struct {
-	conn   io.ReadWriteCloser // Close ends reads and writes that are under way
-	queue  chan *[]byte       // frames
-	urgent chan struct{}      // has the writer look at the queue; has room for one
-	spare  chan *[]byte       // buffers of frames that were written
-	down   chan struct{}
-	once   sync.Once
+	conn  io.ReadWriteCloser // Close ends reads and writes that are under way
+	queue chan *[]byte       // frames
+	spare chan *[]byte       // buffers of frames that were written
+	down  chan struct{}
+	once  sync.Once
 	// fallback takes verdicts of which the agent will not hear any more.
 	fallback func(*frame.VerdictRecord)
 
@@ -57,7 +52,7 @@ type question struct {
 // NewLink makes a link of conn, on which Hello and Welcome were exchanged with ids up to lastID. Call Serve to begin.
 func NewLink(conn io.ReadWriteCloser, lastID uint32, fallback func(*frame.VerdictRecord)) *Link {
 	return &Link{
-		conn: conn, queue: make(chan *[]byte, queueMax), urgent: make(chan struct{}, 1), spare: make(chan *[]byte, queueMax), down: make(chan struct{}), fallback: fallback,
+		conn: conn, queue: make(chan *[]byte, queueMax), spare: make(chan *[]byte, queueMax), down: make(chan struct{}), fallback: fallback,
 		last: lastID, pending: map[uint32]*question{},
 	}
 }
@@ -77,89 +72,22 @@ func (l *Link) fail(report func(string), why error) {
 	})
 }
 
-// write tells the agent what is queued. To wake it costs a judged message more than all else that is done for it; so while
-// frames come it looks for them by itself, and only what somebody waits for, or what denies, has it look at once.
 func (l *Link) write(report func(string)) {
-	timer := time.NewTimer(lookEvery)
-	defer timer.Stop()
-	batch := make([]byte, 0, batchBytes)
-	for idle := 0; ; {
-		n, err := l.flush(batch)
-		if err != nil {
-			l.fail(report, fmt.Errorf("write to the agent: %w", err))
-			return
-		}
-		if idle++; n > 0 {
-			idle = 0
-		}
-		if idle > looksMax {
-			select {
-			case queued := <-l.queue:
-				if err := l.tell(*queued); err != nil {
-					l.fail(report, fmt.Errorf("write to the agent: %w", err))
-					return
-				}
-				l.recycle(queued)
-				idle = 0
-			case <-l.urgent:
-			case <-l.down:
-				return
-			}
-			continue
-		}
-		timer.Reset(lookEvery)
-		select {
-		case <-timer.C:
-		case <-l.urgent:
-		case <-l.down:
-			return
-		}
-	}
-}
-
-// flush writes the frames that are queued, many at once. n counts them.
-func (l *Link) flush(batch []byte) (n int, err error) {
 	for {
 		select {
 		case queued := <-l.queue:
-			n++
-			if len(batch)+len(*queued) > cap(batch) {
-				if err := l.tell(batch); err != nil {
-					return n, err
+			for b := *queued; len(b) > 0; {
+				n, err := l.conn.Write(b)
+				if err != nil {
+					l.fail(report, fmt.Errorf("write to the agent: %w", err))
+					return
 				}
-				batch = batch[:0]
-			}
-			if len(*queued) > cap(batch) {
-				err = l.tell(*queued)
-			} else {
-				batch = append(batch, *queued...)
+				b = b[n:]
 			}
 			l.recycle(queued)
-			if err != nil {
-				return n, err
-			}
-		default:
-			return n, l.tell(batch)
+		case <-l.down:
+			return
 		}
-	}
-}
-
-func (l *Link) tell(b []byte) error {
-	for len(b) > 0 {
-		n, err := l.conn.Write(b)
-		if err != nil {
-			return err
-		}
-		b = b[n:]
-	}
-	return nil
-}
-
-// hurry has the writer look at the queue now.
-func (l *Link) hurry() {
-	select {
-	case l.urgent <- struct{}{}:
-	default:
 	}
 }
 
@@ -297,7 +225,6 @@ func (l *Link) ask(deadline time.Time, m frame.Message, start bool) (*frame.Answ
 	defer timer.Stop()
 	if err == nil {
 		err = l.send(&b, timer.C)
-		l.hurry()
 	}
 	if err != nil {
 		l.mu.Lock()
@@ -344,7 +271,6 @@ func (l *Link) End(m *frame.End) {
 	if l.send(&b, nil) == errQueueStuck {
 		go l.send(&b, time.After(HoldMax))
 	}
-	l.hurry()
 }
 
 // Log implements Controller. Once the agent is gone, verdicts go to the fallback: local decisions are meant to go on.
@@ -356,11 +282,7 @@ func (l *Link) Log(deadline time.Time, r *frame.VerdictRecord) error {
 		return err
 	}
 	*b = whole
-	err = l.send(b, nil)
-	if !r.Allowed || r.WouldDeny || len(l.queue) > queueMax/2 {
-		l.hurry()
-	}
-	if err == errQueueStuck {
+	if err = l.send(b, nil); err == errQueueStuck {
 		timer := time.NewTimer(time.Until(deadline))
 		defer timer.Stop()
 		err = l.send(b, timer.C)
