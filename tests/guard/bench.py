@@ -14,7 +14,6 @@ import os
 import re
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -171,7 +170,7 @@ class Bench:
 
     def decisions(self) -> list[dict[str, Any]]:
         """The guard's own timers of clear HTTP requests of 1 KiB."""
-        time.sleep(0.2)  # the last batch: the guard tells every 20 ms
+        self.lab.settled("timings.jsonl")
         lines = [json.loads(line) for line in (self.lab.folder / "timings.jsonl").read_text(encoding="utf-8").splitlines()]
         return [line for line in lines if line["kind"] == "http" and line["bytes"] == KIB]
 

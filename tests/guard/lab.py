@@ -31,6 +31,7 @@ INSIDE = Path(__file__).with_name("inside.py")
 PYTHON = "/usr/bin/python3"
 PORT = 8080
 READY_S_MAX = 30.0
+QUIET_S = 0.1
 APP_ANNOTATION, FUNCTION_ANNOTATION = "kalium.io/app", "kalium.io/function"
 
 
@@ -119,8 +120,8 @@ class Sandbox:
             return False
 
     def verdicts(self) -> list[dict[str, Any]]:
-        """The verdicts of this sandbox since the last call; the agent writes them 20 ms after they were made."""
-        time.sleep(0.1)
+        """The verdicts of this sandbox since the last call, once the agent, which writes them 20 ms later, has nothing more to write."""
+        self.lab.settled("verdicts.jsonl")
         mine = [record for record in self.lab.verdicts() if record.get("instance") == self.id]
         new, self.seen = mine[self.seen :], len(mine)
         return new
@@ -318,6 +319,20 @@ class Lab:
     def version(self, app: str) -> int:
         """Of the policy that the agent holds."""
         return int(self._status().get("policies", {}).get(app, 0))
+
+    def settled(self, name: str) -> None:
+        """Wait until a log of the agent has not grown for a while. Raises TimeoutError when it grows on and on."""
+        path = self.folder / name
+        seen, since = -1, time.monotonic()
+
+        def quiet() -> bool:
+            nonlocal seen, since
+            size = path.stat().st_size if path.exists() else 0
+            if size != seen:
+                seen, since = size, time.monotonic()
+            return time.monotonic() - since >= QUIET_S
+
+        until(quiet, f"the end of {name}")
 
     def verdicts(self) -> list[dict[str, Any]]:
         path = self.folder / "verdicts.jsonl"

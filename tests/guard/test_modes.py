@@ -43,10 +43,16 @@ def lab() -> Iterator[Lab]:
         yield lab
 
 
-def put_in_force(lab: Lab, version: int, mode: str, function: str) -> None:
-    lab.sign("lab", POLICY.format(version=version, mode=mode, function=function))
-    until(lambda: lab.version("lab") == version, f"version {version} at the agent")
-    time.sleep(0.1)  # from the agent to its guard; nothing tells when a sandbox has it
+def put_in_force(sandbox: Sandbox, version: int, mode: str, function: str) -> None:
+    """Sign a version, and ask the sandbox until its own verdicts say that it judges by it; in mode off it says nothing."""
+    sandbox.lab.sign("lab", POLICY.format(version=version, mode=mode, function=function))
+
+    def judged_by_it() -> bool:
+        sandbox.python("result = 1")
+        versions = [record["policy_version"] for record in sandbox.verdicts()]
+        return version in versions or (function == "off" and versions == [])
+
+    until(judged_by_it, f"version {version} in the sandbox")
 
 
 def passes(sandbox: Sandbox, web: Receiver, path: str) -> bool:
@@ -65,20 +71,20 @@ def test_modes_change_while_the_sandbox_runs(lab: Lab) -> None:
         assert passes(sandbox, web, "allowed")
         assert not passes(sandbox, web, "refused")
 
-        put_in_force(lab, 2, "enforce", "audit")  # of the function alone
+        put_in_force(sandbox, 2, "enforce", "audit")  # of the function alone
         sandbox.verdicts()
         assert passes(sandbox, web, "refused")
         assert sandbox.denials() == ["http not_in_policy"]
 
-        put_in_force(lab, 3, "enforce", "off")
+        put_in_force(sandbox, 3, "enforce", "off")
         sandbox.verdicts()
         assert passes(sandbox, web, "refused")
         assert sandbox.verdicts() == []
 
-        put_in_force(lab, 4, "learn", "learn")
+        put_in_force(sandbox, 4, "learn", "learn")
         assert passes(sandbox, web, "refused")
 
-        put_in_force(lab, 5, "learn", "enforce")
+        put_in_force(sandbox, 5, "learn", "enforce")
         assert not passes(sandbox, web, "refused")
         assert passes(sandbox, web, "allowed")
         assert sandbox.process.pid == process
@@ -89,7 +95,7 @@ def test_modes_change_while_the_sandbox_runs(lab: Lab) -> None:
 def test_a_policy_that_is_older_or_damaged_changes_nothing(lab: Lab) -> None:
     web = Receiver(lab.world, lab.world.address(2), 80, answer=http_answer)
     with lab.sandbox("lab", "caller") as sandbox:
-        put_in_force(lab, 2, "enforce", "enforce")
+        put_in_force(sandbox, 2, "enforce", "enforce")
         signed = lab.folder / "policies" / "lab.signed.json"
         good = signed.read_text(encoding="utf-8")
         signed.write_text(re.sub(r'"signature":"....', '"signature":"AAAA', good), encoding="utf-8")

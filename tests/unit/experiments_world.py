@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import threading
@@ -16,7 +17,7 @@ from experiments import provenance
 from experiments.site import PINS, Database, Host, Site
 
 
-class FakeGateway(ThreadingHTTPServer):
+class FakeGateway(ThreadingHTTPServer, abc.ABC):
     """Administers as the gateway does. Its site's files are in `folder`; what an invocation answers is the subclass's."""
 
     def __init__(self, folder: Path) -> None:
@@ -25,9 +26,9 @@ class FakeGateway(ThreadingHTTPServer):
         self.deployed: dict[str, dict[str, Any]] = {}
         self.ever: list[dict[str, Any]] = []
 
+    @abc.abstractmethod
     def invoked(self, name: str, body: dict[str, Any], call: str) -> tuple[int, Any]:
         """Status and document of the answer."""
-        raise NotImplementedError
 
     def log(self, name: str, lines: list[dict[str, Any]]) -> None:
         """Append lines to a log of the site."""
