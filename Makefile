@@ -127,7 +127,7 @@ check-go: developer
 	cd runtime && $(AS_BUILT) $(GO) vet ./...
 	cd runtime && $(AS_BUILT) $(GO) run $(STATICCHECK) ./...
 	cd runtime && $(GO) test -race -json ./... | $(PYTHON) ../.ci/report.py go $(REPORTS)/go.json
-	.ci/fuzz $(GO) 2s
+	.ci/fuzz $(GO) 3000x
 
 site-tests: developer
 	@mkdir -p $(REPORTS)
