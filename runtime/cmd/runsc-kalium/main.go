@@ -3,7 +3,6 @@
 package main
 
 import (
-	"fmt"
 	"os"
 
 	"gvisor.dev/gvisor/runsc/cli/maincli"
@@ -24,7 +23,7 @@ func main() {
 		err = sentry.Examine(os.Args[1:])
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
+		sentry.Report(os.Args[1:], err)
 		os.Exit(refusedStatus)
 	}
 	maincli.Main()

@@ -35,6 +35,10 @@ type Agent struct {
 	policies  map[string]*held     // guarded by mu; app -> the last good policy
 	instances map[string]*instance // guarded by mu; container -> registration
 	leaseEnd  time.Time            // guarded by mu
+	waiting   int                  // guarded by mu; hellos that wait for their registration
+	admitted  chan struct{}        // guarded by mu; closed, and replaced, when a registration is acknowledged
+
+	stopping <-chan struct{}
 }
 
 // held is a policy in force.
@@ -51,7 +55,7 @@ func Serve(ctx context.Context, config *Config, log io.Writer, reopen <-chan os.
 }
 
 func run(ctx context.Context, config *Config, log *slog.Logger, reopen <-chan os.Signal, resolve lookup) (err error) {
-	a := &Agent{config: config, log: log, policies: map[string]*held{}, instances: map[string]*instance{}}
+	a := &Agent{config: config, log: log, policies: map[string]*held{}, instances: map[string]*instance{}, admitted: make(chan struct{}), stopping: ctx.Done()}
 	if err := config.checkRoots(); err != nil {
 		return err
 	}

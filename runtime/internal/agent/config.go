@@ -33,7 +33,8 @@ type Config struct {
 	Names          map[string][]string `json:"names"`
 	Incoming       Incoming            `json:"incoming"`
 	LeaseMS        int                 `json:"lease_ms"`
-	TLSRoots       string              `json:"tls_roots"` // "": none
+	TLSRoots       string              `json:"tls_roots"`     // "": none
+	AdmitWaitMS    int                 `json:"admit_wait_ms"` // 0: a hello before its registration is refused at once
 
 	// peerUID is whose processes may use the sockets: root's. Tests that do not run as root set another one.
 	peerUID uint32
@@ -126,6 +127,9 @@ func (c *Config) check() error {
 	}
 	if c.LeaseMS < 1 || c.LeaseMS > leaseMSMax {
 		return fmt.Errorf("lease_ms is %d, not from 1 to %d", c.LeaseMS, leaseMSMax)
+	}
+	if c.AdmitWaitMS < 0 || c.AdmitWaitMS > admitWaitMSMax {
+		return fmt.Errorf("admit_wait_ms is %d, not from 0 to %d", c.AdmitWaitMS, admitWaitMSMax)
 	}
 	for host, addresses := range c.Names {
 		if host == "" || len(host) > nameBytesMax || host != strings.ToLower(host) || strings.HasSuffix(host, ".") {

@@ -50,6 +50,8 @@ func TestAConfigurationThatIsNotMeantIsRefused(t *testing.T) {
 		"no lease":                     {`60000`, `0`, "lease_ms is 0"},
 		"relative roots":               {`"lease_ms"`, `"tls_roots":"r","lease_ms"`, "tls_roots is"},
 		"a lease of a day":             {`60000`, `86400000`, "lease_ms is 86400000"},
+		"a negative wait":              {`"lease_ms"`, `"admit_wait_ms":-1,"lease_ms"`, "admit_wait_ms is -1"},
+		"a wait of a minute":           {`"lease_ms"`, `"admit_wait_ms":60000,"lease_ms"`, "admit_wait_ms is 60000"},
 		"a text for a number":          {`60000`, `"60000"`, "cannot unmarshal"},
 		"bytes behind it":              {`"lease_ms":60000}`, `"lease_ms":60000} {}`, "bytes follow"},
 	} {

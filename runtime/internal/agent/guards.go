@@ -89,7 +89,7 @@ func (a *Agent) welcome(g *guard, reader *frameReader) error {
 		return fmt.Errorf("protocol %d, not %d", hello.Proto, frame.Proto)
 	}
 	g.identity = frame.Identity{Instance: hello.Container, App: hello.App, Function: hello.Function}
-	if reason := a.admit(g, id); reason != "" {
+	if reason := a.admitInTime(g, id); reason != "" {
 		err := fmt.Errorf("refused: %s", reason)
 		data, encodeErr := frame.Append(nil, id, &frame.Welcome{Reason: string(reason)})
 		if encodeErr != nil {
@@ -104,26 +104,72 @@ func (a *Agent) welcome(g *guard, reader *frameReader) error {
 	return g.conn.SetReadDeadline(time.Time{}) // from here on a guard speaks when its function does
 }
 
+// admitInTime admits the guard, or waits for its registration: on a cluster both follow from the same pod, and either may
+// come first. It returns the reason for a refusal, or "".
+func (a *Agent) admitInTime(g *guard, id uint32) policy.Reason {
+	reason, news := a.admit(g, id)
+	if news == nil || a.config.AdmitWaitMS == 0 || !a.enterWaiting() {
+		return reason
+	}
+	defer a.leaveWaiting()
+	a.log.Info(eventGuardWaits, keyInstance, g.identity.Instance, keyApp, g.identity.App, keyFunction, g.identity.Function)
+	deadline := time.NewTimer(time.Duration(a.config.AdmitWaitMS) * time.Millisecond)
+	defer deadline.Stop()
+	for {
+		select {
+		case <-news:
+			if reason, news = a.admit(g, id); news == nil {
+				return reason
+			}
+		case <-deadline.C:
+			return reason
+		case <-a.stopping:
+			return reason
+		}
+	}
+}
+
+// enterWaiting says no when as many hellos wait as may.
+func (a *Agent) enterWaiting() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.waiting == waitingMax {
+		return false
+	}
+	a.waiting++
+	return true
+}
+
+func (a *Agent) leaveWaiting() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.waiting--
+}
+
 // admit checks the guard's identity and sends the welcome, in one step with what makes it receive later policies and
-// leases, so that none is missed in between. It returns the reason for a refusal, or "".
-func (a *Agent) admit(g *guard, id uint32) policy.Reason {
+// leases, so that none is missed in between. It returns the reason for a refusal, or "". Where only the registration is
+// missing, news is closed when there is a new one.
+func (a *Agent) admit(g *guard, id uint32) (reason policy.Reason, news <-chan struct{}) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	// Under mu: a failure that comes later finds this guard in the table and drops it.
 	if !a.verdicts.healthy() {
-		return policy.ReasonNoGuard
+		return policy.ReasonNoGuard, nil
 	}
 	registered := a.instances[g.identity.Instance]
-	if registered == nil || !registered.acknowledged || registered.identity() != g.identity {
-		return policy.ReasonUnregistered
+	if registered == nil || !registered.acknowledged {
+		return policy.ReasonUnregistered, a.admitted
+	}
+	if registered.identity() != g.identity {
+		return policy.ReasonUnregistered, nil
 	}
 	held := a.policies[g.identity.App]
 	if held == nil {
-		return policy.ReasonPolicyMismatch
+		return policy.ReasonPolicyMismatch, nil
 	}
 	function := held.policy.Functions[g.identity.Function]
 	if function == nil {
-		return policy.ReasonUnknownFunction
+		return policy.ReasonUnknownFunction, nil
 	}
 	welcome := &frame.Welcome{
 		OK: true, Policy: held.envelope, LeaseMS: a.leaseLeft(), Names: a.names.of(held.hosts),
@@ -138,7 +184,7 @@ func (a *Agent) admit(g *guard, id uint32) policy.Reason {
 		welcome.Names = map[string][]string{}
 		if data, err = frame.Append(nil, id, welcome); err != nil {
 			a.log.Error(eventGuardRefused, keyApp, g.identity.App, keyError, err)
-			return policy.ReasonPolicyMismatch
+			return policy.ReasonPolicyMismatch, nil
 		}
 	}
 	if registered.guard != nil {
@@ -149,7 +195,7 @@ func (a *Agent) admit(g *guard, id uint32) policy.Reason {
 	if err := g.sender.send(data); err == nil && behind != nil {
 		a.push(g, behind)
 	}
-	return ""
+	return "", nil
 }
 
 // push tells a guard what it did not ask for. It needs no lock and does not block.

@@ -15,6 +15,7 @@ const (
 
 	instancesMax      = 1024 // registrations of the node
 	guardsMax         = 1200 // connections on the guard socket; one an instance, and room for those before their hello
+	waitingMax        = 128  // hellos that wait for their registration; a node of Kubernetes has 110 pods
 	guardQuestionsMax = 64   // open questions of one guard
 	stepQuestionsMax  = 3072 // open questions of all guards
 	questionsMax      = 4096 // and of registrations; the controller closes a connection with more
@@ -35,6 +36,7 @@ const (
 	timingsBytesMax   = 64 << 20 // of the timing log, and of the one before it
 	logTextMax        = 200
 	leaseMSMax        = 10 * 60 * 1000
+	admitWaitMSMax    = 30 * 1000 // the runtime waits for 5 s more
 	acceptPause       = 100 * time.Millisecond
 
 	helloTimeout       = 5 * time.Second
@@ -63,7 +65,7 @@ const (
 var (
 	_ [stepQuestionsMax - guardQuestionsMax]struct{}
 	_ [questionsMax - stepQuestionsMax - instancesMax]struct{} // every instance can be registered again at once
-	_ [guardsMax - instancesMax]struct{}
+	_ [guardsMax - instancesMax - waitingMax]struct{}
 	_ [guardPendingMax - 2*frame.FrameBytesMax - 2*frame.HeaderBytes]struct{} // the largest frame may follow another
 	_ [linkPendingMax - 2*frame.FrameBytesMax]struct{}
 )

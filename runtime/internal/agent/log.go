@@ -17,6 +17,7 @@ const (
 	eventPolicyAccepted    = "policy.accepted"
 	eventPolicyRefused     = "policy.refused"
 	eventRoots             = "guard.roots_unreadable"
+	eventGuardWaits        = "guard.waits"
 	eventGuardWelcome      = "guard.welcomed"
 	eventGuardRefused      = "guard.refused"
 	eventGuardClosed       = "guard.closed"

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
 	"time"
 
 	"kalium.dev/kalium/runtime/internal/frame"
@@ -31,7 +32,7 @@ type request struct {
 	Image     string `json:"image"`
 }
 
-// result answers it. The fields of a status are there only in its answer.
+// result answers it. The fields of a status and of a list are there only in their answers.
 type result struct {
 	OK         bool            `json:"ok"`
 	Error      string          `json:"error,omitempty"`
@@ -39,6 +40,7 @@ type result struct {
 	Controller *bool           `json:"controller,omitempty"`
 	Policies   *map[string]int `json:"policies,omitempty"`
 	Instances  *int            `json:"instances,omitempty"`
+	Containers *[]string       `json:"containers,omitempty"`
 }
 
 func refusal(code, detail string) result {
@@ -114,8 +116,13 @@ func (a *Agent) handle(line []byte) result {
 			return refusal(codeBadRequest, "status takes no fields")
 		}
 		return a.status()
+	case "list":
+		if r.Container+r.App+r.Function+r.Image != "" {
+			return refusal(codeBadRequest, "list takes no fields")
+		}
+		return a.list()
 	default:
-		return refusal(codeBadRequest, "op is not register, unregister or status")
+		return refusal(codeBadRequest, "op is not register, unregister, list or status")
 	}
 }
 
@@ -229,6 +236,8 @@ func (a *Agent) acknowledge(i *instance) bool {
 		return false
 	}
 	i.acknowledged = true
+	close(a.admitted)
+	a.admitted = make(chan struct{})
 	return true
 }
 
@@ -267,4 +276,18 @@ func (a *Agent) status() result {
 	}
 	instances := len(a.instances)
 	return result{OK: true, Controller: &connected, Policies: &versions, Instances: &instances}
+}
+
+// list names the registrations that the controller has acknowledged.
+func (a *Agent) list() result {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	containers := []string{}
+	for name, i := range a.instances {
+		if i.acknowledged {
+			containers = append(containers, name)
+		}
+	}
+	slices.Sort(containers)
+	return result{OK: true, Containers: &containers}
 }

@@ -177,7 +177,7 @@ var annotations = []Line{
 	{Name: "dev.gvisor.internal.cpufeatures", Class: Refused, Note: "of images"},
 	{Name: "dev.gvisor.internal.seccomp.", Class: Inside, Note: "fewer calls, never more"},
 	{Name: "dev.gvisor.spec.cgroup-parent", Class: Inside, Note: "a control group of the host's"},
-	{Name: "dev.gvisor.spec.mount.", Class: Refused, Way: "a volume shared with another container"},
+	{Name: "dev.gvisor.spec.mount.", Class: Replaced, Way: "a volume shared with another container", Note: "a pod's own shared memory only, as containerd's shim describes it", Test: podTest},
 	{Name: "dev.gvisor.spec.rootfs.", Class: Refused, Way: "files of the host"},
 	{Name: "dev.gvisor.spec.rootfs.source", Class: Refused, Way: "files of the host"},
 	{Name: "dev.gvisor.spec.rootfs.type", Class: Refused, Way: "files of the host"},
@@ -199,6 +199,8 @@ var starts = []Line{
 	{Name: "mounts of other types", Class: Replaced, Way: "a file system that the host shares", Note: "proc, sysfs, tmpfs, devpts, devtmpfs, mqueue, cgroup, cgroup2, erofs", Test: "runtime/internal/sentry/start_test.go::TestMountsThatAnotherInstanceMayReadAreRefused"},
 	{Name: "devices of the bundle", Class: Replaced, Way: "a device of the host", Note: "null, zero, full, random, urandom, tty, console, ptmx, and those that take keys, /dev/kalium-*", Test: "runtime/internal/sentry/start_test.go::TestDevicesOfTheHostAreRefused"},
 	{Name: "the root file system", Class: Replaced, Way: "a folder that two containers share", Note: "--overlay2=none is refused; changes go to a layer of the sandbox's", Test: "runtime/internal/sentry/start_test.go::TestARootThatTheHostSeesIsRefused"},
+	{Name: "a container that joins a pod", Class: Replaced, Way: "a program that is not the function, behind the function's guard", Note: "its name has to be the function's, and the pod's annotations those that the sandbox began with", Test: "runtime/internal/sentry/pod_test.go::TestOnlyTheFunctionsContainerJoinsAPod"},
+	{Name: "sockets of a pod's own container", Class: Refused, Way: "a program that is not the function", Note: "no internet sockets: EACCES", Test: "runtime/internal/sentry/podsandbox_test.go::TestThePauseContainerHasNoInternetSockets"},
 	{Name: "the network namespace of the host", Class: Refused, Way: "sockets of the host", Note: "gVisor refuses --network=sandbox there", Test: "runtime/internal/sentry/table_test.go::TestTheNetworkOfTheHostIsRefused"},
-	{Name: "no pod-init configuration, or a guard that cannot be made", Class: Refused, Way: "a sandbox without a guard", Note: "it runs, and nothing leaves", Test: "runtime/internal/sentry/sandbox_test.go::TestWithoutAGuardNothingLeaves"},
+	{Name: "no pod-init configuration, or a guard that cannot be made", Class: Refused, Way: "a sandbox without a guard", Note: "it runs, and nothing leaves; a pod whose agent refuses it does not start", Test: "runtime/internal/sentry/sandbox_test.go::TestWithoutAGuardNothingLeaves"},
 }

@@ -10,6 +10,7 @@ const (
 	commandTest = "runtime/internal/sentry/start_test.go::TestCommandsThatLeadAroundTheGuardAreRefused"
 	flagTest    = "runtime/internal/sentry/start_test.go::TestFlagsThatLeadAroundTheGuardAreRefused"
 	marksTest   = "runtime/internal/sentry/start_test.go::TestAnnotationsThatChangeGVisorAreRefused"
+	podTest     = "runtime/internal/sentry/pod_test.go::TestSharedMemoryOfAPodIsLetPass"
 	deviceTest  = "runtime/internal/sentry/start_test.go::TestDevicesOfTheHostAreRefused"
 )
 

@@ -27,15 +27,10 @@ const (
 //go:embed inserted/keylog.cjs inserted/pysite/sitecustomize.py
 var inserted embed.FS
 
-const (
-	annotationContainerType = "io.kubernetes.cri.container-type"
-	containerTypeSandbox    = "sandbox"
-)
-
 // prepareBundle rewrites the bundle's config.json before runsc reads it, as runtimes for graphics cards do. Doing it again
 // changes nothing. A pod's pause container, in which no function runs, is left as it is.
 func (c *command) prepareBundle() error {
-	if c.spec.Annotations[annotationFunction] == "" || c.spec.Annotations[annotationContainerType] == containerTypeSandbox {
+	if c.spec.Annotations[annotationFunction] == "" || c.isPodSandbox() {
 		return nil
 	}
 	folder, err := filepath.Abs(c.value("bundle"))

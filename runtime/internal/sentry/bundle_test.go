@@ -126,22 +126,24 @@ func TestPreparingABundleTwiceChangesNothing(t *testing.T) {
 }
 
 func TestOnlyContainersOfFunctionsArePrepared(t *testing.T) {
-	for annotations, want := range map[string]bool{
-		`{"kalium.io/function":"f"}`: true,
-		`{}`:                         false,
-		`{"kalium.io/function":"f","io.kubernetes.cri.container-type":"sandbox"}`:   false,
-		`{"kalium.io/function":"f","io.kubernetes.cri.container-type":"container"}`: true,
+	root := sandboxState(t, inPod(containerTypeSandbox, nil))
+	for _, c := range []struct {
+		id          string
+		annotations map[string]string
+		want        bool
+	}{
+		{ours, good, true},
+		{ours, map[string]string{}, false},
+		{sandboxID, inPod(containerTypeSandbox, nil), false},
+		{ours, inPod(containerTypeContainer, nil), true},
 	} {
-		folder := t.TempDir()
-		if err := os.WriteFile(filepath.Join(folder, "config.json"), []byte(`{"annotations":`+annotations+`}`), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := Examine([]string{"--ignore-cgroups", "create", "--bundle=" + folder, "id-of-a-container"}); err != nil {
+		folder := bundle(t, c.annotations)
+		if _, err := examine("--root", root, "create", "--bundle="+folder, c.id); err != nil {
 			t.Fatal(err)
 		}
 
-		if _, err := os.Stat(filepath.Join(folder, "kalium")); (err == nil) != want {
-			t.Errorf("%s: prepared %v", annotations, err == nil)
+		if _, err := os.Stat(filepath.Join(folder, "kalium")); (err == nil) != c.want {
+			t.Errorf("%v: prepared %v", c.annotations, err == nil)
 		}
 	}
 }

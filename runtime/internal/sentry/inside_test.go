@@ -28,6 +28,9 @@ func inside(scenario string) int {
 		_, err := dial()
 		fmt.Printf("connect: %s\n", name(err))
 		return 0
+	case "wait":
+		unix.Pause()
+		return 0
 	case "leave":
 		fd, err := dial()
 		for left := leavingBytes; left > 0 && err == nil; {

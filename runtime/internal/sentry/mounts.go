@@ -33,17 +33,11 @@ var engineFiles = []string{
 	"/run/secrets", "/dev/termination-log", "/tmp",
 }
 
-// ownerAnnotations name the pod that a container belongs to, as containerd and CRI-O write them.
-var ownerAnnotations = []string{
-	"io.kubernetes.cri.sandbox-id", "io.kubernetes.cri.sandbox-uid", "io.kubernetes.cri-o.SandboxID", "io.kubernetes.pod.uid",
-}
-
 // ownerBytesMin keeps a short name, which may be part of any path, from passing for the id of a container.
 const ownerBytesMin = 12
 
 // checkMounts refuses files of the host that the function can write and another instance may read.
 func (c *command) checkMounts() error {
-	owners := c.owners()
 	for _, m := range c.spec.Mounts {
 		if !m.isBind() {
 			if !slices.Contains(madeInside, m.Type) {
@@ -60,7 +54,7 @@ func (c *command) checkMounts() error {
 				fmt.Sprintf("the writable mount of %s at %s, which another instance may read", m.Source, m.Destination),
 				"mount it read-only, or use a tmpfs")
 		}
-		if !slices.ContainsFunc(strings.Split(path.Clean(m.Source), "/"), func(part string) bool { return slices.Contains(owners, part) }) {
+		if !c.belongsToUs(m.Source) {
 			return failed("runtime.mounts", c.name+" a guarded sandbox",
 				fmt.Sprintf("the writable mount of %s at %s, whose path names neither this container nor its pod", m.Source, m.Destination),
 				"mount it read-only, or let the container engine make it for each container")
@@ -69,11 +63,17 @@ func (c *command) checkMounts() error {
 	return nil
 }
 
+// belongsToUs tells a path of the host that a container engine made for this container or its pod.
+func (c *command) belongsToUs(source string) bool {
+	owners := c.owners()
+	return slices.ContainsFunc(strings.Split(path.Clean(source), "/"), func(part string) bool { return slices.Contains(owners, part) })
+}
+
 // owners are the names by which an engine keeps what belongs to this container alone.
 func (c *command) owners() []string {
 	names := []string{c.id}
-	for _, annotation := range ownerAnnotations {
-		names = append(names, c.spec.Annotations[annotation])
+	if c.spec.Annotations[annotationContainerType] != "" {
+		names = append(names, c.spec.Annotations[annotationSandboxID], c.spec.Annotations[annotationSandboxUID])
 	}
 	return slices.DeleteFunc(names, func(name string) bool { return len(name) < ownerBytesMin })
 }

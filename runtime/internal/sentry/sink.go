@@ -23,6 +23,10 @@ const (
 	helloID     = 1
 	welcomeWait = 5 * time.Second // for the agent's answer, while nothing of the sandbox runs
 
+	// The agent of a cluster's node holds a hello until its pod is registered, for admit_wait_ms, which is 30 s at most.
+	admitWait    = 35 * time.Second
+	refusalBytes = 4096 // more than a refusal has: a longer answer is a welcome
+
 	annotationApp      = "kalium.io/app"
 	annotationFunction = "kalium.io/function"
 	annotationTimers   = "kalium.io/timers"
@@ -75,7 +79,45 @@ func setup(config map[string]any) (*os.File, error) {
 		file.Close()
 		return nil, failed("runtime.agent", "reach the agent at "+path, err.Error(), "start kalium-agent, or check `endpoint` in the pod-init configuration")
 	}
+	if started.isPodSandbox() {
+		if err := awaitAdmission(socket, hello); err != nil {
+			file.Close()
+			return nil, err
+		}
+	}
 	return file, nil
+}
+
+// awaitAdmission waits for the agent's answer and leaves it where it is: the Sentry reads and judges it. A pod that is refused
+// here does not start, so the kubelet says why and tries again, instead of keeping a sandbox that can send nothing.
+func awaitAdmission(socket int, hello *frame.Hello) error {
+	refuse := func(found string) error {
+		return failed("runtime.refused", fmt.Sprintf("start pod %s as function %s of app %s", hello.Container, hello.Function, hello.App), found,
+			"see the log of kalium-registrar, which registers admitted pods, and the agent's on this node")
+	}
+	limit := unix.NsecToTimeval(admitWait.Nanoseconds())
+	buffer := make([]byte, refusalBytes)
+	n := 0
+	err := unix.SetsockoptTimeval(socket, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit)
+	if err == nil {
+		err = again(func() (err error) { n, _, err = unix.Recvfrom(socket, buffer, unix.MSG_PEEK); return err })
+	}
+	if err != nil {
+		return refuse("no answer of the agent: " + err.Error())
+	}
+	if n == 0 {
+		return refuse("the agent closed the connection")
+	}
+	// What is not whole in the first piece is longer than a refusal.
+	_, m, _, err := frame.Decode(buffer[:n])
+	if welcome, ok := m.(*frame.Welcome); err == nil && ok && !welcome.OK {
+		return refuse("the agent's answer is " + welcome.Reason)
+	}
+	limit = unix.NsecToTimeval(welcomeWait.Nanoseconds())
+	if err := unix.SetsockoptTimeval(socket, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit); err != nil {
+		return refuse(err.Error())
+	}
+	return nil
 }
 
 // identify says who this process was started for, by the command line and the bundle that gVisor itself works with.
@@ -84,7 +126,7 @@ func identify() (*frame.Hello, error) {
 		return nil, failed("runtime.start", "say who the sandbox is", "a command that starts none", "use create or run")
 	}
 	hello := &frame.Hello{
-		Proto: frame.Proto, Container: started.id,
+		Proto: frame.Proto, Container: started.instance(),
 		App: started.spec.Annotations[annotationApp], Function: started.spec.Annotations[annotationFunction],
 	}
 	if hello.App == "" || hello.Function == "" {

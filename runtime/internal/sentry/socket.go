@@ -29,6 +29,9 @@ func socketCall(original kernel.SyscallFn) kernel.SyscallFn {
 		case mediation.Inside:
 			return original(t, number, a)
 		case mediation.EndsAtEndpoint:
+			if isPause(t.ContainerID()) {
+				return 0, nil, linuxerr.EACCES
+			}
 			return internetSocket(t, family, kind, int(a[1].Int()&^linux.SOCK_TYPE_MASK))
 		}
 		return 0, nil, refusedSocket(family, kind)

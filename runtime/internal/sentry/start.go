@@ -2,6 +2,7 @@ package sentry
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/google/subcommands"
 	"golang.org/x/sys/unix"
@@ -134,6 +136,27 @@ func Examine(args []string) error {
 	return nil
 }
 
+// Report says why a command is refused: to standard error, and in the log by which container engines hear of errors.
+func Report(args []string, refusal error) {
+	fmt.Fprintln(os.Stderr, refusal)
+	c, err := parse(args)
+	if err != nil || c == nil || c.flags.Lookup("log").Value.String() == "" {
+		return
+	}
+	line, err := json.Marshal(map[string]string{"level": "error", "msg": refusal.Error(), "time": time.Now().Format(time.RFC3339Nano)})
+	if err != nil {
+		return // texts of ours always are JSON
+	}
+	file, err := os.OpenFile(c.flags.Lookup("log").Value.String(), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
+	if err == nil {
+		_, err = file.Write(append(line, '\n'))
+		err = errors.Join(err, file.Close())
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+	}
+}
+
 // parse returns nil for a command line without a command, like --version, and for one that runsc will refuse itself.
 func parse(args []string) (*command, error) {
 	c := &command{flags: flag.NewFlagSet("runsc-kalium", flag.ContinueOnError)}
@@ -239,8 +262,8 @@ func (c *command) checkFlags() error {
 }
 
 func (c *command) checkSpec() error {
-	for name := range c.spec.Annotations {
-		if !strings.HasPrefix(name, "dev.gvisor.") {
+	for name, value := range c.spec.Annotations {
+		if !strings.HasPrefix(name, "dev.gvisor.") || c.isSharedMemory(name, value) {
 			continue
 		}
 		if !slices.ContainsFunc(allowedAnnotations, func(prefix string) bool { return strings.HasPrefix(name, prefix) }) {
@@ -248,7 +271,7 @@ func (c *command) checkSpec() error {
 				"remove the annotation")
 		}
 	}
-	for _, check := range []func() error{c.checkRoot, c.checkMounts, c.checkDevices} {
+	for _, check := range []func() error{c.checkRoot, c.checkMounts, c.checkDevices, c.checkPod} {
 		if err := check(); err != nil {
 			return err
 		}

@@ -237,30 +237,32 @@ func TestMountsThatAnotherInstanceMayReadAreRefused(t *testing.T) {
 
 // TestMountsOfContainerEnginesAreLetPass holds what podman 4.3 and the kubelet with containerd mount.
 func TestMountsOfContainerEnginesAreLetPass(t *testing.T) {
-	podman := "/var/lib/containers/storage/overlay-containers/" + ours + "/userdata/"
-	pod, sandbox := "3f0c1d52-8b1e-4a2f-9d5e-0a1b2c3d4e5f", "5f1e2d3c4b5a69788796a5b4c3d2e1f05f1e2d3c4b5a69788796a5b4c3d2e1f0"
-	kubelet, cri := "/var/lib/kubelet/pods/"+pod+"/", "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/"+sandbox+"/"
-	options := []string{"bind", "rprivate"}
-	folder := bundleOf(t, map[string]any{
-		"annotations": map[string]string{
-			annotationApp: "shop", annotationFunction: "buyer", "io.kubernetes.cri.sandbox-id": sandbox, "io.kubernetes.cri.sandbox-uid": pod,
-		},
-		"mounts": []mount{
-			{"/proc", "proc", "proc", nil}, {"/dev", "tmpfs", "tmpfs", nil}, {"/sys", "sysfs", "sysfs", []string{"ro"}},
-			{"/dev/pts", "devpts", "devpts", nil}, {"/dev/mqueue", "mqueue", "mqueue", nil}, {"/sys/fs/cgroup", "cgroup", "cgroup", []string{"ro"}},
-			{"/scratch", "tmpfs", "tmpfs", []string{"rw"}}, {"/data", "bind", "/srv/data", []string{"ro", "rbind"}},
-			{"/etc/resolv.conf", "bind", podman + "resolv.conf", options}, {"/etc/hosts", "bind", podman + "hosts", options},
-			{"/etc/hostname", "bind", podman + "hostname", options}, {"/run/.containerenv", "bind", podman + ".containerenv", options},
-			{"/dev/shm", "bind", podman + "shm", options}, {"/run/secrets", "bind", podman + "run/secrets", options},
-			{"/etc/hosts", "bind", kubelet + "etc-hosts", []string{"rbind", "rprivate", "rw"}},
-			{"/dev/termination-log", "bind", kubelet + "containers/f/0a1b2c3d", []string{"rbind", "rprivate", "rw"}},
-			{"/tmp", "bind", kubelet + "volumes/kubernetes.io~empty-dir/temp", []string{"rbind", "rprivate", "rw"}},
-			{"/dev/shm", "bind", cri + "shm", []string{"rbind", "rprivate", "rw"}},
-		},
-	})
-
-	if _, err := examine("create", "--bundle", folder, ours); err != nil {
-		t.Error(err)
+	podman, kubelet := "/var/lib/containers/storage/overlay-containers/"+ours+"/userdata/", "/var/lib/kubelet/pods/"+podUID+"/"
+	options, writable := []string{"bind", "rprivate"}, []string{"rbind", "rprivate", "rw"}
+	common := []mount{
+		{"/proc", "proc", "proc", nil}, {"/dev", "tmpfs", "tmpfs", nil}, {"/sys", "sysfs", "sysfs", []string{"ro"}},
+		{"/dev/pts", "devpts", "devpts", nil}, {"/dev/mqueue", "mqueue", "mqueue", nil}, {"/sys/fs/cgroup", "cgroup", "cgroup", []string{"ro"}},
+		{"/scratch", "tmpfs", "tmpfs", []string{"rw"}}, {"/data", "bind", "/srv/data", []string{"ro", "rbind"}},
+	}
+	for engine, config := range map[string]map[string]any{
+		"podman": {"annotations": good, "mounts": append(common,
+			mount{"/etc/resolv.conf", "bind", podman + "resolv.conf", options}, mount{"/etc/hosts", "bind", podman + "hosts", options},
+			mount{"/etc/hostname", "bind", podman + "hostname", options}, mount{"/run/.containerenv", "bind", podman + ".containerenv", options},
+			mount{"/dev/shm", "bind", podman + "shm", options}, mount{"/run/secrets", "bind", podman + "run/secrets", options},
+		)},
+		"the kubelet": {"annotations": inPod(containerTypeContainer, nil), "mounts": append(common,
+			mount{"/etc/hosts", "bind", kubelet + "etc-hosts", writable},
+			mount{"/dev/termination-log", "bind", kubelet + "containers/buyer/0a1b2c3d", writable},
+			mount{"/tmp", "bind", kubelet + "volumes/kubernetes.io~empty-dir/temp", writable},
+			mount{"/var/openfaas/secrets", "bind", kubelet + "volumes/kubernetes.io~secret/s", []string{"rbind", "rprivate", "ro"}},
+			mount{"/etc/hostname", "bind", criFolder + "/hostname", writable}, mount{"/etc/resolv.conf", "bind", criFolder + "/resolv.conf", writable},
+			mount{"/dev/shm", "tmpfs", criFolder + "/shm", []string{"rprivate", "rw"}}, // as the shim makes it of a bind mount
+		)},
+	} {
+		root := sandboxState(t, inPod(containerTypeSandbox, nil))
+		if _, err := examine("--root", root, "create", "--bundle", bundleOf(t, config), ours); err != nil {
+			t.Errorf("%s: %v", engine, err)
+		}
 	}
 }
 
