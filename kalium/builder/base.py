@@ -62,11 +62,6 @@ class Base:
     layer: Blob
     root: Path
 
-    @property
-    def tag(self) -> str:
-        """As wheels name this Python: cp311."""
-        return "cp" + self.python.replace(".", "")
-
 
 def architecture() -> str:
     """This machine's architecture, as images name it."""

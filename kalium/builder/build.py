@@ -18,6 +18,7 @@ from kalium.builder.layer import write_layer
 from kalium.builder.layout import Blob, Layout, canonical
 from kalium.builder.stack import Target, read_stack
 from kalium.builder.tools import run, write_whole
+from kalium.builder.wheels import fitting
 from kalium.errors import EXIT_ENVIRONMENT, KaliumError
 
 REPOSITORY = "localhost/kalium"
@@ -106,7 +107,9 @@ def target_key(target: Target, base: str) -> str:
 
 def _recipe() -> str:
     """How images are made is part of what they are made from."""
-    return hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("build.py", "layer.py", "layout.py"))).hexdigest()
+    return hashlib.sha256(
+        b"".join(Path(__file__).with_name(name).read_bytes() for name in ("build.py", "layer.py", "layout.py", "wheels.py"))
+    ).hexdigest()
 
 
 @contextmanager
@@ -216,16 +219,10 @@ class Builder:
 
 def _install(requirements: Path, folder: Path, base: Base) -> None:
     """Unpack the locked wheels into `folder`: those for the base's Python and C library, whatever runs this program."""
-    machine = os.uname().machine
-    minor = int(base.glibc.split(".")[1])
-    generations = [*(f"_2_{number}" for number in range(minor, 4, -1)), "2014", "2010", "1"]
-    platforms = [f"manylinux{generation}_{machine}" for generation in generations]
     run(
         [
             sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--target", str(folder), "--no-compile",
-            "--no-deps", "--only-binary", ":all:", "--require-hashes", "--implementation", "cp", "--python-version", base.python,
-            *(word for abi in (base.tag, "abi3", "none") for word in ("--abi", abi)), *(word for name in platforms for word in ("--platform", name)),
-            "--requirement", str(requirements),
+            "--no-deps", "--require-hashes", *fitting(base.python, base.glibc, os.uname().machine), "--requirement", str(requirements),
         ],
         code="builder.wheels",
         attempted=f"cannot install {requirements} for Python {base.python}",

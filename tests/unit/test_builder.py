@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import tarfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 from kalium.builder import base as base_module
 from kalium.builder import build as build_module
 from kalium.builder.base import Base, distribution, is_kept, merged, unpack, workspace
-from kalium.builder.build import Builder, Outcome, Podman, _install, image_of, packages_key, target_key
+from kalium.builder.build import Builder, Outcome, Podman, image_of, packages_key, target_key
 from kalium.builder.layer import write_layer
 from kalium.builder.layout import Blob, Layout
 from kalium.builder.stack import Target, read_stack
@@ -260,58 +259,6 @@ def test_a_workspace_is_gone_afterwards_whatever_happened(tmp_path: Path) -> Non
         fail_in(folder)
 
     assert list(tmp_path.iterdir()) == []
-
-
-# --- wheels ------------------------------------------------------------------------------------------------------------------
-
-
-def wheel(folder: Path, tag: str, says: str) -> str:
-    """A wheel of package `greeting` for `tag`; returns its SHA-256."""
-    path = folder / f"greeting-1.0-{tag}.whl"
-    info = "greeting-1.0.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("greeting.py", f"SAYS = {says!r}\n")
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: greeting\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
-        archive.writestr(f"{info}/RECORD", f"greeting.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@pytest.fixture
-def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only place where pip may look."""
-    (tmp_path / "shelf").mkdir()
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "shelf"))
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    return tmp_path / "shelf"
-
-
-BASE = Base("key", "3.9", "2.31", {}, Blob("", 0), Path("/nowhere"))  # of no Python that runs these tests
-
-
-def test_wheels_are_those_for_the_bases_python_and_library(shelf: Path, tmp_path: Path) -> None:
-    machine = os.uname().machine
-    tags = [f"cp39-cp39-manylinux_2_31_{machine}", f"cp39-cp39-manylinux_2_32_{machine}", f"cp310-cp310-manylinux2014_{machine}", "py3-none-any"]
-    hashes = [wheel(shelf, tag, tag) for tag in tags]
-    (tmp_path / "requirements.txt").write_text("greeting==1.0 " + " ".join(f"--hash=sha256:{one}" for one in hashes) + "\n")
-
-    _install(tmp_path / "requirements.txt", tmp_path / "installed", BASE)
-
-    assert (tmp_path / "installed" / "greeting.py").read_text() == f"SAYS = {tags[0]!r}\n"
-    assert not list((tmp_path / "installed").rglob("*.pyc"))
-
-
-@pytest.mark.parametrize("line", ["greeting==1.0", "greeting==1.0 --hash=sha256:" + "0" * 64])
-def test_a_wheel_that_is_not_the_locked_one_is_refused(line: str, shelf: Path, tmp_path: Path) -> None:
-    wheel(shelf, "py3-none-any", "anything")
-    (tmp_path / "requirements.txt").write_text(line + "\n")
-
-    with pytest.raises(KaliumError) as error:
-        _install(tmp_path / "requirements.txt", tmp_path / "installed", BASE)
-
-    assert error.value.code == "builder.wheels"
-    assert "lock it with hashes" in error.value.next_step
 
 
 # --- keys --------------------------------------------------------------------------------------------------------------------

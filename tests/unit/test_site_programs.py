@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import stat
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -391,8 +393,9 @@ def test_a_service_without_its_binary_is_an_error_before_anything_is_written(des
 def test_the_environment_is_made_again_only_for_new_requirements_and_the_package_only_for_a_new_wheel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    venv, lock, wheel = tmp_path / "venv", tmp_path / "lock.txt", tmp_path / "kalium.whl"
+    venv, lock, archive, wheel = tmp_path / "venv", tmp_path / "lock.txt", tmp_path / "wheels.tar", tmp_path / "kalium.whl"
     venv.mkdir()
+    tarfile.open(archive, "w").close()
     ran: list[str] = []
     monkeypatch.setattr(install, "run", lambda words: ran.append("wheel" if str(wheel) in words else "venv" if "venv" in words else "lock"))
 
@@ -401,10 +404,30 @@ def test_the_environment_is_made_again_only_for_new_requirements_and_the_package
         wheel.touch()
         if change == lock and ran:
             (venv / ".package").unlink()  # as `venv --clear` does
-        install.main(str(venv), str(lock), str(wheel))
+        install.main(str(venv), str(lock), str(archive), str(wheel))
 
     assert ran == ["venv", "lock", "wheel", "wheel", "venv", "lock", "wheel"]
     assert capsys.readouterr().out.split() == ["changed", "unchanged", "changed", "changed"]
+
+
+def test_an_archive_of_wheels_is_unpacked_flat_or_not_at_all(tmp_path: Path) -> None:
+    def packed(name: str) -> str:
+        entry = tarfile.TarInfo(name)
+        entry.size = 3
+        with tarfile.open(tmp_path / "wheels.tar", "w") as tar:
+            tar.addfile(entry, io.BytesIO(b"zip"))
+        return str(tmp_path / "wheels.tar")
+
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    install.unpack(packed("a-1.whl"), str(folder))
+    assert (folder / "a-1.whl").read_bytes() == b"zip"
+
+    for name in ("../a-1.whl", "/tmp/a-1.whl", "a/b.whl"):
+        with pytest.raises(SystemExit, match=r"error\[python\.archive\]: cannot unpack .*: it holds "):
+            install.unpack(packed(name), str(folder))
+    assert [path.name for path in folder.iterdir()] == ["a-1.whl"]
+    assert not (tmp_path / "a-1.whl").exists()
 
 
 @pytest.mark.parametrize(
