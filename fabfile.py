@@ -10,6 +10,7 @@ from experiments.check import check as check_site
 from experiments.e1 import E1, E1Parameters
 from experiments.e2 import E2, E2Parameters
 from experiments.errors import errors_for_humans
+from experiments.inventory import write as write_inventory
 from experiments.plot import plot as plot_runs
 from experiments.site import announced
 
@@ -63,3 +64,17 @@ def clean(context: Connection, inventory: str | None = None) -> None:
     """Remove the benchmark's functions from the gateway, and runs that did not complete."""
     with errors_for_humans():
         print(housekeeping.clean(announced(inventory)))
+
+
+@task(
+    help={
+        "from_manifest": "file with the manifest of a CloudLab experiment (tab Manifest, or `geni-get manifest`)",
+        "user": "your CloudLab login (default: the only one that the manifest has)",
+        "out": "folder to write (default: inventory/EXPERIMENT)",
+        "force": "replace files that were edited",
+    }
+)
+def inventory(context: Connection, from_manifest: str, user: str | None = None, out: str | None = None, force: bool = False) -> None:
+    """Write the inventory of a CloudLab experiment from its manifest, and say what to type next."""
+    with errors_for_humans():
+        print(write_inventory(from_manifest, user, out, force=force).text())
