@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 from kalium.builder.layer import write_layer
 from kalium.builder.layout import Blob, Layout, canonical
-from kalium.builder.tools import run, write_whole
+from kalium.builder.tools import as_root, run, write_whole
 from kalium.errors import EXIT_ENVIRONMENT, KaliumError
 
 # libstdc++6 is what wheels with compiled code expect of every system.
@@ -32,6 +32,7 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 MERGED = ("bin", "lib", "lib64", "sbin")  # links to the folders of these names in usr
 USER_ID = 10001
 AGAIN = "run it again; packages are downloaded anew"
+WITHOUT_ROOT = "run it as root if this machine lets nobody else make a user namespace; otherwise report this with the output"
 REPORT = "report this with the output and the distribution's name"
 SYSTEM_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:/usr/bin:/bin"
 AUTHORITIES = "etc/ssl/certs/ca-certificates.crt"
@@ -234,8 +235,8 @@ def _settle(root: Path) -> None:
     for name in ("tmp", "function", "packages", "proc", "sys", "dev", "run"):
         (root / name).mkdir()
     run(
-        ["ldconfig", "-r", str(root)],
-        code="builder.base", attempted="cannot make the linker's cache of the base", next_step=REPORT, environment={"PATH": SYSTEM_PATH},
+        [*as_root(), "ldconfig", "-r", str(root)],
+        code="builder.base", attempted="cannot make the linker's cache of the base", next_step=WITHOUT_ROOT, environment={"PATH": SYSTEM_PATH},
     )  # fmt: skip
     shutil.rmtree(root / "var", ignore_errors=True)  # ldconfig's notes for itself
 
@@ -245,7 +246,7 @@ def in_root(root: Path, command: Iterable[str], *, code: str, attempted: str, ne
     # A fixed seed for hashes: before Python 3.11 the order of a set in a compiled file depends on it. The rest is not for this program.
     environment = {"PYTHONHASHSEED": "0", "PYTHONPATH": "", "PYTHONHOME": "", "LD_PRELOAD": "", "LD_LIBRARY_PATH": ""}
     return run(
-        ["chroot", str(root), *command], code=code, attempted=attempted, next_step=next_step,
+        [*as_root(), "chroot", str(root), *command], code=code, attempted=attempted, next_step=next_step,
         environment={**environment, "PATH": SYSTEM_PATH},
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Building: base, wheels and files become layers, layers an image, and podman is told where it is."""
+"""Building: base, wheels and files become layers, layers an image, and podman is told where it is, or nobody until it is exported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,11 @@ from kalium.builder.base import USER_ID, Base, architecture, base_key, compile_p
 from kalium.builder.layer import write_layer
 from kalium.builder.layout import Blob, Layout, canonical
 from kalium.builder.stack import Target, read_stack
+from kalium.builder.store import REPOSITORY, Store
 from kalium.builder.tools import run, write_whole
 from kalium.builder.wheels import fitting
 from kalium.errors import EXIT_ENVIRONMENT, KaliumError
 
-REPOSITORY = "localhost/kalium"
 TAG_CHARACTERS = 20
 FUNCTION_FOLDER = "function"
 PACKAGES_FOLDER = "packages"
@@ -46,46 +46,6 @@ class Outcome:
 
     def __str__(self) -> str:
         return f"{'changed' if self.is_changed else 'unchanged'} {self.name} {self.image}"
-
-
-class Podman:
-    """podman's store of images, through its command line."""
-
-    def __init__(self, command: Sequence[str]) -> None:
-        self._command = list(command)
-
-    def _run(self, *words: str, attempted: str) -> str:
-        return run([*self._command, *words], code="builder.podman", attempted=attempted, next_step="see that podman works: `podman info`")
-
-    def _listed(self) -> list[dict[str, Any]]:
-        listed: list[dict[str, Any]] = json.loads(self._run("images", "--format", "json", attempted="cannot list the images") or "[]")
-        return listed
-
-    def images(self) -> set[str]:
-        """Names of all images."""
-        return {name for image in self._listed() for name in image.get("Names") or ()}
-
-    def take(self, layout: Layout, reference: str) -> None:
-        """Copy an image out of the layout; layers that podman has are not copied again."""
-        attempted = f"cannot give {reference} to podman"
-        identity = self._run("pull", "--quiet", f"oci:{layout.folder}:{reference}", attempted=attempted).split()[-1]
-        self._run("tag", identity, reference, attempted=attempted)
-        # Most versions of podman name what they take from a layout after its folder. Nobody asked for that name.
-        names = {name for image in self._listed() if image["Id"] == identity for name in image.get("Names") or ()}
-        assert reference in names, f"podman calls {identity} {names}"
-        strangers = sorted(name for name in names if not name.startswith(f"{REPOSITORY}/"))
-        if strangers:
-            self._run("untag", identity, *strangers, attempted=attempted)
-
-    def remove(self, reference: str) -> bool:
-        """Remove an image; False when a container uses it."""
-        try:
-            self._run("rmi", reference, attempted=f"cannot remove {reference}")
-        except KaliumError as error:
-            if "in use" in error.found:
-                return False
-            raise
-        return True
 
 
 def image_of(name: str, key: str) -> str:
@@ -113,7 +73,7 @@ def _recipe() -> str:
 
 
 @contextmanager
-def _locked(output: Path) -> Iterator[None]:
+def locked(output: Path) -> Iterator[None]:
     """Only one builder works in `output` at a time; a second one is told so."""
     with (output / ".lock").open("wb") as file:
         try:
@@ -125,30 +85,41 @@ def _locked(output: Path) -> Iterator[None]:
         yield
 
 
+def images_of(output: Path) -> dict[str, Any]:
+    """What images.json says; nothing before the first build."""
+    path = output / IMAGES
+    listed: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    return listed
+
+
+def layout_of(output: Path) -> Layout:
+    """The image layout in a builder's folder."""
+    return Layout(output / "oci")
+
+
 class Builder:
     """Builds into `output`: images.json for readers, an OCI layout, and the base that all images share."""
 
-    def __init__(self, output: Path, podman: Podman) -> None:
+    def __init__(self, output: Path, store: Store) -> None:
         self.output = output
-        self.podman = podman
-        self.layout = Layout(output / "oci")
+        self.store = store
+        self.layout = layout_of(output)
 
     def build(self, stack: Path, *, only: str | None = None, refresh: bool = False) -> Iterator[Outcome]:
         """Build the targets of `stack`; an outcome follows each as soon as its image is there. Others in images.json stay."""
-        if os.geteuid() != 0:
-            raise KaliumError(
-                "builder.root", "cannot build function images", "this is not root", "run it with sudo: it works for root's podman", EXIT_ENVIRONMENT
-            )
+        if self.store.needs_root and os.geteuid() != 0:
+            next_step = "run it with sudo: it works for root's podman; or keep the images for an export with --no-podman"
+            raise KaliumError("builder.root", "cannot build function images", "this is not root", next_step, EXIT_ENVIRONMENT)
         targets = read_stack(stack, only)
-        with _locked(self.output):
+        with locked(self.output):
             base, _ = ensure_base(self.output, self.layout, refresh=refresh)
-            present = self.podman.images()
+            present = self.store.images()
             for target in targets:
                 image = image_of(target.name, target_key(target, base.layer.digest))
                 is_changed = image not in present
                 if is_changed:
                     self._make(target, image, base)
-                    self.podman.take(self.layout, image)
+                    self.store.take(self.layout, image)
                 self._list(target.name, image)
                 yield Outcome(target.name, image, is_changed)
             self._clean(base)
@@ -158,16 +129,13 @@ class Builder:
         record = self.output / "base.json"
         known = json.loads(record.read_bytes()) if record.is_file() else {}
         is_current = known.get("key") == base_key()
-        present = self.podman.images() if is_current else set()
+        present = self.store.images() if is_current else set()
         for target in read_stack(stack, only):
             image = image_of(target.name, target_key(target, known["layer"]["digest"])) if is_current else "(after the base is made)"
             yield Outcome(target.name, image, image not in present)
 
     def images(self) -> dict[str, Any]:
-        """What images.json says."""
-        path = self.output / IMAGES
-        listed: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
-        return listed
+        return images_of(self.output)
 
     def _list(self, name: str, image: str) -> None:
         images = self.images()
@@ -197,7 +165,7 @@ class Builder:
         with workspace(base.root) as folder:
             _install(requirements, folder, base)
             compile_python(base.root, folder.name, appears_as=PACKAGES_FOLDER)
-            layer = self.layout.add_layer(lambda file: write_layer(folder, file, prefix=PACKAGES_FOLDER, keep=lambda name: name != "bin"))
+            layer = self.layout.add_layer(lambda file: write_layer(folder, file, prefix=PACKAGES_FOLDER, keep=_is_of_the_package))
         self._write_records({**records, key: layer})
         return layer
 
@@ -211,10 +179,15 @@ class Builder:
     def _clean(self, base: Base) -> None:
         """Forget what images.json does not name any more; an image that a container uses stays until a later build."""
         listed = {entry["image"] for entry in self.images().values()}
-        present = self.podman.images()
-        used = {image for image in self.layout.references() - listed if image in present and not self.podman.remove(image)}
+        present = self.store.images()
+        used = {image for image in self.layout.references() - listed if image in present and not self.store.remove(image)}
         self.layout.keep_only(listed | used, [base.layer])
         self._write_records({key: blob for key, blob in self._records().items() if self.layout.has(blob)})
+
+
+def _is_of_the_package(name: str) -> bool:
+    """Programs name the Python that installs them, and RECORD holds their hashes: neither is the same wherever it is built."""
+    return name != "bin" and not name.endswith(".dist-info/RECORD")
 
 
 def _install(requirements: Path, folder: Path, base: Base) -> None:

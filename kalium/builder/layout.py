@@ -19,6 +19,7 @@ LAYER = "application/vnd.oci.image.layer.v1.tar"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 REFERENCE = "org.opencontainers.image.ref.name"
+CONTAINERD_NAME = "io.containerd.image.name"  # the same name for containerd, which may shorten the other
 CREATED = "1970-01-01T00:00:00Z"  # when something was built is not part of what it is
 
 
@@ -87,12 +88,16 @@ class Layout:
             }
         )  # fmt: skip
         entries = [entry for entry in self._entries() if entry["annotations"][REFERENCE] != reference]
-        entries.append({**manifest.descriptor(MANIFEST), "annotations": {REFERENCE: reference}})
+        entries.append({**manifest.descriptor(MANIFEST), "annotations": {REFERENCE: reference, CONTAINERD_NAME: reference}})
         self._write_index(entries)
 
     def references(self) -> set[str]:
         """The images that the index lists."""
         return {str(entry["annotations"][REFERENCE]) for entry in self._entries()}
+
+    def index(self) -> bytes:
+        """index.json."""
+        return self._index.read_bytes()
 
     def keep_only(self, references: Iterable[str], layers: Iterable[Blob]) -> None:
         """Forget images that are not in `references`, and blobs that neither they nor `layers` name."""

@@ -13,6 +13,11 @@ from kalium.errors import EXIT_ENVIRONMENT, KaliumError
 SAID_CHARACTERS_MAX = 1500  # of a failed program's output, its end
 
 
+def as_root() -> list[str]:
+    """What a command that changes its root is preceded by. An ordinary user is root in a user namespace of the command's own."""
+    return [] if os.geteuid() == 0 else ["unshare", "--map-root-user"]
+
+
 def run(
     command: Sequence[str], *, code: str, attempted: str, next_step: str, seconds_max: float = 600, environment: Mapping[str, str] | None = None,
     folder: Path | None = None,

@@ -1,4 +1,4 @@
-"""`kalium function`: build images of functions, deploy them, see what runs, invoke, remove."""
+"""`kalium function`: build images of functions and pack them, deploy them, see what runs, invoke, remove."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from kalium.builder.cli import add_build
+from kalium.builder.cli import add_build, add_export
 from kalium.cli.files import read_file
 from kalium.engine.client import Client
 from kalium.engine.deployment import APP_ANNOTATION, RUNTIME_DEFAULT, RUNTIME_LABEL
@@ -29,6 +29,7 @@ READY_SECONDS_MAX = 120.0
 EXAMPLES = """\
 examples:
   kalium function build --stack functions/stack.yml
+  kalium function export
   kalium function deploy -f functions/stack.yml --only product-photos-4-success
   kalium function list
   kalium function invoke product-photos-4-success --data @functions/product-photos-4-success/sample.json
@@ -47,6 +48,7 @@ def register(subparsers: Any) -> None:
     )
     verbs = noun.add_subparsers(metavar="VERB", required=True)
     add_build(verbs)
+    add_export(verbs)
 
     def verb(name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> Any:
         parser = verbs.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")

@@ -17,11 +17,15 @@ import pytest
 
 from kalium.builder import base as base_module
 from kalium.builder import build as build_module
+from kalium.builder import export as export_module
 from kalium.builder.base import Base, distribution, is_kept, merged, unpack, workspace
-from kalium.builder.build import Builder, Outcome, Podman, image_of, packages_key, target_key
+from kalium.builder.build import Builder, Outcome, image_of, packages_key, target_key
+from kalium.builder.export import export
 from kalium.builder.layer import write_layer
 from kalium.builder.layout import Blob, Layout
 from kalium.builder.stack import Target, read_stack
+from kalium.builder.store import Kept, Podman
+from kalium.cli.main import main
 from kalium.errors import KaliumError
 
 HANDLER = "def handle(event):\n    return event.body\n"
@@ -312,7 +316,8 @@ def test_a_layout_is_one_by_the_specification(tmp_path: Path) -> None:
 
     assert json.loads((tmp_path / "oci-layout").read_text()) == {"imageLayoutVersion": "1.0.0"}
     (entry,) = json.loads((tmp_path / "index.json").read_text())["manifests"]
-    assert entry["annotations"] == {"org.opencontainers.image.ref.name": "localhost/kalium/x:1"}
+    names = ("org.opencontainers.image.ref.name", "io.containerd.image.name")
+    assert entry["annotations"] == dict.fromkeys(names, "localhost/kalium/x:1")
     assert all(hashlib.sha256(contents).hexdigest() == name for name, contents in blobs(layout).items())
     manifest = json.loads(blobs(layout)[entry["digest"].removeprefix("sha256:")])
     assert [part["digest"] for part in manifest["layers"]] == [f"sha256:{layer.digest}"]
@@ -404,8 +409,8 @@ def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builder:
 
 
 def podman_of(builder: Builder) -> FakePodman:
-    assert isinstance(builder.podman, FakePodman)
-    return builder.podman
+    assert isinstance(builder.store, FakePodman)
+    return builder.store
 
 
 def sources(tmp_path: Path) -> Path:
@@ -487,6 +492,115 @@ def test_two_builds_at_once_are_refused(builder: Builder, tmp_path: Path) -> Non
         next(builder.build(stack))
 
     assert len(list(building)) == 1
+
+
+def test_images_for_other_machines_are_kept_without_podman_and_without_root(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    stack = sources(tmp_path)
+    keeping = Builder(builder.output, Kept(builder.layout))
+
+    first = list(keeping.build(stack))
+    again = list(keeping.build(stack))
+    (tmp_path / "sources" / "hello" / "handler.py").write_text(HANDLER + "# new\n")
+    later = list(keeping.build(stack))
+
+    assert [outcome.is_changed for outcome in first + again + later] == [True, True, False, False, True, True]
+    assert keeping.layout.references() == {outcome.image for outcome in later}, "what is not wanted any more is gone"
+
+
+# --- export ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exported(builder: Builder, tmp_path: Path) -> Path:
+    """The folder of a builder that has built."""
+    list(Builder(builder.output, Kept(builder.layout)).build(sources(tmp_path)))
+    return builder.output
+
+
+def test_an_archive_is_a_layout_with_every_image_and_its_name_is_of_its_contents(exported: Path) -> None:
+    archive, is_changed = export(exported)
+
+    assert is_changed
+    with tarfile.open(archive) as tar:
+        members = {entry.name: entry for entry in tar if entry.isfile()}
+        index = json.loads(extracted(tar, "index.json"))
+        assert extracted(tar, "oci-layout") == b'{"imageLayoutVersion":"1.0.0"}'
+        assert all(hashlib.sha256(extracted(tar, name)).hexdigest() == Path(name).name for name in members if name.startswith("blobs/"))
+    listed = {entry["image"] for entry in json.loads((exported / "images.json").read_text()).values()}
+    assert {entry["annotations"]["io.containerd.image.name"] for entry in index["manifests"]} == listed
+    assert {entry["digest"].replace(":", "/") for entry in index["manifests"]} <= {name.removeprefix("blobs/") for name in members}
+
+
+def extracted(tar: tarfile.TarFile, name: str) -> bytes:
+    file = tar.extractfile(name)
+    assert file is not None
+    return file.read()
+
+
+def test_exporting_again_changes_nothing_and_the_same_images_are_the_same_bytes(exported: Path) -> None:
+    archive, _ = export(exported)
+    before = archive.read_bytes()
+
+    assert export(exported) == (archive, False)
+    archive.unlink()
+    assert export(exported) == (archive, True)
+    assert archive.read_bytes() == before
+
+
+def test_an_export_of_other_images_replaces_the_archive(exported: Path, tmp_path: Path) -> None:
+    first, _ = export(exported)
+    (tmp_path / "sources" / "hello" / "handler.py").write_text(HANDLER + "# new\n")
+    list(Builder(exported, Kept(Layout(exported / "oci"))).build(tmp_path / "sources" / "stack.yml"))
+
+    rehearsed = export(exported, is_rehearsal=True)
+    assert first.is_file(), "a rehearsal changes nothing"
+    second = export(exported)
+
+    assert rehearsed == second == (second[0], True)
+    assert [path.name for path in exported.glob("functions-*")] == [second[0].name]
+
+
+def test_nothing_is_exported_before_it_is_built_or_when_a_part_is_lost(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(KaliumError, match=r"images\.json names none") as error:
+        export(tmp_path)
+    assert "kalium function build" in error.value.next_step
+
+    Layout(exported / "oci").keep_only([], [])
+    with pytest.raises(KaliumError, match="is not there"):
+        export(exported)
+    assert not list(exported.glob("functions-*"))
+
+
+def test_an_export_that_fails_leaves_nothing(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError("full disk")
+
+    monkeypatch.setattr(export_module, "write_layer", full_disk)
+
+    with pytest.raises(OSError, match="full disk"):
+        export(exported)
+    assert not [path for path in exported.iterdir() if "functions-" in path.name]
+
+
+def test_the_command_says_where_the_archive_is(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["function", "export", "--output", str(exported)]
+
+    assert main([*words, "--dry-run"]) == main(words) == main(words) == 0
+
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [word for word, _ in said] == ["changed", "changed", "unchanged"]
+    assert {Path(path).parent for _, path in said} == {exported}
+
+
+def test_exporting_nothing_is_an_error_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["function", "export", "--output", str(tmp_path)]) == 3
+    assert capsys.readouterr().err.startswith("error[builder.export]: cannot export function images: ")
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------------------------
 
 
 def test_building_without_being_root_is_refused_with_the_next_step(builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
