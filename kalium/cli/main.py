@@ -20,6 +20,7 @@ NOUNS = {
     "controller": "serve the controller, ask it for its status",
     "pki": "make the certificates and keys of a site",
     "engine": "serve the OpenFaaS API and run functions on this machine",
+    "registrar": "register a cluster node's pods with its agent",
     "imageserver": "serve the benchmark's image over HTTPS",
     "mailsink": "receive the benchmark's mail",
     "function": "build, deploy and invoke functions",

@@ -48,6 +48,14 @@ class Agent:
         if answer.get("ok") is not True:
             raise AgentUnavailable(f"it answered {json.dumps(answer)[:ERROR_CHARACTERS_MAX]}")
 
+    async def registered(self) -> frozenset[str]:
+        """The containers that the agent has registered and its controller has acknowledged. Raises AgentUnavailable."""
+        answer = await self._ask({"op": "list"})
+        containers = answer.get("containers")
+        if answer.get("ok") is not True or not isinstance(containers, list) or not all(isinstance(container, str) for container in containers):
+            raise AgentUnavailable(f"it answered {json.dumps(answer)[:ERROR_CHARACTERS_MAX]}")
+        return frozenset(containers)
+
     async def _ask(self, question: dict[str, str]) -> dict[str, Any]:
         try:
             line = await within(AGENT_SECONDS_MAX, self._exchange(json.dumps(question).encode("utf-8") + b"\n"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 # Event -> level. `error`: a person must act. `warning`: the gateway coped, and the line says how.
@@ -40,7 +40,10 @@ LogLine = Callable[..., None]  # log(event, **fields)
 
 
 class Log:
-    """Writes lines to `stream`, stamped with the wall clock in milliseconds."""
+    """Writes lines to `stream`, stamped with the wall clock in milliseconds. A subclass has events and fields of its own."""
+
+    events: Mapping[str, str] = EVENTS
+    fields = FIELDS
 
     def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.time) -> None:
         self._stream = stream
@@ -48,6 +51,6 @@ class Log:
 
     def __call__(self, event: str, **fields: Any) -> None:
         """Write one line and flush it: a program that follows the file must not wait for a buffer."""
-        assert FIELDS.issuperset(fields), FIELDS.symmetric_difference(fields)
-        record = {"event": event, "level": EVENTS[event], "time_ms": round(self._clock() * 1000), **fields}
+        assert self.fields.issuperset(fields), self.fields.symmetric_difference(fields)
+        record = {"event": event, "level": self.events[event], "time_ms": round(self._clock() * 1000), **fields}
         print(json.dumps(record, separators=(",", ":")), file=self._stream, flush=True)

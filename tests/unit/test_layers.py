@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "kalium.pki": {"kalium.pki"},
     "kalium.controller": {"kalium.controller", "kalium.protocol", "kalium.policy"},
     "kalium.engine": {"kalium.engine"},
+    "kalium.registrar": {"kalium.registrar", "kalium.engine"},  # for the agent's socket, which both register at
     "kalium.builder": {"kalium.builder"},
     "kalium.imageserver": {"kalium.imageserver"},
     "kalium.mailsink": {"kalium.mailsink"},
