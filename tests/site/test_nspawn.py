@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import Ansible
-from nspawn import AS_ROOT, NAME, TEST_LINK, Host, HostError, host_running, make_key
+from nspawn import NAME, TEST_LINK, host_running
+from throwaway.host import AS_ROOT, Host, HostError, make_key
 
 GONE_S_MAX = 30.0
 

@@ -20,7 +20,8 @@ import pymysql
 import pytest
 import yaml
 from conftest import ROOT, Ansible, Outcome
-from nspawn import Host, host_running, make_key
+from nspawn import host_running
+from throwaway.host import Host, make_key
 
 PLAYBOOK = "playbooks/services.yml"
 GROUPS_OF_THE_HOST = ("function_nodes", "controller", "images", "database")
