@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Remove what the list of record.py says, and nothing else: `remove.py LIST OPT ETC`; ends with `changed` or `unchanged`.
 
-Services first, then functions, network, accounts, packages and paths; the list goes last, so that a removal that was interrupted
-can be repeated. A package that something else needs by now stays, and so does podman's storage when it holds what is not ours:
-each is said on a line of its own.
+Services first, then functions, network, accounts, packages and paths, then what was changed is put back; the list goes last, so that
+a removal that was interrupted can be repeated. A package that something else needs by now stays, and so does podman's storage when it
+holds what is not ours: each is said on a line of its own.
 
 Runs as root under the host's own Python, from 3.6 on, with nothing but the standard library.
 """
@@ -20,11 +20,14 @@ STOP_SECONDS_MAX = 120.0
 POLL_SECONDS = 0.1
 # Folders that podman makes itself when it first runs: its images, the lock of its networks and their addresses.
 PODMANS = {"/var/lib/containers", "/etc/cni", "/var/lib/cni"}
+BLOCK = re.compile(r"^# BEGIN kalium\n.*?^# END kalium\n", re.MULTILINE | re.DOTALL)  # as the blockinfile tasks mark it
 NAMESPACE = re.compile(r"kal-[0-9a-f]{8}")  # as kalium/engine/network.py names an instance's
 
 
 def run(command):
-    """Exit status and standard output; errors go to ours."""
+    """Exit status and standard output; errors go to ours. 127: there is no such program."""
+    if shutil.which(command[0]) is None:
+        return 127, ""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, universal_newlines=True, env=dict(os.environ, LC_ALL="C"))
     return done.returncode, done.stdout
 
@@ -56,11 +59,26 @@ def stop_supervisor(opt, etc):
     print("stopped the supervisor and its services")
 
 
-def stop_units(paths):
-    units = [os.path.basename(path) for path in paths if path.startswith("/etc/systemd/system/") and os.path.exists(path)]
-    for unit in units:
-        must(["systemctl", "disable", "--now", unit])
-        print("stopped " + unit)
+def stop_units(paths, kept):
+    """Units of ours, and those of others that did not run, or did not start by themselves, before us."""
+    for path in paths:
+        if path.startswith("/etc/systemd/system/") and os.path.isfile(path):
+            must(["systemctl", "disable", "--now", os.path.basename(path)])
+            print("stopped " + os.path.basename(path))
+    for unit, before in sorted(kept.items()):
+        # The name of a unit that is not there is an error of no interest: its package may be gone already.
+        if not before["active"]:
+            run(["systemctl", "stop", unit])
+        if not before["enabled"]:
+            run(["systemctl", "--quiet", "disable", unit])
+
+
+def start_units(kept):
+    for unit, before in sorted(kept.items()):
+        if before["enabled"]:
+            run(["systemctl", "--quiet", "enable", unit])
+        if before["active"] and run(["systemctl", "restart", unit])[0] == 0:
+            print("started " + unit + " as it was before")
 
 
 def remove_functions():
@@ -127,6 +145,54 @@ def remove_paths(paths, keep, last):
         print("removed " + path)
 
 
+def empty(folders):
+    """Folders that were there and empty: they stay, and are empty again."""
+    for folder in folders:
+        inside = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        remove_paths([os.path.join(folder, name) for name in inside], set(), folder)
+
+
+def restore_files(files):
+    for path, saved in sorted(files.items()):
+        if saved is not None and os.path.lexists(saved):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            shutil.move(saved, path)
+            print("put back " + path)
+        elif saved is None and os.path.lexists(path):
+            os.remove(path)
+            print("removed " + path)
+
+
+def remove_blocks(paths):
+    for path in paths:
+        with open(path) as file:
+            text = file.read()
+        without = BLOCK.sub("", text)
+        if without != text:
+            # In place: the file may be a mount of its own, and keeps its owner and mode.
+            with open(path, "w") as file:
+                file.write(without)
+            print("removed our lines from " + path)
+
+
+def restore_kernel(sysctls, modules, swaps):
+    """Settings, modules and swap of the running kernel. What it does not let go of ends with the next start of the host."""
+    for name, value in sorted(sysctls.items()):
+        try:
+            with open("/proc/sys/" + name.replace(".", "/"), "r+") as file:
+                if value is not None and file.read().strip() != value:
+                    file.seek(0)
+                    file.write(value)
+        except OSError as error:
+            print("left %s as it is: %s" % (name, error.strerror))
+    for module in reversed(modules):
+        if os.path.exists("/sys/module/" + module) and run(["modprobe", "--remove", module])[0] != 0:
+            print("left module %s: something uses it by now" % module)
+    for swap in swaps:
+        if run(["swapon", swap])[0] == 0:
+            print("swaps to %s again" % swap)
+
+
 def main(path, opt, etc):
     try:
         with open(path) as file:
@@ -136,14 +202,23 @@ def main(path, opt, etc):
         print("unchanged")
         return
     stop_supervisor(opt, etc)
-    stop_units(record["paths"])
+    kept = {kind: record.get(kind, {}) for kind in ("files", "units", "sysctls")}
+    stop_units(record["paths"], kept["units"])
     keep = set() if remove_functions() else PODMANS & set(record["paths"])
     if keep:
         print("left %s: podman holds containers or images that are not ours" % " and ".join(sorted(keep)))
     remove_network(record["bridges"])
+    restore_kernel(kept["sysctls"], record.get("modules", []), record.get("swaps", []))
+    # Before the packages: a configuration of theirs that was put back goes with them.
+    restore_files(kept["files"])
+    remove_blocks(record.get("blocks", []))
     remove_users(record["users"])
     if record["packages"]:
         remove_packages(record["packages"])
+    empty(record.get("contents", []))
+    if os.path.isdir("/run/systemd/system"):
+        run(["systemctl", "daemon-reload"])
+        start_units(kept["units"])
     remove_paths(record["paths"], keep, path)
     if os.path.exists(path):
         os.remove(path)

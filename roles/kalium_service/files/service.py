@@ -21,6 +21,7 @@ import time
 POLL_SECONDS = 0.2
 COMMAND_SECONDS_MAX = 120
 LOG_LINES = 12
+JOURNAL = "the journal"  # in the place of a log file
 
 
 def run(command, environment=None, seconds=COMMAND_SECONDS_MAX):
@@ -190,8 +191,11 @@ class Systemd:
             return None
         return next((value.decode() for key, _, value in pairs if key == b"KALIUM_REVISION"), None)
 
+    def write(self, revision):
+        return replaced("/etc/systemd/system/" + self.unit, self.text(revision))
+
     def apply(self, revision):
-        changed = replaced("/etc/systemd/system/" + self.unit, self.text(revision))
+        changed = self.write(revision)
         if self.service["run_folders"]:
             # A restart of the host empties /run, and systemd starts the service again before anybody runs Ansible.
             lines = ["d %s 0755 %s %s -\n" % (path, owner, owner) for path, owner in sorted(self.service["run_folders"].items())]
@@ -211,10 +215,22 @@ class Systemd:
         return state == "active", state
 
 
+class Unit(Systemd):
+    """A unit that a package or another role wrote, which logs to the journal: it gets its revision by a drop-in."""
+
+    def write(self, revision):
+        text = "# Written by roles/kalium_service.\n[Service]\nEnvironment=KALIUM_REVISION=%s\n" % revision
+        return replaced("/etc/systemd/system/%s.d/kalium.conf" % self.unit, text)
+
+
 def blame(service, found):
     try:
-        with open(service["log"], errors="replace") as file:
-            tail = "\n".join("    " + line.rstrip() for line in file.readlines()[-LOG_LINES:])
+        if service["log"] == JOURNAL:
+            lines = run(["journalctl", "--no-pager", "--output=cat", "--lines=%d" % LOG_LINES, "--unit=" + service["name"]])[1].splitlines()
+        else:
+            with open(service["log"], errors="replace") as file:
+                lines = file.readlines()
+        tail = "\n".join("    " + line.rstrip() for line in lines[-LOG_LINES:])
     except OSError as error:
         tail = "    (%s)" % error
     fail(
@@ -245,7 +261,7 @@ def main(description):
     service = json.loads(description)
     # Ansible before 2.19 renders numbers as text.
     service.update({key: int(service[key]) for key in ("ready_seconds", "stop_seconds")})
-    manager = {"supervisor": Supervisor, "systemd": Systemd}[service["manager"]](service)
+    manager = {"supervisor": Supervisor, "systemd": Systemd, "unit": Unit}[service["manager"]](service)
     changed = manager.apply(revision_of(service))
     wait_until_ready(service, manager)
     print("changed" if changed else "unchanged")
