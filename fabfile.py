@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fabric import Connection, task
 
+from experiments import collect as collecting
 from experiments import housekeeping
 from experiments.attacks.runner import AttackParameters, Attacks
 from experiments.check import check as check_site
@@ -24,11 +25,19 @@ def check(context: Connection, inventory: str | None = None) -> None:
         print(check_site(announced(inventory)))
 
 
-@task(help={**INVENTORY, "profile": "quick (minutes) or full (for numbers worth citing)"})
-def run_e1(context: Connection, inventory: str | None = None, profile: str = "quick") -> None:
+@task(
+    help={
+        **INVENTORY,
+        "profile": "quick (minutes) or full (for numbers worth citing)",
+        "resume": "stamp of an interrupted run: measure the blocks that it does not have, by its own profile and seed",
+    }
+)
+def run_e1(context: Connection, inventory: str | None = None, profile: str = "quick", resume: str | None = None) -> None:
     """E1: end-to-end latency of each benchmark entry, for every system under comparison."""
     with errors_for_humans():
-        print(E1(E1Parameters.of_profile(profile), announced(inventory)).execute().summary_text())
+        site = announced(inventory)
+        run = E1(E1Parameters.of_profile(profile), site).execute() if resume is None else E1.resumed(resume, site)
+        print(run.summary_text())
 
 
 @task(help={**INVENTORY, "profile": "quick (a minute) or full (more blocks, sizes and cells)"})
@@ -52,16 +61,29 @@ def plot(context: Connection, inventory: str | None = None, run: str | None = No
         print(plot_runs(announced(inventory), run))
 
 
+@task(
+    help={
+        **INVENTORY,
+        "run": "EXPERIMENT/STAMP to which the logs belong (default: a folder of their own)",
+        "mib": "of each file, the last so many MiB",
+    }
+)
+def collect(context: Connection, inventory: str | None = None, run: str | None = None, mib: int = collecting.FILE_MIB_DEFAULT) -> None:
+    """Fetch logs, verdicts, timings, journals and the cluster's account of all hosts, in parallel, with a manifest."""
+    with errors_for_humans():
+        print(collecting.collect(announced(inventory), run, mib=mib))
+
+
 @task(help=INVENTORY)
 def status(context: Connection, inventory: str | None = None) -> None:
-    """Show the site, the deployed functions and the runs in results/."""
+    """Show the site: hosts, services, nodes and agents, the deployed functions, and the runs in results/."""
     with errors_for_humans():
         print(housekeeping.status(announced(inventory)))
 
 
 @task(help=INVENTORY)
 def clean(context: Connection, inventory: str | None = None) -> None:
-    """Remove the benchmark's functions from the gateway, and runs that did not complete."""
+    """Remove the benchmark's functions from the gateway, and runs that came to nothing; those that can go on stay."""
     with errors_for_humans():
         print(housekeeping.clean(announced(inventory)))
 

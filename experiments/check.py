@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+from experiments.cluster import ClusterView
 from experiments.entries import ENTRIES, SUCCESS, Stack, sample_input
 from experiments.errors import ExperimentError, RunRefused
 from experiments.gateway import Gateway
+from experiments.interruption import explaining
 from experiments.loadgen import problem_with
-from experiments.site import Site, require_local_engine
+from experiments.site import Site
 from experiments.systems import KALIUM_ENFORCE, STOCK
 from experiments.verdicts import VerdictLog
 
@@ -20,8 +22,7 @@ def check(site: Site) -> str:
 
     It is the entry without database and image, so what fails here is the way from the gateway into the sandbox.
     """
-    require_local_engine(site, "check the site")
-    gateway, stack = Gateway.of(site), Stack(site)
+    gateway, stack, cluster = Gateway.of(site), Stack(site), ClusterView.of(site)
     if SUCCESS in gateway.functions():
         raise ExperimentError("check.occupied", f"deploy {SUCCESS}", "the gateway already has it", "remove it with `fab clean`")
     entry = next(entry for entry in ENTRIES if entry.function == SUCCESS)
@@ -29,12 +30,16 @@ def check(site: Site) -> str:
     for system in (STOCK, KALIUM_ENFORCE):
         log = VerdictLog(site)
         try:
-            seconds = gateway.deploy_all([stack.function(SUCCESS, system)])
-            answer = gateway.invoke(SUCCESS, sample_input(site, SUCCESS), call_id=f"check-{system.name}", seconds_max=ANSWER_SECONDS_MAX)
+            with explaining(site):
+                seconds = gateway.deploy_all([stack.function(SUCCESS, system)])
+                pod = cluster.placed([SUCCESS], system)[SUCCESS] if cluster else None
+                answer = gateway.invoke(SUCCESS, sample_input(site, SUCCESS), call_id=f"check-{system.name}", seconds_max=ANSWER_SECONDS_MAX)
             problem = problem_with(answer.status, answer.body, json.loads(json.dumps(entry.expect)))
             verdicts = log.until(bool) if system.is_guarded else []
         finally:
             gateway.remove(SUCCESS)
+            if cluster:
+                cluster.wait_gone([SUCCESS])
         if problem:
             raise RunRefused(
                 "check.answer", f"invoke {SUCCESS} under {system.name}", problem, "see the gateway's and the agent's log in /var/log/kalium"
@@ -45,5 +50,6 @@ def check(site: Site) -> str:
                 "the function runs without a judging guard: see the agent's log in /var/log/kalium",
             )  # fmt: skip
         judged = f", {len(verdicts)} verdict(s)" if system.is_guarded else ""
-        lines.append(f"ok  {system.name:<15} deployed in {seconds:.1f} s, answered {answer.status}{judged}")
+        where = f" on node {pod.node} with RuntimeClass {pod.runtime_class}" if pod else ""
+        lines.append(f"ok  {system.name:<15} deployed in {seconds:.1f} s{where}, answered {answer.status}{judged}")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pymysql
 from pymysql.constants import CLIENT
 
-from experiments import hostfiles
+from experiments import machine
 from experiments.errors import ExperimentError
 from experiments.site import Site
 
@@ -18,23 +18,24 @@ CALL_SECONDS_MAX = 60
 
 @contextmanager
 def _session(site: Site, attempted: str) -> Iterator[pymysql.cursors.Cursor]:
-    database = site.database
+    database, host = site.database, site.members("database")[0]
     try:
-        with (
-            pymysql.connect(
-                host=database.address,
-                port=database.port,
-                user=database.user,
-                password=database.password,
-                database=database.schema,
-                connect_timeout=CONNECT_SECONDS_MAX,
-                read_timeout=CALL_SECONDS_MAX,
-                write_timeout=CALL_SECONDS_MAX,
-                client_flag=CLIENT.MULTI_STATEMENTS,
-                autocommit=True,
-            ) as connection,
-            connection.cursor() as cursor,
-        ):
+        connection = pymysql.connect(
+            host=database.address,
+            port=database.port,
+            user=database.user,
+            password=database.password,
+            database=database.schema,
+            connect_timeout=CONNECT_SECONDS_MAX,
+            read_timeout=CALL_SECONDS_MAX,
+            write_timeout=CALL_SECONDS_MAX,
+            client_flag=CLIENT.MULTI_STATEMENTS,
+            autocommit=True,
+            defer_connect=True,
+        )
+        # A database on another host is asked through that host's SSH connection: its port need not be open for the operator.
+        connection.connect(None if host.is_local else machine.of(host).tunnel(database.address, database.port, seconds_max=CONNECT_SECONDS_MAX))
+        with connection, connection.cursor() as cursor:
             yield cursor
     except pymysql.err.Error as error:
         raise ExperimentError(
@@ -48,7 +49,7 @@ class Resetter:
 
     def __init__(self, site: Site) -> None:
         self._site = site
-        self._sql = hostfiles.read_bytes(site.database.reset).decode("utf-8")
+        self._sql = machine.of(site.members("database")[0]).read_bytes(site.database.reset).decode("utf-8")
 
     def reset(self) -> None:
         """Every table holds its first rows again, and nothing else."""

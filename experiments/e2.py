@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments import e2_analysis, e2_figure
+from experiments import e2_analysis, e2_figure, interruption
+from experiments.cluster import ClusterView
 from experiments.e2_samples import Cell, E2SampleFile
 from experiments.entries import E2_CALLEE, E2_FUNCTIONS, E2_LOAD, E2_LOAD_OFF, Stack
 from experiments.errors import EXIT_USAGE, ExperimentError, RunRefused
 from experiments.gateway import Gateway
 from experiments.paths import PROFILES, RunPaths, utc_now
 from experiments.provenance import opening_record
-from experiments.site import Site, require_local_engine
+from experiments.site import Site
 from experiments.systems import E2_ENFORCE, E2_OFF
 from experiments.timings import Timing, TimingLog
 from experiments.verdicts import Verdict, VerdictLog
@@ -94,10 +95,10 @@ class E2:
     """One run. `execute` leaves a sealed run with its summary and figure, or an incomplete one and an error that says why."""
 
     def __init__(self, parameters: E2Parameters, site: Site, *, results: Path | None = None) -> None:
-        require_local_engine(site, "run E2")
         self.parameters = parameters
         self.site = site
         self.gateway = Gateway.of(site)
+        self.cluster = ClusterView.of(site)
         stack = Stack(site)
         self.functions = [
             stack.function(E2_LOAD, E2_ENFORCE),
@@ -124,16 +125,9 @@ class E2:
         run = RunPaths.create("e2", results=self.results)
         run.write_record(record)
         order = random.Random(parameters.seed)  # noqa: S311 - the order of a run is to be repeatable, not secret
-        try:
-            with E2SampleFile(run.samples) as file:
-                for block in range(parameters.blocks):
-                    self.block(block, order, file, run)
-        except BaseException as error:
-            run.write_record({**record, "end": utc_now(), "error": str(error) or type(error).__name__})
-            print(f"the run stays incomplete in {run.folder}", flush=True)
-            raise
-        finally:
-            self.gateway.remove_all(E2_FUNCTIONS)
+        with interruption.told(run, record, None, self.site, leave=self.remove), E2SampleFile(run.samples) as file:
+            for block in range(parameters.blocks):
+                self.block(block, order, file, run)
         run.write_record({**record, **self.seen.record(), "end": utc_now(), "complete": True})
         run.seal()
         e2_analysis.derive(run)
@@ -141,11 +135,19 @@ class E2:
         run.point_latest(self.site.site_sha256)
         return FinishedE2(run)
 
+    def remove(self) -> None:
+        """No function of E2 is left, and on a cluster no pod of one."""
+        self.gateway.remove_all(E2_FUNCTIONS)
+        if self.cluster is not None:
+            self.cluster.wait_gone(E2_FUNCTIONS)
+
     def block(self, block: int, order: random.Random, file: E2SampleFile, run: RunPaths) -> None:
         """A fresh deployment, and in random order every invocation of every cell."""
         parameters = self.parameters
         verdicts = VerdictLog(self.site)
         seconds = self.gateway.deploy_all(self.functions)
+        if self.cluster is not None:
+            self.cluster.placed(E2_FUNCTIONS, E2_ENFORCE)
         log = TimingLog(self.site)
         batches = [cell for cell in parameters.cells for _ in range(parameters.messages // parameters.batch)]
         order.shuffle(batches)
@@ -155,7 +157,7 @@ class E2:
             file.write(cell, block, sent.get(cell, 0), timings)
             sent[cell] = sent.get(cell, 0) + len(timings)
         self.take(verdicts.settled(), sent, run)
-        self.gateway.remove_all(E2_FUNCTIONS)
+        self.remove()
         print(
             f"[{time.monotonic() - self.begin:5.0f} s] block {block + 1}/{parameters.blocks} {sum(sent.values())} messages in {len(batches)}"
             f" invocations, deployed in {seconds:.1f} s, no denial, no sample lost",

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from experiments import hostfiles
+from experiments import machine
 from experiments.errors import ExperimentError
 from experiments.gateway import Function
 from experiments.site import Site
@@ -82,7 +82,7 @@ class Stack:
         except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
             raise ExperimentError("entries.stack", f"read {self._where}", f"{type(error).__name__}: {error}", "restore the file from git") from error
         self._images_file: Path = site.images_file
-        self._images: Mapping[str, Any] = json.loads(hostfiles.read_bytes(site.images_file))
+        self._images: Mapping[str, Any] = json.loads(machine.of(site.members("build")[0]).read_bytes(site.images_file))
 
     def function(self, name: str, system: System, *, image_key: str = "") -> Function:
         """Function `name` as it is deployed for `system`; `image_key` names another image than its own."""

@@ -7,12 +7,12 @@ import http.client
 import json
 import time
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments import hostfiles
+from experiments import machine
 from experiments.errors import ExperimentError
 from experiments.site import Site
 
@@ -33,6 +33,7 @@ class Function:
     labels: Mapping[str, str] = field(default_factory=dict)
     annotations: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    constraints: Sequence[str] = ()  # where it may run, as `kubernetes.io/hostname=NAME`
 
     def body(self) -> dict[str, Any]:
         """The deployment request."""
@@ -42,7 +43,7 @@ class Function:
             "labels": dict(self.labels),
             "annotations": dict(self.annotations),
             "envVars": dict(self.environment),
-        }
+        } | ({"constraints": list(self.constraints)} if self.constraints else {})
 
 
 @dataclass(frozen=True)
@@ -59,23 +60,32 @@ class Answer:
 
 
 class Gateway:
-    """The gateway at `url`; administrative calls authenticate, invocations do not."""
+    """The gateway at `url`; administrative calls authenticate, invocations do not. `dial` makes a connection in another way than from here."""
 
-    def __init__(self, url: str, user: str, password: str) -> None:
+    def __init__(self, url: str, user: str, password: str, *, dial: Callable[[str, int, float], Any] | None = None) -> None:
         parts = urllib.parse.urlsplit(url)
         assert parts.hostname is not None, f"a gateway URL has a host: {url}"
         self.url = url
         self._host, self._port = parts.hostname, parts.port or 80
+        self._dial = dial
         self._authorization = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")
 
     @classmethod
     def of(cls, site: Site) -> Gateway:
-        """The site's gateway, with its password read now."""
-        password = hostfiles.read_bytes(site.basic_auth_password_file).decode("utf-8").strip()
-        return cls(site.gateway, site.basic_auth_user, password)
+        """The site's gateway, with its password read now.
+
+        On a remote host it is asked through that host's SSH connection: its password crosses no network in clear, and no port but
+        SSH's has to be open for the operator.
+        """
+        there = machine.of(site.control)
+        password = there.read_bytes(site.basic_auth_password_file).decode("utf-8").strip()
+        dial = None if site.control.is_local else lambda host, port, seconds: there.tunnel(host, port, seconds_max=seconds)
+        return cls(site.gateway, site.basic_auth_user, password, dial=dial)
 
     def _call(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None, *, seconds_max: float) -> Answer:
         connection = http.client.HTTPConnection(self._host, self._port, timeout=seconds_max)
+        if self._dial is not None:
+            connection.sock = self._dial(self._host, self._port, seconds_max)
         try:
             connection.request(method, path, body=body, headers=dict(headers or {}))
             response = connection.getresponse()
@@ -138,7 +148,7 @@ class Gateway:
             time.sleep(POLL_SECONDS)
         raise ExperimentError(
             "gateway.not_ready", f"wait for an instance of {name}", f"none was available after {seconds_max:.0f} s",
-            f"`podman ps -a` and `podman logs` tell whether it started; the agent's log tells whether {name} got its policy",
+            f"its log (`podman logs`, `kubectl logs`) tells whether it started; the agent's log tells whether {name} got its policy",
         )  # fmt: skip
 
     def remove(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Files of the site's services that an ordinary user may not read: asked for with `sudo -n`, never with a prompt.
+"""Files of services on this machine that an ordinary user may not read: asked for with `sudo -n`, never with a prompt.
 
 Root runs without sudo, and a file that is readable is read directly, so a site whose operator is in the right group
 needs no privilege at all.
@@ -6,13 +6,11 @@ needs no privilege at all.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
-from experiments.errors import ExperimentError, RunRefused
+from experiments.errors import ExperimentError
 
 SUDO_SECONDS_MAX = 20.0
 
@@ -72,40 +70,3 @@ def read_from(path: Path, offset: int) -> bytes:
         if size(path) <= offset:
             return b""
         return _run_as_root(f"read {path}", ["tail", "-c", f"+{offset + 1}", "--", str(path)])
-
-
-class LogTail:
-    """The lines that a service appends to its log from now on."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.offset = size(path)
-
-    def new_lines(self) -> list[bytes]:
-        """Whole lines written since the last call, oldest first; a line still being written is left for the next call."""
-        if size(self.path) < self.offset:
-            raise ExperimentError(
-                "hostfiles.log_cut",
-                f"follow {self.path}",
-                "it became shorter while it was read",
-                "run the task again; nothing may rotate or empty the service's logs during a run",
-            )
-        data = read_from(self.path, self.offset)
-        end = data.rfind(b"\n") + 1
-        self.offset += end
-        return data[:end].splitlines()
-
-    def new_records(self) -> list[dict[str, Any]]:
-        """`new_lines` of a log that has one JSON object a line. Raises RunRefused for another line."""
-        records = []
-        for line in self.new_lines():
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise RunRefused(
-                    "hostfiles.malformed", f"read a line of {self.path}", f"{error}: {line[:200]!r}",
-                    "report it: the agent writes one JSON object a line",
-                ) from error  # fmt: skip
-            if isinstance(record, dict):
-                records.append(record)
-        return records

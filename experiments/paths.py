@@ -18,9 +18,13 @@ RESULTS_SCHEMA = "kalium-results/v1"
 STAMP = "%Y%m%dT%H%M%SZ"
 PROFILES = ("quick", "full")  # lowest first
 CREATE_ATTEMPTS_MAX = 5
-# Functions of the sealed files: rewritten by `fab plot`, byte-identically, and so outside the seal.
-DERIVED = frozenset({"SHA256SUMS", "summary.csv", "summary-cold.csv", "summary-direct.csv", "aggregate.csv", "phases.csv", "cases.csv"})
+# Functions of the sealed files, rewritten by `fab plot`, byte-identically, and so outside the seal; and what says how far a run is.
+DERIVED = frozenset(
+    {"progress.json", "SHA256SUMS", "summary.csv", "summary-cold.csv", "summary-direct.csv", "aggregate.csv", "phases.csv", "cases.csv"}
+)
 DERIVED_FOLDER = "figures"
+# Logs of the site's hosts, fetched whenever somebody asks; each fetch has a manifest of its own with digests.
+COLLECTED_FOLDER = "collected"
 
 
 def utc_now() -> str:
@@ -122,6 +126,26 @@ class RunPaths:
     def capture(self) -> Path:
         return self.folder / "capture.pcap"
 
+    def capture_at(self, host: str, interface: str) -> Path:
+        """The capture on one interface of one host, of a site that has several."""
+        return self.folder / f"capture-{host}-{interface}.pcap"
+
+    @property
+    def progress(self) -> Path:
+        return self.folder / "progress.json"
+
+    @property
+    def block(self) -> Path:
+        return self.folder / "block.csv"
+
+    def interrupted(self, number: int) -> Path:
+        """Samples of the block that the `number`th interruption, from 1, left unfinished."""
+        return self.folder / f"interrupted-{number}.csv"
+
+    @property
+    def collected(self) -> Path:
+        return self.folder / COLLECTED_FOLDER
+
     @property
     def seal_file(self) -> Path:
         return self.folder / "SHA256SUMS"
@@ -133,20 +157,20 @@ class RunPaths:
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Write run.json; it says `complete: false` until the run is sealed."""
         assert not self.seal_file.exists(), "a sealed run is never written again"
-        self.run.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_whole(self.run, json.dumps(record, indent=1, sort_keys=True) + "\n")
 
     def sealed_files(self) -> list[Path]:
         """Every file under the seal, sorted by path."""
         every = (path for path in self.folder.rglob("*") if path.is_file())
-        return sorted(path for path in every if path.name not in DERIVED and path.relative_to(self.folder).parts[0] != DERIVED_FOLDER)
+        return sorted(
+            path for path in every if path.name not in DERIVED and path.relative_to(self.folder).parts[0] not in (DERIVED_FOLDER, COLLECTED_FOLDER)
+        )
 
     def seal(self) -> None:
         """Fix the run's files: their digests go to SHA256SUMS, in the format that `sha256sum --check` reads."""
         assert not self.seal_file.exists(), "a run is sealed once"
         lines = [f"{_digest(path)}  {path.relative_to(self.folder).as_posix()}\n" for path in self.sealed_files()]
-        temporary = self.seal_file.with_suffix(".partial")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.rename(self.seal_file)
+        write_whole(self.seal_file, "".join(lines))
 
     def read_sealed(self) -> dict[str, Any]:
         """run.json of a complete run whose files are exactly those that were sealed; anything else is refused."""
@@ -186,6 +210,20 @@ class RunPaths:
         temporary.symlink_to(chosen)
         temporary.replace(link)
         return RunPaths(self.folder.parent / chosen)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or, whatever happens meanwhile, as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _digest(path: Path) -> str:

@@ -9,7 +9,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from experiments import machine
 from experiments.errors import ExperimentError
+from experiments.machine import Machine
 from experiments.paths import RESULTS_SCHEMA, utc_now
 from experiments.site import Site, files_of_site
 
@@ -42,16 +44,36 @@ def _processor() -> str:
     return platform.machine()
 
 
+# Of a node: kernel, processors, their name, memory in KiB; one a line.
+ASK_NODE = "uname -r; nproc; sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1; sed -n 's/^MemTotal: *\\([0-9]*\\).*/\\1/p' /proc/meminfo"
+
+
+def _node(one: Machine) -> dict[str, Any]:
+    kernel, cpus, *processor, memory = one.checked(["sh", "-c", ASK_NODE], again=True).decode("utf-8", "replace").splitlines()
+    return {"name": one.host.name, "kernel": kernel, "cpus": int(cpus), "processor": " ".join(processor), "memory_kib": int(memory)}
+
+
+def _hosts(site: Site) -> tuple[dict[str, Any], str]:
+    """`hosts` and `kernel` of run.json. Where functions run on other machines than this one, those are what the numbers come from."""
+    hosts = {"operator": platform.node(), "client": str(site.client), "processor": _processor(), "cpus": os.cpu_count()}
+    if site.cluster is None:
+        return hosts, platform.release()
+    others = machine.each(machine.distinct([*site.nodes, site.client, site.control]), _node)
+    nodes = [entry for entry in others if entry["name"] in site.groups["function_nodes"]]
+    return {**hosts, "nodes": others}, ", ".join(sorted({entry["kernel"] for entry in nodes}))
+
+
 def opening_record(site: Site, *, experiment: str, profile: str, seed: int, parameters: dict[str, Any], gateway: dict[str, Any]) -> dict[str, Any]:
     """run.json as it stands when a run begins; the runner adds `end` and `complete` (or `error`)."""
+    hosts, kernel = _hosts(site)
     return {
         "schema": RESULTS_SCHEMA,
         "experiment": experiment,
         "commit": _git(site.checkout, "rev-parse", "HEAD"),
         "changed_files": _git(site.checkout, "status", "--porcelain").splitlines(),
         "pins": pins(site.checkout, site.inventory.rstrip("/")),
-        "hosts": {"operator": platform.node(), "client": str(site.client), "processor": _processor(), "cpus": os.cpu_count()},
-        "kernel": platform.release(),
+        "hosts": hosts,
+        "kernel": kernel,
         "site": site.name,
         "site_sha256": site.site_sha256,
         "site_commit": site.commit,

@@ -14,16 +14,17 @@ from experiments.client import Sample
 from experiments.errors import RunRefused
 
 COLUMNS = ("entry", "system", "block", "seq", "status", "seconds", "warm", "via", "call_id")
+HEADER = ",".join(COLUMNS) + "\n"
 AGAIN = "run `fab run-e1` again; samples are never repaired"
 
 
 class SampleFile:
-    """samples.csv while a run writes it; each batch is on disk when `write` returns."""
+    """The samples of a block while a run takes them; each batch is on disk when `write` returns."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("x", encoding="utf-8", newline="")
+        self._file.write(HEADER)
         self._writer = csv.writer(self._file, lineterminator="\n")
-        self._writer.writerow(COLUMNS)
 
     def __enter__(self) -> SampleFile:
         return self

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.errors import EXIT_USAGE, ExperimentError
 
-SCHEMA = "kalium-site/v1"
+SCHEMA = "kalium-site/v2"
 CHECKOUT = Path(__file__).resolve().parents[1]
 PINS = Path("roles/kalium_versions")
+GROUPS = ("build", "kube_control", "function_nodes", "controller", "images", "database", "client")
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,27 @@ class Host:
     user: str = ""
     key_file: str = ""
     known_hosts: str = ""
+    lan: str = ""  # its address for the other hosts of the site, where that is not `address`
+
+    @property
+    def is_local(self) -> bool:
+        return self.connection == "local"
 
     def __str__(self) -> str:
-        return self.name if self.connection == "local" else f"{self.user + '@' if self.user else ''}{self.address or self.name}:{self.port}"
+        if self.is_local:
+            return self.name
+        where = f"{self.user + '@' if self.user else ''}{self.address or self.name}:{self.port}"
+        return where if self.name in (self.address, "") else f"{self.name} ({where})"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a site on Kubernetes has beside its hosts; `classes` says which RuntimeClass the label kalium.io/runtime stands for."""
+
+    kubeconfig: Path
+    namespace: str
+    classes: Mapping[str, str]
+    function_port: int
 
 
 @dataclass(frozen=True)
@@ -61,12 +80,37 @@ class Site:
     verdicts: Path
     timings: Path
     imageserver_log: Path
-    bridge: str
-    bridge_address: str
-    client: Host
+    log_folder: Path
+    controller_port: int
+    service_manager: str
+    interfaces: Sequence[str]  # on a host that runs functions: where what leaves a sandbox can be captured
+    attacker: str  # name of the host on which the attack suite's server listens
+    attacker_address: str  # and where functions reach it
+    hosts: Mapping[str, Host]
+    groups: Mapping[str, Sequence[str]]
+    cluster: Cluster | None
     site_sha256: str
     commit: str
     checkout: Path
+
+    def members(self, group: str) -> list[Host]:
+        """The hosts of a group of the inventory, in its order."""
+        return [self.hosts[name] for name in self.groups[group]]
+
+    @property
+    def client(self) -> Host:
+        """Where load comes from."""
+        return self.members("client")[0]
+
+    @property
+    def control(self) -> Host:
+        """Where the gateway runs, and on a cluster its API server."""
+        return self.members("kube_control")[0]
+
+    @property
+    def nodes(self) -> list[Host]:
+        """Where functions run, each with an agent that writes its own logs."""
+        return self.members("function_nodes")
 
     def describe(self) -> str:
         """One line for the head of each task's output."""
@@ -105,19 +149,38 @@ def _field(record: Mapping[str, Any], name: str, kind: type, where: Path) -> Any
     return value
 
 
-def _client(record: Mapping[str, Any], where: Path) -> Host:
-    hosts = _field(record, "hosts", dict, where).get("client")
-    if not isinstance(hosts, list) or not hosts or not isinstance(hosts[0], dict):
-        raise ExperimentError(
-            "site.client", f"read {where}", "hosts.client names no host", "give the group `client` of the inventory a host, then `make site`"
-        )
-    known = {key: value for key, value in hosts[0].items() if key in Host.__dataclass_fields__}
-    host = Host(**{"name": "client", "connection": "ssh", **known})
-    if host.connection not in ("local", "ssh"):
-        raise ExperimentError(
-            "site.client", f"read {where}", f"hosts.client[0].connection is {host.connection!r}", "use `local` or `ssh`, then `make site`"
-        )
-    return host
+def _hosts(record: Mapping[str, Any], where: Path) -> tuple[dict[str, Host], dict[str, tuple[str, ...]]]:
+    """Hosts by name, and the names in each group; every group that the tasks ask for has a host."""
+    hosts = {}
+    for name, fields in _field(record, "hosts", dict, where).items():
+        if not isinstance(fields, dict) or fields.get("connection") not in ("local", "ssh"):
+            raise ExperimentError(
+                "site.host",
+                f"read {where}",
+                f"host {name} is {fields!r}",
+                "give it ansible_connection `local` or `ssh` in the inventory, then `make site`",
+            )
+        hosts[str(name)] = Host(name=str(name), **{key: value for key, value in fields.items() if key in Host.__dataclass_fields__})
+    groups = {str(group): tuple(map(str, names)) for group, names in _field(record, "groups", dict, where).items()}
+    for group in GROUPS:
+        if not groups.get(group) or any(name not in hosts for name in groups[group]):
+            raise ExperimentError(
+                "site.group", f"read {where}", f"group {group} names {', '.join(groups.get(group, ())) or 'no host'}",
+                f"give the group `{group}` of the inventory a host, then `make site`",
+            )  # fmt: skip
+    return hosts, groups
+
+
+def _cluster(record: Mapping[str, Any], where: Path) -> Cluster | None:
+    if record.get("engine") != "kubernetes":
+        return None
+    fields = _field(record, "cluster", dict, where)
+    return Cluster(
+        kubeconfig=Path(_field(fields, "kubeconfig", str, where)),
+        namespace=_field(fields, "namespace", str, where),
+        classes=_field(fields, "classes", dict, where),
+        function_port=_field(fields, "function_port", int, where),
+    )
 
 
 def _parse(record: Mapping[str, Any], where: Path, checkout: Path) -> Site:
@@ -125,9 +188,15 @@ def _parse(record: Mapping[str, Any], where: Path, checkout: Path) -> Site:
         name: _field(record, name, str, where)
         for name in (
             "site", "engine", "inventory", "gateway", "basic_auth_user", "basic_auth_password_file", "images_url", "images_file",
-            "verdicts", "timings", "imageserver_log", "bridge", "bridge_address", "site_sha256", "commit",
+            "verdicts", "timings", "imageserver_log", "log_folder", "service_manager", "attacker", "attacker_address", "site_sha256", "commit",
         )
     }  # fmt: skip
+    hosts, groups = _hosts(record, where)
+    if text["attacker"] not in hosts:
+        raise ExperimentError(
+            "site.attacker", f"read {where}", f"attacker is {text['attacker']!r}, which is no host of the site",
+            "name a host of the inventory by kalium_site_attacker, then `make site`",
+        )  # fmt: skip
     database = _field(record, "database", dict, where)
     return Site(
         name=text["site"],
@@ -149,9 +218,15 @@ def _parse(record: Mapping[str, Any], where: Path, checkout: Path) -> Site:
         verdicts=Path(text["verdicts"]),
         timings=Path(text["timings"]),
         imageserver_log=Path(text["imageserver_log"]),
-        bridge=text["bridge"],
-        bridge_address=text["bridge_address"],
-        client=_client(record, where),
+        log_folder=Path(text["log_folder"]),
+        controller_port=_field(record, "controller_port", int, where),
+        service_manager=text["service_manager"],
+        interfaces=tuple(map(str, _field(record, "interfaces", list, where))),
+        attacker=text["attacker"],
+        attacker_address=text["attacker_address"],
+        hosts=hosts,
+        groups=groups,
+        cluster=_cluster(record, where),
         site_sha256=text["site_sha256"],
         commit=text["commit"],
         checkout=checkout,
@@ -203,15 +278,6 @@ def announced(inventory: str | None = None) -> Site:
     site = load_site(inventory)
     print(site.describe(), flush=True)
     return site
-
-
-def require_local_engine(site: Site, task: str) -> None:
-    """Refuse a task whose evidence is read from this machine's files and interfaces on any other kind of site."""
-    if site.engine != "podman":
-        raise ExperimentError(
-            "site.engine", f"{task} on site {site.name}", f"its engine is {site.engine}; evidence is read on the local machine only so far",
-            "use the site of inventory/local", exit_code=EXIT_USAGE,
-        )  # fmt: skip
 
 
 if __name__ == "__main__":  # `python -m experiments.site inventory/local` prints the hash that site.yml writes

@@ -1,4 +1,4 @@
-"""The agent's timing log, read while a task runs: what each judged message took, phase by phase."""
+"""The timing logs of the nodes' agents, read while a task runs: what each judged message took, phase by phase."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.errors import RunRefused
-from experiments.hostfiles import LogTail
 from experiments.site import Site
+from experiments.tails import LogTails
 
 # In the order of the published list (i) to (vii).
 PHASES = ("record", "open", "event", "local", "controller", "total", "reseal")
@@ -41,18 +41,18 @@ class Timing:
 
 
 class TimingLog:
-    """What the agent writes from the moment this is made."""
+    """What the agents of all nodes write from the moment this is made."""
 
     def __init__(self, site: Site) -> None:
-        self._tail = LogTail(site.timings)
+        self._tails = LogTails(site.timings, site.nodes)
 
     def new(self) -> list[Timing]:
         """Messages measured since the last call. Raises RunRefused when the log says that some are missing."""
         timings = []
-        for record in self._tail.new_records():
+        for record in self._tails.new_records():
             if record.get("event") == "timings_lost":
                 raise RunRefused(
-                    "timings.lost", f"read {self._tail.path}", f"{record.get('dropped')} samples of {record.get('function')} found no room",
+                    "timings.lost", f"read {self._tails}", f"{record.get('dropped')} samples of {record.get('function')} found no room",
                     "run it again on a quieter machine; a run with lost samples is not used",
                 )  # fmt: skip
             if record.get("event") == "timing":

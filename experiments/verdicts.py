@@ -1,4 +1,4 @@
-"""The agent's verdict log, read while a task runs."""
+"""The verdict logs of the nodes' agents, read while a task runs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.hostfiles import LogTail
 from experiments.site import Site
+from experiments.tails import LogTails
 
 POLL_SECONDS = 0.05
 QUIET_SECONDS = 0.3  # the agent batches writes; a log that is still for so long has said what it had to say
@@ -70,17 +70,17 @@ class Verdict:
 
 
 class VerdictLog:
-    """What the agent writes from the moment this is made."""
+    """What the agents of all nodes write from the moment this is made."""
 
     def __init__(self, site: Site) -> None:
-        self._tail = LogTail(site.verdicts)
+        self._tails = LogTails(site.verdicts, site.nodes)
 
     def new(self) -> list[Verdict]:
         """Verdicts written since the last call."""
-        return [Verdict(record) for record in self._tail.new_records() if record.get("event") == "verdict"]
+        return [Verdict(record) for record in self._tails.new_records() if record.get("event") == "verdict"]
 
     def settled(self) -> list[Verdict]:
-        """Verdicts written since the last call, after the log has been quiet for QUIET_SECONDS."""
+        """Verdicts written since the last call, after every log has been quiet for QUIET_SECONDS."""
         return self.until(lambda _: False)
 
     def until(self, enough: Callable[[list[Verdict]], bool]) -> list[Verdict]:

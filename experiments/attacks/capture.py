@@ -20,6 +20,7 @@ from types import TracebackType
 from experiments.errors import ExperimentError, RunRefused
 from experiments.hostfiles import as_root
 
+TCPDUMP = ("tcpdump", "-n", "-s", "0", "-U", "--immediate-mode", "-B", "65536", "-w", "-")
 START_SECONDS_MAX = 15.0
 STOP_SECONDS_MAX = 15.0
 FLUSH_SECONDS = 0.5  # what the kernel still holds when the last request has ended
@@ -27,6 +28,9 @@ PCAP_MAGIC = {b"\xd4\xc3\xb2\xa1": "<", b"\xa1\xb2\xc3\xd4": ">", b"\x4d\x3c\xb2
 LINK_ETHERNET = 1
 ETHERTYPE_IPV4 = 0x0800
 PROTOCOL_TCP = 6
+PROTOCOL_UDP = 17
+VXLAN_PORTS = (8472, 4789)  # of Linux, which flannel takes, and of the standard
+VXLAN_BYTES = 16  # of the UDP and VXLAN headers
 SEQUENCE_MODULUS = 1 << 32
 
 
@@ -45,7 +49,7 @@ class Capture:
 
     def __enter__(self) -> Capture:
         # To standard output: whatever user or profile tcpdump is confined to, the file is ours.
-        command = as_root([*self.within, "tcpdump", "-i", self.interface, "-n", "-s", "0", "-U", "--immediate-mode", "-B", "65536", "-w", "-"])
+        command = as_root([*self.within, *TCPDUMP, "-i", self.interface])
         try:
             with self.file.open("xb") as output:
                 self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, start_new_session=True)
@@ -63,14 +67,8 @@ class Capture:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         time.sleep(FLUSH_SECONDS)
         self._stop()
-        dropped = sum(int(count) for count in re.findall(rb"(\d+) packets? dropped by kernel", self._said))
-        if dropped and error is None:
-            raise RunRefused(
-                "capture.dropped",
-                f"capture on {self.interface}",
-                f"{dropped} packets were lost, so absence proves nothing",
-                "run it on an idle machine",
-            )
+        if error is None:
+            require_nothing_dropped(self._said, self.interface)
 
     def _failed(self, found: str) -> ExperimentError:
         return ExperimentError(
@@ -98,6 +96,19 @@ class Capture:
             self._said += rest
             return
         raise self._failed(f"tcpdump (process {process.pid}) did not end when asked to")
+
+
+def require_nothing_dropped(said: bytes, where: str) -> None:
+    """Refuse a capture whose tcpdump, by its last words, lost packets, or said no such words: it may have ended before the run did."""
+    counts = re.findall(rb"(\d+) packets? dropped by kernel", said)
+    dropped = sum(map(int, counts))
+    if dropped or not counts:
+        raise RunRefused(
+            "capture.dropped",
+            f"capture on {where}",
+            f"{dropped} packets were lost, so absence proves nothing" if counts else f"tcpdump did not say how it ended: {said[-200:]!r}",
+            "run it on an idle machine",
+        )
 
 
 @dataclass(frozen=True)
@@ -137,11 +148,15 @@ def frames(data: bytes) -> Iterator[bytes]:
 
 
 def tcp_payload(frame: bytes) -> tuple[Flow, int, bool, bytes] | None:
-    """Flow, sequence number, SYN and payload of an IPv4 TCP frame; None for any other frame."""
+    """Flow, sequence number, SYN and payload of an IPv4 TCP frame, also of one that VXLAN carries to another node; None for any other frame."""
     if len(frame) < 34 or int.from_bytes(frame[12:14], "big") != ETHERTYPE_IPV4:
         return None
     packet = frame[14:]
     header, total = (packet[0] & 15) * 4, int.from_bytes(packet[2:4], "big")
+    if packet[0] >> 4 == 4 and packet[9] == PROTOCOL_UDP and int.from_bytes(packet[header + 2 : header + 4], "big") in VXLAN_PORTS:
+        inner = packet[header + VXLAN_BYTES :]
+        # A frame inside the frame inside would be somebody's trick: it is searched as it is.
+        return None if inner[23:24] == bytes([PROTOCOL_UDP]) else tcp_payload(inner)
     if packet[0] >> 4 != 4 or packet[9] != PROTOCOL_TCP or len(packet) < header + 20:
         return None
     # A segment that the kernel has not cut yet may announce length 0: then it is all that was captured.

@@ -70,7 +70,7 @@ class Case:
         text = textwrap.dedent(self.exploit)
         for name, value in {
             "@REVERSED@": marker[::-1],
-            "@RECEIVER@": site.bridge_address,
+            "@RECEIVER@": site.attacker_address,
             "@RECEIVER_PORT@": str(RECEIVER_PORT),
             "@IMAGES@": site.images_url.rsplit("/", 1)[0],
             "@IMAGE@": site.images_url,

@@ -1,17 +1,19 @@
+# ruff: noqa: UP006, UP035 - on a cluster this file runs on a host, with that host's own python3, from 3.6 on
 """The attacker's server: accepts any TCP connection, answers as an HTTP server would, and logs what arrived.
 
 A program of its own, so that what it saw does not depend on the runner: `python -m experiments.attacks.receiver HOST PORT LOG`
-prints `listening` when it does, and appends one JSON object for each connection to LOG.
+prints `listening` when it does, and appends one JSON object for each connection to LOG. With `-` as LOG the objects go to standard
+output, as they come, and `listening` to standard error: so it runs on another host and its log is here.
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
 import socketserver
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import List, Tuple
 
 CONNECTION_BYTES_MAX = 1 << 20
 CONNECTION_SECONDS_MAX = 5.0
@@ -24,9 +26,19 @@ class Receiver(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], log: Path) -> None:
+    def __init__(self, address: Tuple[str, int], log: Path) -> None:
         self.log = log
+        self._lock = threading.Lock()
         super().__init__(address, Connection)
+
+    def keep(self, line: str) -> None:
+        """Log one line; it is written as a whole."""
+        with self._lock:
+            if str(self.log) == "-":
+                print(line, flush=True)
+                return
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 class Connection(socketserver.BaseRequestHandler):
@@ -53,8 +65,7 @@ class Connection(socketserver.BaseRequestHandler):
             "data": received.decode("latin-1"),
         }
         # Logged before it is answered: whoever has the answer may read the log.
-        with self.server.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.server.keep(json.dumps(line))
         with contextlib.suppress(OSError):  # the peer may be gone, and what it sent counts all the same
             self.request.sendall(ANSWER)
 
@@ -69,12 +80,13 @@ def request_is_complete(data: bytes) -> bool:
     return False
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: List[str]) -> int:
     """Serve until terminated."""
     host, port, log = arguments
-    Path(log).touch()
+    if log != "-":
+        Path(log).touch()
     with Receiver((host, int(port)), Path(log)) as server:
-        print("listening", flush=True)
+        print("listening", file=sys.stderr if log == "-" else sys.stdout, flush=True)
         server.serve_forever()
     return 0
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import secrets
-import subprocess
-import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +17,19 @@ import pandas as pd
 from experiments import database
 from experiments.attacks import capture as wire
 from experiments.attacks import exfiltrate_row, invoke_early, invoke_twice, repeat_write, wrong_moment
-from experiments.attacks.capture import Capture
 from experiments.attacks.case import MARKER_BYTES, RECEIVER_PORT, Case, Received
+from experiments.attacks.scene import Scene
 from experiments.database import Resetter
 from experiments.entries import ENTRIES, MASTER, MASTER_PATH, RECEIVE, REPORT, SUCCESS, Stack, sample_input
 from experiments.errors import ExperimentError, RunRefused
 from experiments.gateway import Function, Gateway
-from experiments.hostfiles import LogTail
+from experiments.interruption import told
 from experiments.loadgen import problem_with
 from experiments.paths import RunPaths, utc_now
 from experiments.provenance import opening_record
-from experiments.site import Site, require_local_engine
+from experiments.site import Site
 from experiments.systems import KALIUM_STRICT, STOCK, System
+from experiments.tails import LogTail
 from experiments.verdicts import Verdict, VerdictLog
 
 CASES: Sequence[Case] = (exfiltrate_row.CASE, wrong_moment.CASE, repeat_write.CASE, invoke_twice.CASE, invoke_early.CASE)
@@ -39,7 +37,6 @@ FUNCTIONS = (MASTER, RECEIVE, SUCCESS, REPORT)
 VULNERABLE_IMAGE = f"attack/{RECEIVE}"
 SYSTEMS = (STOCK, KALIUM_STRICT)
 FUNCTION_PORT = 8080  # of the gateway inside, and of every instance
-RECEIVER_START_SECONDS_MAX = 10.0
 POLL_SECONDS = 0.1
 SUMMARY_COLUMNS = ("case", "class", "system", "expected", "verdict", "marker", "stock_delivered", "received_bytes", "evidence")
 AGGREGATE_COLUMNS = ("name", "value", "unit")
@@ -76,7 +73,7 @@ class Logs:
     def __init__(self, site: Site, run: RunPaths) -> None:
         self._site = site
         self._receiver = LogTail(run.receiver_log)
-        self._images = LogTail(site.imageserver_log)
+        self._images = LogTail(site.imageserver_log, site.members("images")[0])
         self._lines: dict[str, list[dict[str, Any]]] = {"receiver": [], "images": []}
 
     def _read(self, name: str, tail: LogTail) -> list[dict[str, Any]]:
@@ -96,25 +93,6 @@ class Logs:
     def database(self, marker: str) -> Received:
         """Bytes of the rows with the marker that the database holds."""
         return Received(database.stored_bytes_with(self._site, marker), "rows of storedPhotosTable")
-
-
-@contextmanager
-def receiver(site: Site, log: Path) -> Iterator[None]:
-    """The attacker's server, while the `with` lasts."""
-    command = [sys.executable, "-m", "experiments.attacks.receiver", site.bridge_address, str(RECEIVER_PORT), str(log)]
-    process = subprocess.Popen(command, cwd=site.checkout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        if process.stdout.readline() != "listening\n":
-            raise ExperimentError(
-                "attacks.receiver", f"listen on {site.bridge_address}:{RECEIVER_PORT}", process.stderr.read().strip()[-300:] or "it ended at once",
-                f"free the port (`ss -ltnp` shows who has it) and check that interface {site.bridge} is up",
-            )  # fmt: skip
-        yield
-    finally:
-        process.terminate()
-        process.wait(RECEIVER_START_SECONDS_MAX)
 
 
 @dataclass(frozen=True)
@@ -142,7 +120,6 @@ class Attacks:
     """One run of the suite. `execute` leaves a sealed run, whatever the outcome of its cases."""
 
     def __init__(self, parameters: AttackParameters, site: Site, *, results: Path | None = None) -> None:
-        require_local_engine(site, "run the attack suite")
         self.parameters = parameters
         self.site = site
         self.gateway = Gateway.of(site)
@@ -165,34 +142,31 @@ class Attacks:
         run = RunPaths.create("attacks", results=self.results)
         run.write_record(record)
         observations: list[Observation] = []
-        try:
-            with receiver(self.site, run.receiver_log), Capture(self.site.bridge, run.capture):
+        with told(run, record, None, self.site, leave=lambda: self.gateway.remove_all(FUNCTIONS)):
+            with Scene(self.site, run, RECEIVE) as scene:
                 for system in SYSTEMS:
-                    observations += self.run_system(system, run)
-        except BaseException as error:
-            run.write_record({**record, "end": utc_now(), "error": str(error) or type(error).__name__})
-            print(f"the run stays incomplete in {run.folder}", flush=True)
-            raise
-        finally:
-            self.gateway.remove_all(FUNCTIONS)
-        self.resetter.reset()
+                    observations += self.run_system(system, run, scene)
+            self.resetter.reset()
         run.observations.write_text(json.dumps([asdict(entry) for entry in observations], indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        ports = sorted({RECEIVER_PORT, FUNCTION_PORT, self.site.database.port, urllib.parse.urlsplit(self.site.images_url).port or 443})
-        run.write_record({**record, "end": utc_now(), "complete": True, "service_ports": ports})
+        ports = {RECEIVER_PORT, FUNCTION_PORT, self.site.database.port, urllib.parse.urlsplit(self.site.images_url).port or 443}
+        if self.site.cluster is not None:  # its captures hold what the gateway answers to the outside, too
+            ports |= {urllib.parse.urlsplit(self.site.gateway).port or 80}
+        run.write_record({**record, "end": utc_now(), "complete": True, "service_ports": sorted(ports), **scene.record()})
         run.seal()
         derive(run)
         run.point_latest(self.site.site_sha256)
         return FinishedRun(run)
 
-    def functions(self, system: System) -> list[Function]:
+    def functions(self, system: System, scene: Scene) -> list[Function]:
         """The application with its vulnerable function, as it is deployed for `system`."""
-        return [self.stack.function(name, system, image_key=VULNERABLE_IMAGE if name == RECEIVE else "") for name in FUNCTIONS]
+        return [scene.place(self.stack.function(name, system, image_key=VULNERABLE_IMAGE if name == RECEIVE else "")) for name in FUNCTIONS]
 
-    def run_system(self, system: System, run: RunPaths) -> list[Observation]:
+    def run_system(self, system: System, run: RunPaths, scene: Scene) -> list[Observation]:
         """Every case under one system, each followed by a benign request."""
         self.resetter.reset()
         print(f"{system.name}: deploying the application with the vulnerable function", flush=True)
-        self.gateway.deploy_all(self.functions(system))
+        self.gateway.deploy_all(self.functions(system, scene))
+        scene.deployed(system, FUNCTIONS)
         problem = self.benign(system, "before")
         if problem:
             raise RunRefused(
@@ -210,6 +184,7 @@ class Attacks:
             denied = "" if observation.denial is None else f"; denied: {Verdict(dict(observation.denial)).sentence()}"
             print(f"{system.name}: {case.name}: {seen}{denied}; benign: {observation.benign_problem or 'works'}", flush=True)
         self.gateway.remove_all(FUNCTIONS)
+        scene.removed(FUNCTIONS)
         return observations
 
     def benign(self, system: System, moment: str) -> str:
@@ -296,15 +271,32 @@ def wire_evidence(data: bytes, marker: str, service_ports: Sequence[int]) -> tup
     return sum(count for _, count in flows) + other, text or "none"
 
 
+def evidence_of(captures: Mapping[str, bytes], marker: str, service_ports: Sequence[int]) -> tuple[int, str]:
+    """The wire's evidence from every place of capture: the most that one of them saw, since each may see the same packet, and who saw what."""
+    seen = {where: wire_evidence(data, marker, service_ports) for where, data in captures.items()}
+    if list(seen) == [""]:
+        return seen[""]
+    text = "; ".join(f"{where}: {flows}" for where, (count, flows) in seen.items() if count)
+    return max(count for count, _ in seen.values()), text or f"none at {', '.join(seen)}"
+
+
+def captures_of(run: RunPaths, record: Mapping[str, Any]) -> dict[str, bytes]:
+    """What each capture of a run holds, by where it was taken; a run on one machine has one, without a name."""
+    named = record.get("captures")
+    if named is None:
+        return {"": run.capture.read_bytes()}
+    return {f"{entry['host']}/{entry['interface']}": (run.folder / entry["file"]).read_bytes() for entry in named}
+
+
 def judge(run: RunPaths) -> list[Judged]:
     """Every case of a sealed run, judged from its observations and its capture alone."""
     record = run.read_sealed()
-    data = run.capture.read_bytes()
+    captures = captures_of(run, record)
     observations = {(entry["case"], entry["system"]): Observation(**entry) for entry in json.loads(run.observations.read_text(encoding="utf-8"))}
     judged = []
     for case in CASES:
         stock, enforced = observations[case.name, STOCK.name], observations[case.name, KALIUM_STRICT.name]
-        judged.append(Judged(case, stock, enforced, *(wire_evidence(data, entry.marker, record["service_ports"]) for entry in (stock, enforced))))
+        judged.append(Judged(case, stock, enforced, *(evidence_of(captures, entry.marker, record["service_ports"]) for entry in (stock, enforced))))
     return judged
 
 
@@ -381,4 +373,17 @@ def table(run: RunPaths) -> str:
             f"{entry.case.name:<16} {f'{stock} bytes':>16} {f'{entry.received} bytes':>10}  {entry.outcome:<8}"
             f" {'broken' if entry.enforced.benign_problem else 'works ':<6}  {reason}"
         )
-    return "\n".join([*lines, f"summary, cases and capture: {run.folder}"])
+    return "\n".join([*lines, *_places(run), f"summary, cases and capture: {run.folder}"])
+
+
+def _places(run: RunPaths) -> list[str]:
+    """Where a run on a cluster played."""
+    record = run.read_sealed()
+    if "placement" not in record:
+        return []
+    placement, points = record["placement"], [f"{entry['host']}/{entry['interface']}" for entry in record["captures"]]
+    same = ", the only node" if placement["exploited"] == placement["targets"] else ""
+    return [
+        f"{RECEIVE} ran on node {placement['exploited']}, the functions that it attacks on node {placement['targets']}{same}",
+        f"the attacker's server ran on host {record['attacker']['host']}; captured at {', '.join(points)}",
+    ]

@@ -5,16 +5,35 @@ from __future__ import annotations
 import abc
 import contextlib
 import json
+import shlex
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
-from experiments import provenance
-from experiments.site import PINS, Database, Host, Site
+from experiments import machine, provenance
+from experiments.errors import ExperimentError
+from experiments.machine import Done, LocalMachine, Stream
+from experiments.site import GROUPS, PINS, Cluster, Database, Host, Site
+
+HERE = Host("localhost", "local")
+NOWHERE = Path("/nonexistent")
+
+
+def local_site(folder: Path = NOWHERE) -> Site:
+    """A site of one machine whose logs and checkout are in `folder`."""
+    return Site(
+        name="local", engine="podman", inventory="inventory/local", gateway="http://127.0.0.1:1", basic_auth_user="admin",
+        basic_auth_password_file=NOWHERE, images_url="https://images.kalium.test:4443/image.jpg", images_file=NOWHERE,
+        database=Database("10.137.0.1", 3306, "helloRetail", "abc", "xyz", NOWHERE), verdicts=folder / "verdicts.jsonl",
+        timings=folder / "timings.jsonl", imageserver_log=folder / "images.jsonl", log_folder=folder, controller_port=5000,
+        service_manager="supervisor", interfaces=("kalium0",), attacker="localhost", attacker_address="10.137.0.1", hosts={"localhost": HERE},
+        groups=dict.fromkeys(GROUPS, ("localhost",)), cluster=None, site_sha256="a" * 64, commit="c" * 40, checkout=folder,
+    )  # fmt: skip
 
 
 class FakeGateway(ThreadingHTTPServer, abc.ABC):
@@ -99,12 +118,10 @@ def site_around(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch, *, stack:
         (folder / name).write_text("secret\n", encoding="utf-8")
     (folder / PINS).mkdir(parents=True)
     monkeypatch.setattr(provenance, "_git", lambda checkout, *arguments: "c" * 40)
-    return Site(
-        name="local", engine="podman", inventory="inventory/local", gateway=f"http://127.0.0.1:{gateway.server_address[1]}", basic_auth_user="admin",
-        basic_auth_password_file=folder / "password", images_url="https://images.kalium.test:4443/image.jpg", images_file=folder / "images.json",
-        database=Database("127.0.0.1", 1, "helloRetail", "abc", "xyz", folder / "reset.sql"), verdicts=folder / "verdicts.jsonl",
-        timings=folder / "timings.jsonl", imageserver_log=folder / "images.jsonl", bridge="lo", bridge_address="127.0.0.1",
-        client=Host("localhost", "local"), site_sha256="a" * 64, commit="c" * 40, checkout=folder,
+    return replace(
+        local_site(folder), gateway=f"http://127.0.0.1:{gateway.server_address[1]}", basic_auth_password_file=folder / "password",
+        images_file=folder / "images.json", database=Database("127.0.0.1", 1, "helloRetail", "abc", "xyz", folder / "reset.sql"),
+        interfaces=("lo",), attacker_address="127.0.0.1",
     )  # fmt: skip
 
 
@@ -114,3 +131,82 @@ def only_run_in(folder: Path) -> dict[str, Any]:
     assert not (where.parent / "SHA256SUMS").exists()
     record: dict[str, Any] = json.loads(where.read_text(encoding="utf-8"))
     return record
+
+
+class FakeRemote(LocalMachine):
+    """A host as if it were remote: what it is asked runs here, as whoever runs the test, and `fault` may fail any of it by what it is."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        self.asked: list[str] = []
+        self.answers: dict[str, bytes] = {}  # by a part of the command: what it prints instead of being run
+        self.fault: Callable[[str], bool] = lambda what: False
+
+    def _point(self, what: str) -> None:
+        self.asked.append(what)
+        if self.fault(what):
+            raise ExperimentError("host.lost", f"{what[:60]} on host {self.host}", "the link is down", f"see that {self.host.name} runs")
+
+    def run(self, command: Sequence[str], *, root: bool = False, stdin: bytes = b"", seconds_max: float = 30.0, again: bool = False) -> Done:
+        line = shlex.join(command)
+        self._point(line)
+        answer = next((answer for part, answer in self.answers.items() if part in line), None)
+        return super().run(command, stdin=stdin, seconds_max=seconds_max) if answer is None else Done(0, answer, b"")
+
+    def copy(self, command: Sequence[str], output: IO[bytes], *, root: bool = False, seconds_max: float) -> Done:
+        done = self.run(command, seconds_max=seconds_max)
+        output.write(done.out)
+        return Done(done.status, b"", done.err)
+
+    def stream(self, command: Sequence[str], output: Path, *, root: bool = False) -> Stream:
+        self._point(shlex.join(command))
+        return super().stream(command, output)
+
+    def read_bytes(self, path: Path) -> bytes:
+        self._point(f"read {path}")
+        return path.read_bytes()
+
+    def read_from(self, path: Path, offset: int) -> tuple[int, bytes]:
+        self._point(f"follow {path}")
+        return super().read_from(path, offset)
+
+
+def remote(name: str) -> Host:
+    """A remote host of that name, never reached by it."""
+    return Host(name, "ssh", f"{name}.example", user="operator", lan=f"10.0.0.{sum(name.encode()) % 250}")
+
+
+def fake_remotes(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, FakeRemote]:
+    """Hosts of these names that the experiments reach as FakeRemotes."""
+    fakes = {name: FakeRemote(remote(name)) for name in names}
+    monkeypatch.setattr(machine, "_machines", {fake.host: fake for fake in fakes.values()})
+    return fakes
+
+
+def cluster_site(folder: Path) -> Site:
+    """A site on Kubernetes: a control plane with everything else on it, and two nodes."""
+    names = ("control", "node1", "node2")
+    groups = dict.fromkeys(GROUPS, ("control",)) | {"function_nodes": ("node1", "node2")}
+    return replace(
+        local_site(folder), engine="kubernetes", service_manager="systemd", interfaces=("cni0", "flannel.1"), attacker="control",
+        attacker_address="10.0.0.1", hosts={name: remote(name) for name in names}, groups=groups,
+        cluster=Cluster(Path("/etc/kalium/kubernetes/admin.conf"), "openfaas-fn", {"stock": "gvisor", "kalium": "kalium"}, 8080),
+    )  # fmt: skip
+
+
+def pod(function: str, node: str, runtime_class: str, *, ready: bool = True, waiting: str = "", ending: bool = False) -> dict[str, Any]:
+    """A pod as kubectl tells it."""
+    return {
+        "metadata": {"name": f"{function}-1", "labels": {"faas_function": function}} | ({"deletionTimestamp": "now"} if ending else {}),
+        "spec": {"nodeName": node, "runtimeClassName": runtime_class},
+        "status": {
+            "phase": "Running" if ready else "Pending", "podIP": "10.217.1.7",
+            "conditions": [{"type": "Ready", "status": "True" if ready else "False", "reason": "ContainersNotReady"}],
+            "containerStatuses": [{"state": {"waiting": {"reason": waiting, "message": "no such image"}} if waiting else {"running": {}}}],
+        },
+    }  # fmt: skip
+
+
+def items(*records: dict[str, Any]) -> bytes:
+    """What kubectl prints of them."""
+    return json.dumps({"items": records}).encode()

@@ -15,7 +15,7 @@ from experiments.client import Sample, Series
 from experiments.errors import ExperimentError, RunRefused, errors_for_humans
 from experiments.paths import RESULTS_SCHEMA, RunPaths
 from experiments.samples import SampleFile
-from experiments.site import PINS, Host, load_site, site_sha256
+from experiments.site import GROUPS, PINS, Host, load_site, site_sha256
 
 PARAMETERS = {"blocks": 3, "warm_requests": 2, "direct_requests": 1}
 ENTRIES = ("microbenchmark", "product-photos-success")
@@ -343,11 +343,12 @@ def make_checkout(root: Path, **changes: Any) -> Path:
     (root / PINS / "defaults" / "main.yml").write_text("---\n", encoding="utf-8")
     (root / ".kalium").mkdir()
     site = {
-        "schema": "kalium-site/v1", "site": "local", "engine": "podman", "inventory": "inventory/local", "gateway": "http://127.0.0.1:31112",
+        "schema": "kalium-site/v2", "site": "local", "engine": "podman", "inventory": "inventory/local", "gateway": "http://127.0.0.1:31112",
         "basic_auth_user": "admin", "basic_auth_password_file": "/x", "images_url": "https://images.kalium.test:4443/image.jpg",
-        "images_file": "/x", "verdicts": "/x", "timings": "/x", "imageserver_log": "/x", "bridge": "kalium0", "bridge_address": "10.137.0.1",
+        "images_file": "/x", "verdicts": "/x", "timings": "/x", "imageserver_log": "/x", "log_folder": "/x", "controller_port": 5000,
+        "service_manager": "supervisor", "interfaces": ["kalium0"], "attacker": "localhost", "attacker_address": "10.137.0.1",
         "database": {"address": "10.137.0.1", "port": 3306, "schema": "helloRetail", "user": "abc", "password": "xyz", "reset": "/x"},
-        "hosts": {"client": [{"name": "localhost", "connection": "local"}]}, "commit": "c" * 40,
+        "hosts": {"localhost": {"connection": "local"}}, "groups": {key: ["localhost"] for key in GROUPS}, "commit": "c" * 40,
         "site_sha256": site_sha256(root, "inventory/local"), **changes,
     }  # fmt: skip
     (root / ".kalium" / "site.json").write_text(json.dumps(site), encoding="utf-8")
@@ -381,7 +382,16 @@ def test_a_site_that_is_absent_broken_or_changed_is_refused(tmp_path: Path, prep
 
 
 @pytest.mark.parametrize(
-    ("changes", "code"), [({"schema": "kalium-site/v2"}, "site.schema"), ({"gateway": None}, "site.field"), ({"hosts": {}}, "site.client")]
+    ("changes", "code"),
+    [
+        ({"schema": "kalium-site/v1"}, "site.schema"),
+        ({"gateway": None}, "site.field"),
+        ({"hosts": {}}, "site.group"),
+        ({"hosts": {"localhost": {"connection": "carrier pigeon"}}}, "site.host"),
+        ({"attacker": "nobody"}, "site.attacker"),
+        ({"groups": {}}, "site.group"),
+        ({"engine": "kubernetes"}, "site.field"),
+    ],
 )
 def test_a_record_that_this_checkout_cannot_read_is_refused(tmp_path: Path, changes: dict[str, Any], code: str) -> None:
     with pytest.raises(ExperimentError) as caught:

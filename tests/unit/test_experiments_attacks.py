@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from experiments_world import local_site
 
 from experiments.attacks import capture, runner
 from experiments.attacks.case import Case, Match
@@ -19,20 +20,12 @@ from experiments.attacks.receiver import Receiver, request_is_complete
 from experiments.attacks.runner import CASES, Observation, failures, wire_evidence
 from experiments.errors import RunRefused
 from experiments.paths import RESULTS_SCHEMA, RunPaths
-from experiments.site import Database, Host, Site
 from experiments.verdicts import Verdict
 
 MARKER = "0123456789abcdef0123456789abcdef"
 FUNCTION, GATEWAY, ATTACKER = ("10.137.0.12", 40000), ("10.137.0.1", 8080), ("10.137.0.1", 9999)
 Endpoint = tuple[str, int]
-NOWHERE = Path("/nonexistent")
-SITE = Site(
-    name="local", engine="podman", inventory="inventory/local", gateway="http://127.0.0.1:31112", basic_auth_user="admin",
-    basic_auth_password_file=NOWHERE, images_url="https://images.kalium.test:4443/image.jpg", images_file=NOWHERE,
-    database=Database("10.137.0.1", 3306, "helloRetail", "abc", "xyz", NOWHERE),
-    verdicts=NOWHERE, timings=NOWHERE, imageserver_log=NOWHERE, bridge="kalium0",
-    bridge_address="10.137.0.1", client=Host("localhost", "local"), site_sha256="a" * 64, commit="c" * 40, checkout=NOWHERE,
-)  # fmt: skip
+SITE = local_site()
 
 
 def segment(source: Endpoint, target: Endpoint, sequence: int, payload: bytes = b"", *, syn: bool = False) -> bytes:

@@ -8,23 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from experiments_world import NOWHERE, local_site
 
 from experiments import housekeeping
 from experiments.database import Resetter
 from experiments.errors import ExperimentError, RunRefused
-from experiments.hostfiles import LogTail, read_bytes
+from experiments.hostfiles import read_bytes
 from experiments.paths import RunPaths
-from experiments.site import Database, Host, Site
+from experiments.site import Database
+from experiments.tails import LogTail
 from experiments.verdicts import Verdict, VerdictLog
 
-NOWHERE = Path("/nonexistent")
-SITE = Site(
-    name="local", engine="podman", inventory="inventory/local", gateway="http://127.0.0.1:1", basic_auth_user="admin",
-    basic_auth_password_file=NOWHERE, images_url="https://images.kalium.test:4443/image.jpg", images_file=NOWHERE,
-    database=Database("10.137.0.1", 3306, "helloRetail", "abc", "xyz", NOWHERE),
-    verdicts=NOWHERE, timings=NOWHERE, imageserver_log=NOWHERE, bridge="kalium0",
-    bridge_address="10.137.0.1", client=Host("localhost", "local"), site_sha256="a" * 64, commit="c" * 40, checkout=NOWHERE,
-)  # fmt: skip
+SITE = local_site()
 
 
 def append(log: Path, text: str) -> None:
