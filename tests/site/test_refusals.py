@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, Ansible, Outcome
 
 ERROR = re.compile(r"error\[(?P<code>[a-z._]+)\]: (?P<sentence>[^\n]+)")
@@ -26,18 +27,62 @@ def state_of_the_site() -> list[tuple[str, int]]:
     return sorted((str(path), path.stat().st_mtime_ns) for path in paths if path.exists())
 
 
-def test_a_whole_cluster_is_refused_in_one_sentence(ansible: Ansible) -> None:
-    """Nobody is asked over the network for what cannot be done anyway."""
+@pytest.mark.parametrize("inventory", ["inventory/cloudlab", "inventory/sample"])
+def test_an_inventory_that_nobody_filled_in_is_refused_in_one_sentence(ansible: Ansible, inventory: str) -> None:
+    """Nobody is asked over the network: the names are the example's."""
     before = state_of_the_site()
 
-    refused = ansible.play("site.yml", "inventory/cloudlab")
+    refused = ansible.play("site.yml", inventory)
 
     assert refused.status == 2, refused.end()
-    assert set(errors(refused)) == {"preflight.problems", "preflight.cluster"}, refused.end()
-    assert "Kubernetes" in errors(refused)["preflight.cluster"]
+    assert set(errors(refused)) == {"preflight.problems", "preflight.example"}, refused.end()
     assert "next: " in refused.text
     assert refused.changed_tasks() == []
+    assert "unreachable=1" not in refused.text
     assert state_of_the_site() == before
+
+
+def cluster(folder: Path, **hosts: dict[str, object]) -> Path:
+    """An inventory with one worker, a control plane and a controller that nothing answers for, changed by `hosts`."""
+    nobody = {"ansible_host": "127.0.0.1", "ansible_port": 1}
+    machines: dict[str, dict[str, object]] = {
+        "here": {"ansible_connection": "local"},
+        "control": {**nobody, "ansible_host": "127.0.0.2", "kalium_layout_address": "10.10.1.2"},
+        "worker": {**nobody, "ansible_host": "127.0.0.3", "kalium_layout_address": "10.10.1.1"},
+        "guard": {**nobody, "ansible_host": "127.0.0.4", "kalium_layout_address": "10.10.1.3"},
+    }
+    groups = {
+        "build": ["here"], "kube_control": ["control"], "function_nodes": ["worker"], "controller": ["guard"], "images": ["guard"],
+        "database": ["control"], "client": ["control"],
+    }  # fmt: skip
+    site = {
+        "all": {
+            "hosts": {name: {**of, **hosts.get(name, {})} for name, of in machines.items()},
+            "vars": {
+                "kalium_site": "nowhere",
+                "kalium_engine": "kubernetes",
+                "kalium_service_manager": "systemd",
+                "kalium_imageserver_issuer": "letsencrypt",
+            },
+            "children": {group: {"hosts": {name: {} for name in names}} for group, names in groups.items()},
+        }
+    }
+    path = folder / "hosts.yml"
+    path.write_text(yaml.safe_dump(site), encoding="utf-8")
+    return path
+
+
+def test_a_cluster_with_mistakes_is_refused_with_all_of_them(ansible: Ansible, tmp_path: Path) -> None:
+    """Those of the inventory and those of the hosts in one list; nothing is changed anywhere."""
+    inventory = cluster(tmp_path, worker={"kalium_layout_address": "10.10.1.2", "ansible_host": "127.0.0.2"}, guard={"kalium_layout_address": ""})
+
+    refused = ansible.play("playbooks/preflight.yml", inventory)
+
+    assert refused.status == 2, refused.end()
+    assert set(errors(refused)) >= {"preflight.duplicate", "preflight.address", "preflight.name", "preflight.unreachable"}, refused.end()
+    assert len(re.findall(r"error\[preflight.unreachable\]: cannot reach it on (control|worker|guard)", refused.text)) == 3, refused.end()
+    assert refused.text.count("next: ") == len(ERROR.findall(refused.text)) - 1
+    assert refused.changed_tasks() == []
 
 
 @pytest.mark.parametrize("inventory", ["inventory/nowhere", os.devnull])

@@ -86,7 +86,10 @@ def test_another_architecture_is_a_problem() -> None:
     assert [problem["code"] for problem in problems] == ["preflight.architecture"]
 
 
-DISTRIBUTIONS = {"python_minimum": "3.10", "needs_python": True, "distributions": {"Debian": ["12", "13"], "Ubuntu": ["22.04"]}}
+DISTRIBUTIONS = {
+    "python_minimum": "3.10", "needs_python": True, "distributions": {"Debian": ["12", "13"], "Ubuntu": ["22.04"]},
+    "ansible": "2.16.19", "ansible_python": "3.6",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
