@@ -3,6 +3,8 @@ module kalium.dev/kalium/runtime
 go 1.26.3
 
 require (
+	github.com/containerd/containerd v1.6.36
+	github.com/containerd/log v0.1.0
 	github.com/google/subcommands v1.0.2-0.20190508160503-636abe8753b8
 	golang.org/x/crypto v0.49.0
 	golang.org/x/net v0.52.0
@@ -18,11 +20,9 @@ require (
 	github.com/cilium/ebpf v0.16.0 // indirect
 	github.com/containerd/cgroups v1.0.4 // indirect
 	github.com/containerd/console v1.0.3 // indirect
-	github.com/containerd/containerd v1.6.36 // indirect
 	github.com/containerd/errdefs v0.1.0 // indirect
 	github.com/containerd/fifo v1.0.0 // indirect
 	github.com/containerd/go-runc v1.0.0 // indirect
-	github.com/containerd/log v0.1.0 // indirect
 	github.com/containerd/ttrpc v1.1.2 // indirect
 	github.com/containerd/typeurl v1.0.2 // indirect
 	github.com/coreos/go-systemd/v22 v22.6.0 // indirect
