@@ -305,6 +305,19 @@ def test_a_reset_removes_what_the_list_says_and_nothing_else(
 
 
 @pytest.mark.usefixtures("only_stand_ins")
+def test_a_reset_takes_our_images_out_of_a_containerd_that_stays(tmp_path: Path, command: Callable[[str, str], Path]) -> None:
+    asked = command("ctr", 'case "$*" in *ls*) echo "localhost/kalium/f:1"; echo "localhost/kalium/g:2";; esac')
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"packages": [], "users": [], "bridges": [], "paths": []}), encoding="utf-8")
+
+    remove.main(str(path), str(tmp_path / "opt"), str(tmp_path / "etc"))
+
+    listed, removed = asked.read_text(encoding="utf-8").splitlines()
+    assert "--namespace k8s.io images ls --quiet name~=^localhost/kalium/" in listed
+    assert removed.endswith("images rm localhost/kalium/f:1 localhost/kalium/g:2")
+
+
+@pytest.mark.usefixtures("only_stand_ins")
 def test_a_reset_removes_the_folder_of_the_list_after_everything_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """While the list is there, a reset that was interrupted can be repeated."""
     folders = [tmp_path / "a-longer-name" / "inner", tmp_path / "var", tmp_path / "etc"]

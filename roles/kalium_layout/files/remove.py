@@ -81,8 +81,18 @@ def start_units(kept):
             print("started " + unit + " as it was before")
 
 
+def forget_images():
+    """Images of ours in a containerd that was here before us. One that is ours has stopped by now, and its folder goes whole."""
+    control = ["ctr", "--connect-timeout", "2s", "--namespace", "k8s.io", "images"]
+    status, text = run([*control, "ls", "--quiet", "name~=^localhost/kalium/"])
+    if status == 0 and text.split():
+        must([*control, "rm", *text.split()])
+        print("removed %d images from containerd" % len(text.split()))
+
+
 def remove_functions():
     """Instances and images of ours; whether podman then holds nothing."""
+    forget_images()
     if shutil.which("podman") is None:
         return True
     for line in must(["podman", "ps", "--all", "--format", "{{.ID}} {{.Image}}"]).splitlines():
