@@ -5,8 +5,10 @@ The services are asked from this side of the link, as other hosts of a site ask 
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
+import shlex
 import ssl
 import subprocess
 import sys
@@ -20,7 +22,8 @@ import pymysql
 import pytest
 import yaml
 from conftest import ROOT, Ansible, Outcome
-from nspawn import host_running
+from nspawn import TEST_ADDRESS, host_running
+from standalone import make_standalone
 from throwaway.host import Host, make_key
 
 PLAYBOOK = "playbooks/services.yml"
@@ -57,6 +60,7 @@ class Standing:
     host: Host
     folder: Path
     inventory: Path
+    artifacts: Path
     before: frozenset[str]
     first: Outcome
 
@@ -69,28 +73,40 @@ class Standing:
         return copy
 
 
-def inventory_of(host: Host) -> dict[str, object]:
+def inventory_of(host: Host, artifacts: Path) -> dict[str, object]:
     """The site's inventory: this machine builds, the host is everything else; functions would run on Kubernetes, so no engine is set up."""
     form = {
         "kalium_site": "nspawn",
         "kalium_engine": "kubernetes",
         "kalium_service_manager": "systemd",
-        # As in inventory/cloudlab: other hosts ask these services.
-        **{f"kalium_{service}_address": "0.0.0.0" for service in ("controller", "database", "imageserver", "mail")},
+        # As in inventory/cloudlab: an agent on another host finds the controller, and an interpreter of the site's own runs the services.
+        "kalium_controller_address": "0.0.0.0",
+        "kalium_python_source": "standalone",
+        "kalium_artifact_folder": str(artifacts),
+        "kalium_artifact_digests": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in artifacts.iterdir()},
     }
     empty: dict[str, object] = {"hosts": {}}
     return {
         "all": {
-            "hosts": {host.name: host.inventory_variables(), "localhost": {"ansible_connection": "local"}},
+            "hosts": {
+                host.name: {**host.inventory_variables(), "kalium_layout_address": host.address},
+                "localhost": {"ansible_connection": "local", "kalium_layout_address": TEST_ADDRESS},
+            },
             "vars": form,
             "children": {
                 "build": {"hosts": {"localhost": {}}},
                 **{group: {"hosts": {host.name: {}}} for group in GROUPS_OF_THE_HOST},
-                "kube_control": empty,
+                "kube_control": {"hosts": {host.name: {}}},
                 "client": empty,
             },
         }
     }
+
+
+def archive_of_the_interpreter() -> str:
+    """The name under which the pinned interpreter is looked for."""
+    pins = yaml.safe_load((ROOT / "roles/kalium_versions/defaults/main.yml").read_text(encoding="utf-8"))
+    return Path(pins["kalium_versions_python"]["url"]).name
 
 
 def footprint(host: Host) -> frozenset[str]:
@@ -109,12 +125,14 @@ def standing(ansible: Ansible) -> Iterator[Standing]:
     with tempfile.TemporaryDirectory(prefix="kalium-site-") as name:
         folder = Path(name)
         with host_running(folder) as host:
-            inventory = folder / "hosts.yml"
-            inventory.write_text(yaml.safe_dump(inventory_of(host)), encoding="utf-8")
+            inventory, artifacts = folder / "hosts.yml", folder / "artifacts"
+            artifacts.mkdir()
+            make_standalone(archive_of_the_interpreter(), artifacts)
+            inventory.write_text(yaml.safe_dump(inventory_of(host, artifacts)), encoding="utf-8")
             before = footprint(host)
             first = ansible.play(PLAYBOOK, inventory)
             assert first.status == 0, first.end()
-            yield Standing(host, folder, inventory, before, first)
+            yield Standing(host, folder, inventory, artifacts, before, first)
             ansible.close()
 
 
@@ -232,6 +250,34 @@ def test_the_hosts_own_python_is_still_the_only_one_on_its_path(standing: Standi
     assert standing.host.run("dpkg --search $(realpath /usr/bin/python3)").stdout.startswith("python3.")
 
 
+def test_services_run_under_the_interpreter_of_the_site(standing: Standing) -> None:
+    """Not under the distribution's, whose modules Ansible uses: both programs are there, and the process says which it is."""
+    for unit in ("kalium-controller", "kalium-imageserver", "kalium-mailsink"):
+        program = standing.host.run(f"sudo readlink /proc/$(systemctl show --property MainPID --value {unit})/exe").stdout.strip()
+        assert program.startswith("/opt/kalium/python/bin/python3"), (unit, program)
+
+
+def test_the_database_runs_without_privilege_and_opens_to_the_site_alone(standing: Standing) -> None:
+    owner = standing.host.run("ps -o user= -p $(systemctl show --property MainPID --value kalium-database)").stdout.strip()
+    asked = f"select Host from mysql.global_priv where User = '{USER}' order by Host"  # noqa: S608  # the test's own words
+    client = ("sudo", "mariadb", "--no-defaults", "--socket=/run/kalium/database/mysql.sock", "--batch", "--skip-column-names")
+    granted = standing.host.run(*client, "--execute", shlex.quote(asked))
+
+    assert owner.startswith("kalium-")
+    assert granted.stdout.split() == ["10.138.0.1", "10.138.0.2", "10.217.0.0/255.255.0.0"], granted.stderr
+
+
+def test_an_interpreter_of_another_digest_is_refused_and_the_one_that_is_there_stays(standing: Standing, ansible: Ansible) -> None:
+    digests = json.dumps({"kalium_artifact_digests": {archive_of_the_interpreter(): "0" * 64}})
+
+    refused = ansible.play("playbooks/python.yml", standing.inventory, "-e", digests)
+
+    assert refused.status == 2, refused.end()
+    assert "error[artifact.digest]: cannot install the services' Python: " in refused.text, refused.end()
+    assert standing.host.run("/opt/kalium/python/bin/python3 --version").returncode == 0
+    assert standing.host.run("systemctl is-active", *UNITS).stdout.split() == ["active"] * len(UNITS)
+
+
 def test_private_keys_are_for_those_who_need_them(standing: Standing) -> None:
     """An ordinary user of the host reads neither the CA's key nor the one that signs policies."""
     for path in ("/etc/kalium/pki/ca.key", "/etc/kalium/operator/operator.key", "/etc/kalium/pki/agent.key"):
@@ -245,7 +291,7 @@ def test_a_changed_host_key_is_refused_and_nothing_is_done(standing: Standing, a
     strange = standing.folder / "strange_known_hosts"
     strange.write_text(f"{standing.host.address} {make_key(standing.folder / 'strange_key')}\n", encoding="utf-8")
     inventory = standing.folder / "strange.yml"
-    inventory.write_text(yaml.safe_dump(inventory_of(replace(standing.host, known_hosts=strange))), encoding="utf-8")
+    inventory.write_text(yaml.safe_dump(inventory_of(replace(standing.host, known_hosts=strange), standing.artifacts)), encoding="utf-8")
 
     refused = ansible.play(PLAYBOOK, inventory)
 
