@@ -1,4 +1,4 @@
-"""`kalium engine`: serve the OpenFaaS API of this machine, and set its network up."""
+"""`kalium engine`: serve the OpenFaaS API in front of functions, and set the network of those on this machine up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from kalium.engine.config import load
 from kalium.engine.log import Log
-from kalium.engine.server import Engine, network_down, network_up, open_log
+from kalium.engine.server import Engine, network_of, open_log
 from kalium.errors import EXIT_DONE
 
 CONFIG = Path("/etc/kalium/engine.json")
@@ -33,7 +33,11 @@ def register(subparsers: Any) -> None:
         "engine", help="serve the OpenFaaS API", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = noun.add_subparsers(metavar="VERB", required=True)
-    serve = verbs.add_parser("serve", help="serve until SIGTERM", description="Serve until SIGTERM; no instance is left running then.")
+    serve = verbs.add_parser(
+        "serve",
+        help="serve until SIGTERM",
+        description="Serve until SIGTERM. No instance of podman is left running then; those of Kubernetes are its own.",
+    )
     serve.set_defaults(run=run_serve)
     network = verbs.add_parser("network", help="set the instances' network up or down", description="Prints `changed` or `unchanged`.")
     network.add_argument("state", choices=("up", "down"))
@@ -59,7 +63,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 def run_network(arguments: argparse.Namespace) -> int:
     """Make or remove the bridge."""
-    bridge = load(arguments.config).bridge
-    has_changed = asyncio.run(network_up(bridge) if arguments.state == "up" else network_down(bridge))
+    network = network_of(load(arguments.config))
+    has_changed = asyncio.run(network.up() if arguments.state == "up" else network.down())
     print("changed" if has_changed else "unchanged")
     return EXIT_DONE

@@ -7,80 +7,67 @@ import hmac
 import json
 import platform
 import urllib.parse
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, suppress
 from datetime import datetime, timezone
 from typing import Any
 
 from aiohttp import web
 
 from kalium import __version__
-from kalium.engine.command import CommandFailed
-from kalium.engine.config import Runtime
-from kalium.engine.deployment import NAMESPACE, Refused, check_namespace, function_name, object_of, parse
-from kalium.engine.functions import Functions
-from kalium.engine.limits import ADMIN_BYTES_MAX, LOG_LINES_MAX
+from kalium.engine.backend import Backend, BackendFailed, LogLineOf, LogQuery
+from kalium.engine.calls import ASYNC_PREFIX, Calls
+from kalium.engine.deployment import NAMESPACE, Refused, check_namespace, function_name, object_of, parse, secret_name, secret_value
+from kalium.engine.limits import ADMIN_BYTES_MAX, FOLLOWERS_MAX, LOG_LINES_MAX
 from kalium.engine.log import LogLine
-from kalium.engine.podman import Podman
 from kalium.engine.proxy import PREFIX, Proxy, read_body
-from kalium.engine.store import Store
 
-ASYNC_PREFIX = "/async-function/"
 LOG_LINES_DEFAULT = 100
+LOG_CONTENT = "application/x-ndjson"
+WITHOUT_BACKEND = frozenset({"/system/info", "/system/namespaces"})  # answered whatever the back-end's state is
 
-Call = Callable[[web.BaseRequest, str], Awaitable[web.Response]]  # the second argument is what follows the route's path
+Call = Callable[[web.BaseRequest, str], Awaitable[web.StreamResponse]]  # the second argument is what follows the route's path
 
 
 class Data:
     """The listener of the functions: invocations and nothing else."""
 
-    def __init__(self, proxy: Proxy, log: LogLine) -> None:
+    def __init__(self, proxy: Proxy, calls: Calls, log: LogLine) -> None:
         self._proxy = proxy
+        self._calls = calls
         self._log = log
 
-    async def __call__(self, request: web.BaseRequest) -> web.Response:
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request, whatever happens."""
         try:
             return await self._answer(request)
         except Refused as error:
             return web.Response(status=error.status, text=error.text)
-        except (OSError, CommandFailed) as error:
+        except (OSError, BackendFailed) as error:
             self._log("request_failed", path=request.path[:200], detail=f"{type(error).__name__}: {error}")
             return web.Response(status=500, text=f"the gateway failed: {error}")
 
-    async def _answer(self, request: web.BaseRequest) -> web.Response:
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         target = request.raw_path
         if target.startswith(PREFIX):
             return await self._proxy.invoke(request)
         if target.startswith(ASYNC_PREFIX):
-            raise Refused(501, "this gateway has no asynchronous invocations: use /function/NAME")
+            return await self._calls.accept(request)
         if target.partition("?")[0] == "/healthz":
             return web.Response(text="OK")
         return await self._administer(request)
 
-    async def _administer(self, request: web.BaseRequest) -> web.Response:
+    async def _administer(self, request: web.BaseRequest) -> web.StreamResponse:
         raise Refused(404, f"there is no {request.path[:200]} here")
 
 
 class Admin(Data):
     """The administrator's listener: the whole API. Everything under /system/ needs basic authentication."""
 
-    def __init__(
-        self,
-        *,
-        proxy: Proxy,
-        functions: Functions,
-        store: Store,
-        podman: Podman,
-        runtimes: dict[str, Runtime],
-        user: str,
-        password: str,
-        log: LogLine,
-    ) -> None:
-        super().__init__(proxy, log)
-        self._functions = functions
-        self._store = store
-        self._podman = podman
-        self._runtimes = runtimes
+    def __init__(self, *, proxy: Proxy, calls: Calls, backend: Backend, user: str, password: str, log: LogLine) -> None:
+        super().__init__(proxy, calls, log)
+        self._backend = backend
+        self._followers = 0
         self._expected = f"{user}:{password}".encode()
         # Path, or the beginning of one that ends with the name of something -> method -> call.
         self._routes: dict[str, dict[str, Call]] = {
@@ -93,7 +80,7 @@ class Admin(Data):
             "/system/logs": {"GET": self._logs},
         }
 
-    async def _administer(self, request: web.BaseRequest) -> web.Response:
+    async def _administer(self, request: web.BaseRequest) -> web.StreamResponse:
         path = request.raw_path.partition("?")[0]
         if not path.startswith("/system/"):
             raise Refused(404, f"there is no {path[:200]} here")
@@ -105,6 +92,8 @@ class Admin(Data):
                 if request.method not in calls:
                     return web.Response(status=405, text=f"{request.method} is not for {path[:200]}", headers={"Allow": ", ".join(calls)})
                 check_namespace(request.query.get("namespace"))
+                if route not in WITHOUT_BACKEND:
+                    self._backend.check()
                 return await calls[request.method](request, urllib.parse.unquote(rest))
         if path.startswith("/system/namespace/"):
             raise Refused(501, f"this gateway has the namespace {NAMESPACE} alone")
@@ -124,22 +113,25 @@ class Admin(Data):
     # Functions
 
     async def _list(self, _request: web.BaseRequest, _rest: str) -> web.Response:
-        return web.json_response([function.status() for function in self._functions.all()])
+        return web.json_response([function.status() for function in self._backend.all()])
 
     async def _describe(self, request: web.BaseRequest, rest: str) -> web.Response:
-        function = self._functions.get(rest.removesuffix("." + NAMESPACE))
-        return web.json_response(function.status(with_usage=request.query.get("usage") in ("1", "true")))
+        function = self._backend.get(rest.removesuffix("." + NAMESPACE))
+        status = function.status()
+        if request.query.get("usage") in ("1", "true") and (usage := await self._backend.usage(function)) is not None:
+            status["usage"] = usage
+        return web.json_response(status)
 
     async def _deploy(self, request: web.BaseRequest, _rest: str) -> web.Response:
         document = await self._document(request)
         if request.method == "PUT":
-            self._functions.get(function_name(document.get("service")))  # absent comes before whatever else may be wrong
-        await self._functions.deploy(parse(document, self._runtimes), must_exist=request.method == "PUT")
+            self._backend.get(function_name(document.get("service")))  # absent comes before whatever else may be wrong
+        await self._backend.deploy(parse(document, self._backend.runtimes, self._backend.keeps), must_exist=request.method == "PUT")
         return web.Response(status=202)
 
     async def _remove(self, request: web.BaseRequest, _rest: str) -> web.Response:
         document = await self._document(request)
-        await self._functions.remove(function_name(document.get("functionName"), "functionName"))
+        await self._backend.remove(function_name(document.get("functionName"), "functionName"))
         return web.Response(status=202)
 
     async def _scale(self, request: web.BaseRequest, rest: str) -> web.Response:
@@ -149,14 +141,14 @@ class Admin(Data):
             raise Refused(400, f"serviceName is {str(document['serviceName'])[:200]!r}, but the path says {name}")
         if type(replicas) is not int:
             raise Refused(400, "replicas is not a number")
-        await self._functions.scale(name, replicas)
+        await self._backend.scale(name, replicas)
         return web.Response(status=202)
 
     # The gateway
 
     async def _info(self, _request: web.BaseRequest, _rest: str) -> web.Response:
         version = {"release": __version__, "sha": "", "commit_message": ""}
-        provider = {"provider": "kalium-engine", "orchestration": "podman", "version": version}
+        provider = {"provider": "kalium-engine", "orchestration": self._backend.orchestration, "version": version}
         return web.json_response({"provider": provider, "version": version, "arch": platform.machine()})
 
     async def _namespaces(self, _request: web.BaseRequest, _rest: str) -> web.Response:
@@ -165,33 +157,59 @@ class Admin(Data):
     # Secrets
 
     async def _list_secrets(self, _request: web.BaseRequest, _rest: str) -> web.Response:
-        return web.json_response([{"name": name, "namespace": NAMESPACE} for name in self._store.secrets()])
+        return web.json_response([{"name": name, "namespace": NAMESPACE} for name in await self._backend.secrets()])
 
     async def _put_secret(self, request: web.BaseRequest, _rest: str) -> web.Response:
-        self._store.put_secret(await self._document(request), is_new=request.method == "POST")
+        document = await self._document(request)
+        await self._backend.put_secret(secret_name(document.get("name")), secret_value(document), is_new=request.method == "POST")
         return web.Response(status=202)
 
     async def _remove_secret(self, request: web.BaseRequest, _rest: str) -> web.Response:
-        self._store.forget_secret(await self._document(request))
+        await self._backend.forget_secret(secret_name((await self._document(request)).get("name")))
         return web.Response(status=202)
 
     # Logs
 
-    async def _logs(self, request: web.BaseRequest, _rest: str) -> web.Response:
-        query = request.query
-        name = function_name(query.get("name"), "name")
-        function = self._functions.get(name)
-        if query.get("follow", "") in ("1", "true"):
-            raise Refused(501, "this gateway follows no logs: ask with follow=false")
-        tail, since = _tail(query.get("tail", "")), _since(query.get("since", ""))
-        lines = []
-        for instance in function.ready():
-            if query.get("instance") in (None, "", instance.name):
-                for line in await self._podman.logs(instance.container, tail=tail, since=since):
-                    timestamp, _, text = line.partition(" ")
-                    lines.append({"name": name, "namespace": NAMESPACE, "instance": instance.name, "timestamp": timestamp, "text": text})
-        body = "".join(json.dumps(line) + "\n" for line in lines)
-        return web.Response(text=body, content_type="application/x-ndjson")
+    async def _logs(self, request: web.BaseRequest, _rest: str) -> web.StreamResponse:
+        text = request.query
+        name = function_name(text.get("name"), "name")
+        function = self._backend.get(name)
+        query = LogQuery(
+            tail=_tail(text.get("tail", "")),
+            since=_since(text.get("since", "")),
+            instance=text.get("instance", ""),
+            follow=text.get("follow", "") in ("1", "true"),
+        )
+        async with aclosing(self._backend.logs(function, query)) as lines:
+            if query.follow:
+                return await self._follow(request, name, lines)
+            body = "".join([_log_line(name, line) async for line in lines if line is not None])
+        return web.Response(text=body, content_type=LOG_CONTENT)
+
+    async def _follow(self, request: web.BaseRequest, name: str, lines: AsyncGenerator[LogLineOf | None, None]) -> web.StreamResponse:
+        """Write lines as they come, until the client has gone."""
+        if self._followers >= FOLLOWERS_MAX:
+            raise Refused(503, f"{FOLLOWERS_MAX} clients follow logs already")
+        self._followers += 1
+        try:
+            response = web.StreamResponse(headers={"Content-Type": LOG_CONTENT})
+            response.enable_chunked_encoding()
+            await response.prepare(request)
+            with suppress(ConnectionError, BackendFailed):  # the client has gone, or there is nothing more to read
+                async for line in lines:
+                    if line is not None:
+                        await response.write(_log_line(name, line).encode("utf-8"))
+                    elif request.transport is None or request.transport.is_closing():
+                        break
+                await response.write_eof()
+            return response
+        finally:
+            self._followers -= 1
+
+
+def _log_line(name: str, line: LogLineOf) -> str:
+    record = {"name": name, "namespace": NAMESPACE, "instance": line.instance, "timestamp": line.timestamp, "text": line.text}
+    return json.dumps(record) + "\n"
 
 
 def _tail(text: str) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kalium.engine.functions import REASON_ANNOTATION
+from kalium.engine.backend import REASON_ANNOTATION
 from kalium.errors import EXIT_NO, EXIT_USAGE, KaliumError
 
 CALL_SECONDS_MAX = 150.0  # longer than the gateway's own deadlines together

@@ -18,6 +18,9 @@ INTERFACE_CHARACTERS_MAX = 15
 HOST_NAME = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9.]{0,251}[A-Za-z0-9])?")
 FLAG = re.compile(r"[a-z0-9][-a-z0-9]*(?:=[^\s]*)?")
 
+KEYS = "backend admin data user password_file hosts state_dir function_port health_path"
+KEYS_OF = {"podman": "bridge runtimes podman agent", "kubernetes": "kubernetes"}  # of each back-end, beside those
+
 _Kind = TypeVar("_Kind")
 
 
@@ -50,6 +53,33 @@ class Runtime:
 
 
 @dataclass(frozen=True)
+class RuntimeClass:
+    """A RuntimeClass of Kubernetes, under the name that a function's label has for it."""
+
+    name: str
+    guarded: bool
+
+
+@dataclass(frozen=True)
+class PodmanConfig:
+    """What a gateway on podman is told beside what every one is."""
+
+    bridge: Bridge
+    runtimes: Mapping[str, Runtime]
+    command: tuple[str, ...]
+    agent: Path
+
+
+@dataclass(frozen=True)
+class KubernetesConfig:
+    """What a gateway on Kubernetes is told beside what every one is."""
+
+    kubeconfig: Path
+    runtimes: Mapping[str, RuntimeClass]
+    node_selector: Mapping[str, str]  # labels of the nodes that functions may be on, beside a function's own constraints
+
+
+@dataclass(frozen=True)
 class Config:
     """What `kalium engine` is told. Relative paths are meant from the configuration's directory."""
 
@@ -57,11 +87,8 @@ class Config:
     data: Listener
     user: str
     password_file: Path
-    bridge: Bridge
     hosts: Mapping[str, str]
-    runtimes: Mapping[str, Runtime]
-    podman: tuple[str, ...]
-    agent: Path
+    backend: PodmanConfig | KubernetesConfig
     state_dir: Path
     function_port: int
     health_path: str
@@ -141,17 +168,13 @@ def load(path: Path) -> Config:
         document = json.loads(text)
     except ValueError as error:
         raise reader.refuse(f"not JSON: {error}") from error
-    top = reader.keys(
-        document,
-        "the configuration",
-        "admin data user password_file bridge hosts runtimes podman agent state_dir function_port health_path",
-        "log",
-    )
+    if not isinstance(document, dict):
+        raise reader.refuse("the configuration is not an object")
+    backend = str(document.get("backend"))
+    if backend not in KEYS_OF:
+        raise reader.refuse(f"backend is {backend[:200]!r}", f"write one of {', '.join(KEYS_OF)}")
+    top = reader.keys(document, "the configuration", f"{KEYS} {KEYS_OF[backend]}", "log")
     hosts = reader.take(top, "hosts", dict)
-    runtimes = reader.take(top, "runtimes", dict)
-    podman = reader.take(top, "podman", list)
-    if not podman or not all(isinstance(word, str) and word for word in podman):
-        raise reader.refuse("podman is not a list of words", 'write "podman": ["podman"]')
     health_path = reader.take(top, "health_path", str)
     if not health_path.startswith("/") or not health_path.isprintable() or " " in health_path:
         raise reader.refuse(f"health_path is {health_path!r}, and not the path of a URL")
@@ -164,16 +187,46 @@ def load(path: Path) -> Config:
         data=_listener(reader, top["data"], "data"),
         user=user,
         password_file=base / reader.take(top, "password_file", str),
-        bridge=_bridge(reader, top["bridge"]),
         hosts={_host(reader, name): str(reader.address(reader.take(hosts, name, str, "hosts."), f"hosts.{name}")) for name in hosts},
-        runtimes={name: _runtime(reader, runtimes[name], name) for name in runtimes},
-        podman=tuple(podman),
-        agent=base / reader.take(top, "agent", str),
+        backend=_podman(reader, top, base) if backend == "podman" else _kubernetes(reader, top, base),
         state_dir=base / reader.take(top, "state_dir", str),
         function_port=reader.port(top, "function_port", least=1),
         health_path=health_path,
         log=base / reader.take(top, "log", str) if top.get("log") is not None else None,
     )
+
+
+def _podman(reader: _Reader, top: Mapping[str, Any], base: Path) -> PodmanConfig:
+    runtimes = reader.take(top, "runtimes", dict)
+    podman = reader.take(top, "podman", list)
+    if not podman or not all(isinstance(word, str) and word for word in podman):
+        raise reader.refuse("podman is not a list of words", 'write "podman": ["podman"]')
+    return PodmanConfig(
+        bridge=_bridge(reader, top["bridge"]),
+        runtimes={name: _runtime(reader, runtimes[name], name) for name in runtimes},
+        command=tuple(podman),
+        agent=base / reader.take(top, "agent", str),
+    )
+
+
+def _kubernetes(reader: _Reader, top: Mapping[str, Any], base: Path) -> KubernetesConfig:
+    record = reader.keys(top["kubernetes"], "kubernetes", "kubeconfig classes", "node_selector")
+    classes = reader.take(record, "classes", dict, "kubernetes.")
+    selector = reader.take(record, "node_selector", dict, "kubernetes.") if "node_selector" in record else {}
+    if not all(isinstance(value, str) for value in selector.values()):
+        raise reader.refuse("kubernetes.node_selector is no object of texts", 'write the labels of nodes as {"LABEL": "VALUE"}')
+    return KubernetesConfig(
+        kubeconfig=base / reader.take(record, "kubeconfig", str, "kubernetes."),
+        runtimes={name: _runtime_class(reader, classes[name], name) for name in classes},
+        node_selector=selector,
+    )
+
+
+def _runtime_class(reader: _Reader, value: Any, name: str) -> RuntimeClass:
+    where = f"kubernetes.classes.{name}"
+    _check_runtime_name(reader, name)
+    record = reader.keys(value, where, "class guarded")
+    return RuntimeClass(reader.take(record, "class", str, f"{where}."), reader.take(record, "guarded", bool, f"{where}."))
 
 
 def _listener(reader: _Reader, value: Any, name: str) -> Listener:
@@ -208,8 +261,7 @@ def _bridge(reader: _Reader, value: Any) -> Bridge:
 
 def _runtime(reader: _Reader, value: Any, name: str) -> Runtime:
     where = f"runtimes.{name}."
-    if not re.fullmatch(r"[a-z0-9][-a-z0-9]*", name):
-        raise reader.refuse(f"runtimes holds {name!r}", "name runtimes by lower-case letters, digits and hyphens")
+    _check_runtime_name(reader, name)
     record = reader.keys(value, f"runtimes.{name}", "path flags guarded")
     flags = reader.take(record, "flags", list, where)
     for flag in flags:
@@ -219,3 +271,8 @@ def _runtime(reader: _Reader, value: Any, name: str) -> Runtime:
     if not path.is_absolute():
         raise reader.refuse(f"{where}path is {path}, and not absolute")
     return Runtime(path, tuple(flags), reader.take(record, "guarded", bool, where))
+
+
+def _check_runtime_name(reader: _Reader, name: str) -> None:
+    if not re.fullmatch(r"[a-z0-9][-a-z0-9]*", name):
+        raise reader.refuse(f"runtimes holds {name!r}", "name runtimes by lower-case letters, digits and hyphens")

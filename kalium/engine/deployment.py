@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from kalium.engine.config import Runtime
-from kalium.engine.limits import IMAGE_CHARACTERS_MAX, INFLIGHT_MAX, NAME_CHARACTERS_MAX, REPLICAS_MAX, VALUES_MAX
+from kalium.engine.limits import IMAGE_CHARACTERS_MAX, INFLIGHT_MAX, NAME_CHARACTERS_MAX, REPLICAS_MAX, SECRET_BYTES_MAX, VALUES_MAX
 
 NAMESPACE = "openfaas-fn"
 OURS = "kalium.io/"  # labels and annotations of this engine
@@ -26,6 +27,20 @@ IMAGE = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._/:@]*")
 VARIABLE = re.compile(r"[-._A-Za-z][-._A-Za-z0-9]*")
 SECRET = re.compile(r"[a-z0-9](?:[-.a-z0-9]*[a-z0-9])?")
 APP = re.compile(r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?")
+
+
+# A node's label and its value, as OpenFaaS spells a constraint.
+CONSTRAINT = re.compile(r"([A-Za-z0-9](?:[-A-Za-z0-9_./]*[A-Za-z0-9])?)=([A-Za-z0-9](?:[-A-Za-z0-9_.]*[A-Za-z0-9])?)")
+QUANTITY = re.compile(r"[0-9]{1,12}(?:\.[0-9]{1,9})?(?:m|k|M|G|T|Ki|Mi|Gi|Ti)?")
+RESOURCES = frozenset({"memory", "cpu"})
+
+
+class Guarding(Protocol):
+    """A runtime, as far as a deployment depends on it."""
+
+    @property
+    def guarded(self) -> bool:
+        """Under a guarded one an instance belongs to an app, whose policy the guard enforces."""
 
 
 class Refused(Exception):
@@ -53,6 +68,9 @@ class Deployment:
     is_read_only: bool
     replicas: int
     max_inflight: int  # requests at a time in one instance
+    constraints: tuple[tuple[str, str], ...] = ()  # a node's label and the value that it has to have
+    limits: Mapping[str, str] = field(default_factory=dict)  # of memory and cpu, as Kubernetes writes quantities
+    requests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def for_guard(self) -> dict[str, str]:
@@ -70,6 +88,9 @@ class Deployment:
             "annotations": dict(self.annotations),
             "secrets": list(self.secrets),
             "readOnlyRootFilesystem": self.is_read_only,
+            "constraints": [f"{label}={value}" for label, value in self.constraints],
+            "limits": dict(self.limits),
+            "requests": dict(self.requests),
         }
 
 
@@ -101,8 +122,10 @@ def function_name(value: Any, what: str = "service") -> str:
     return name
 
 
-def parse(document: Mapping[str, Any], runtimes: Mapping[str, Runtime]) -> Deployment:
+def parse(document: Mapping[str, Any], runtimes: Mapping[str, Guarding], keeps: frozenset[str] = frozenset()) -> Deployment:
     """Check a FunctionDeployment against the engine's runtimes. Raises Refused for what is wrong and for what cannot be kept.
+
+    `keeps` are those of `limits`, `requests` and `constraints` that the back-end honours.
 
     Fields that no one here knows are ignored, as OpenFaaS does; known ones that this engine cannot honour are refused,
     because a limit that is silently not there is worse than none.
@@ -111,9 +134,9 @@ def parse(document: Mapping[str, Any], runtimes: Mapping[str, Runtime]) -> Deplo
     image = document.get("image")
     if not isinstance(image, str) or len(image) > IMAGE_CHARACTERS_MAX or not IMAGE.fullmatch(image):
         raise Refused(400, f"image is {str(image)[:200]!r}, and no name of an image")
-    for field in ("limits", "constraints"):
-        if document.get(field):
-            raise Refused(400, f"this gateway cannot keep `{field}`: leave it out")
+    for wish in ("limits", "constraints"):
+        if document.get(wish) and wish not in keeps:
+            raise Refused(400, f"this gateway cannot keep `{wish}`: leave it out")
     process = document.get("envProcess") or ""
     if not isinstance(process, str) or "\0" in process:
         raise Refused(400, "envProcess is not a text")
@@ -142,6 +165,9 @@ def parse(document: Mapping[str, Any], runtimes: Mapping[str, Runtime]) -> Deplo
         is_read_only=is_read_only,
         replicas=_count(labels, "label", SCALE_LABEL, REPLICAS_MAX),
         max_inflight=_count(annotations, "annotation", INFLIGHT_ANNOTATION, INFLIGHT_MAX),
+        constraints=_constraints(document) if "constraints" in keeps else (),
+        limits=_quantities(document, "limits") if "limits" in keeps else {},
+        requests=_quantities(document, "requests") if "requests" in keeps else {},
     )
 
 
@@ -150,6 +176,39 @@ def secret_name(value: Any) -> str:
     if not isinstance(value, str) or len(value) > NAME_CHARACTERS_MAX or not SECRET.fullmatch(value):
         raise Refused(400, f"{str(value)[:200]!r} is no name of a secret: use lower-case letters, digits, hyphens and dots")
     return value
+
+
+def secret_value(document: Mapping[str, Any]) -> bytes:
+    """The value of a secret in a request's body. Raises Refused."""
+    raw, text = document.get("rawValue"), document.get("value")
+    try:
+        value = base64.b64decode(raw, validate=True) if raw else (text or "").encode("utf-8")
+    except (AttributeError, TypeError, binascii.Error, ValueError) as error:
+        raise Refused(400, "value is no text, or rawValue is not base64") from error
+    if len(value) > SECRET_BYTES_MAX:
+        raise Refused(400, f"the secret has more than {SECRET_BYTES_MAX} bytes")
+    return value
+
+
+def _constraints(document: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    value = document.get("constraints") or []
+    if not isinstance(value, list) or len(value) > VALUES_MAX:
+        raise Refused(400, f"constraints is not a list of at most {VALUES_MAX} texts")
+    found: dict[str, str] = {}
+    for constraint in value:
+        match = CONSTRAINT.fullmatch(constraint) if isinstance(constraint, str) else None
+        if match is None or match[1] in found:
+            raise Refused(400, f"constraints holds {str(constraint)[:200]!r}: give each label of a node once, as LABEL=VALUE")
+        found[match[1]] = match[2]
+    return tuple(sorted(found.items()))
+
+
+def _quantities(document: Mapping[str, Any], what: str) -> dict[str, str]:
+    value = _texts(document, what)
+    for name, text in value.items():
+        if name not in RESOURCES or (text and not QUANTITY.fullmatch(text)):
+            raise Refused(400, f"{what} holds {name[:200]!r}: {text[:200]!r}; give memory and cpu as Kubernetes writes them, as 64Mi and 250m")
+    return {name: text for name, text in value.items() if text}
 
 
 def _texts(document: Mapping[str, Any], field: str, is_key: Callable[[str], object] = bool) -> dict[str, str]:
@@ -165,7 +224,7 @@ def _texts(document: Mapping[str, Any], field: str, is_key: Callable[[str], obje
     return dict(value)
 
 
-def _runtime(labels: Mapping[str, str], runtimes: Mapping[str, Runtime]) -> str:
+def _runtime(labels: Mapping[str, str], runtimes: Mapping[str, Guarding]) -> str:
     for label in labels:
         if label.startswith(OURS) and label != RUNTIME_LABEL:
             raise Refused(400, f"label {label} is not known: {RUNTIME_LABEL} is the only one of this gateway")

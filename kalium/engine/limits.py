@@ -26,6 +26,15 @@ VALUES_MAX = 256  # entries of each of envVars, labels, annotations, secrets
 SECRETS_MAX = 256
 SECRET_BYTES_MAX = 512 << 10
 
+# Asynchronous calls.
+CALLS_MAX = 1000  # accepted and not over; the next is refused
+CALLS_BYTES_MAX = 256 << 20  # of their bodies
+CALLS_AT_ONCE = 32
+CALLS_AT_ONCE_OF_FUNCTION = 16
+CALL_WAIT_SECONDS_MAX = 60.0  # for a function that has no instance with room, beside the time in its queue
+CALL_WAIT_PAUSE_SECONDS = 0.25
+CALLS_DRAIN_SECONDS_MAX = 30.0  # those that were begun, when the gateway is told to stop
+
 # How an instance is made and kept.
 PODMAN_AT_ONCE = 4  # podman commands; more only wait for its locks
 PODMAN_SECONDS_MAX = 60.0
@@ -42,11 +51,31 @@ REMOVE_ATTEMPTS_MAX = 3
 REMOVE_PAUSE_SECONDS = 0.5
 STOP_SECONDS = 1  # between SIGTERM and SIGKILL of a function
 
+# The API server of Kubernetes.
+API_SECONDS_MAX = 15.0  # one request and its answer
+API_CONNECT_SECONDS_MAX = 5.0
+API_ANSWER_BYTES_MAX = 64 << 20  # a list of every pod
+BEGIN_SECONDS_MAX = 10.0  # until the first list; then the gateway serves what it knows
+ADMIT_SECONDS_MAX = 15.0  # until a pod of a deployment has begun; then it is accepted in doubt
+PATIENCE_SECONDS = 5.0  # for a node to take a pod, before that is a reason
+WATCH_SECONDS = 290  # a watch ends by itself
+WATCH_SILENCE_SECONDS_MAX = 90.0  # the server sends a bookmark every minute
+WATCH_PAUSE_SECONDS = (0.2, 10.0)  # doubled from one failure to the next
+TOMBSTONES_MAX = 1000
+WARNINGS_MAX = 1000
+
 # What is told of failures.
 ERROR_CHARACTERS_MAX = 600  # of a program's own words
 LOG_LINES_TOLD = 10
 CONTAINER_LOG_BYTES_MAX = 10 << 20
-LOG_LINES_MAX = 10_000  # of one answer of /system/logs
+LOG_LINES_MAX = 10_000  # of one answer of /system/logs that follows nothing
+STREAMED_LINE_BYTES_MAX = 1 << 20
+FOLLOWERS_MAX = 16
+FOLLOW_SECONDS_MAX = 3600.0
+FOLLOW_TICK_SECONDS = 1.0  # until it is seen that the reader has gone, or that there is another instance
+FOLLOWED_LINES_MAX = 1000  # that wait for a slow reader
 
 assert PROBE_PAUSE_SECONDS[1] + PROBE_SECONDS_MAX < READY_SECONDS_MAX  # an instance is asked more than once
 assert DRAIN_SECONDS_MAX >= INVOCATION_SECONDS_MAX  # an update interrupts no request
+assert CALLS_AT_ONCE_OF_FUNCTION < CALLS_AT_ONCE  # no function has all workers
+assert BODY_BYTES_MAX <= CALLS_BYTES_MAX

@@ -13,6 +13,12 @@ from typing import Any, TextIO
 
 # Event -> level. `error`: a person must act. `warning`: the gateway coped, and the line says how.
 EVENTS = {
+    "call_failed": "warning",
+    "call_lost": "warning",
+    "call_unreadable": "error",
+    "callback_failed": "warning",
+    "cluster_back": "info",
+    "cluster_lost": "warning",
     "function_deployed": "info",
     "function_removed": "info",
     "function_scaled": "info",
@@ -33,7 +39,7 @@ EVENTS = {
     "unregister_failed": "warning",
 }
 FIELDS = frozenset(
-    "address app call container data_address detail function functions image instance path replicas runtime seconds status".split()  # noqa: SIM905
+    "address app call container data_address detail function functions image instance node path replicas runtime seconds status".split()  # noqa: SIM905
 )
 
 LogLine = Callable[..., None]  # log(event, **fields)

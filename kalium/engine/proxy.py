@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from aiohttp import web
 from multidict import CIMultiDict
 
 from kalium import __version__
 from kalium.engine import upstream
+from kalium.engine.backend import Backend, Function
 from kalium.engine.deployment import NAMESPACE, Refused
-from kalium.engine.functions import Function, Functions
-from kalium.engine.host import Instance
 from kalium.engine.limits import BODY_BYTES_MAX, INVOCATION_SECONDS_MAX, RETRY_AFTER_SECONDS
 from kalium.engine.log import LogLine
 from kalium.engine.slots import Busy, NoInstance
@@ -26,13 +25,27 @@ HOP_BY_HOP = frozenset(
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding upgrade".split()  # noqa: SIM905
 )
 FRAMING = frozenset({"content-length", "expect", "host"})  # written anew
-OURS_UP = frozenset({"x-call-id", "x-start-time", "x-forwarded-for", "x-forwarded-host"})
+CALLBACK_FIELD = "X-Callback-Url"
+# A callback is this gateway's to make and nobody else's to read.
+OURS_UP = frozenset({"x-call-id", "x-start-time", "x-forwarded-for", "x-forwarded-host", "x-callback-url"})
 OURS_DOWN = frozenset({"x-start-time", "x-served-by"})
 
 
-def split_target(target: str) -> tuple[str, str]:
-    """The function's name in `/function/NAME[.openfaas-fn][/PATH][?QUERY]`, and what it is asked for. Nothing is unescaped."""
-    rest = target[len(PREFIX) :]
+class ExchangeFailed(Exception):
+    """There is no answer of an instance: the status and the text that the client gets instead, and the detail for our log."""
+
+    def __init__(self, status: int, text: str, detail: str, *, is_early: bool = False, is_busy: bool = False) -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+        self.detail = detail
+        self.is_early = is_early  # no instance was held: nobody has seen the request
+        self.is_busy = is_busy
+
+
+def split_target(target: str, prefix: str) -> tuple[str, str]:
+    """The function's name in `PREFIX NAME[.openfaas-fn][/PATH][?QUERY]`, and what it is asked for. Nothing is unescaped."""
+    rest = target[len(prefix) :]
     end = min((index for index in (rest.find("/"), rest.find("?")) if index >= 0), default=len(rest))
     name, tail = rest[:end], rest[end:]
     return name.removesuffix("." + NAMESPACE), tail if tail.startswith("/") else "/" + tail
@@ -64,62 +77,72 @@ async def read_body(request: web.BaseRequest, bytes_max: int) -> bytes:
     return bytes(body)
 
 
+Seize = Callable[[], Awaitable[None]]
+
+
 class Proxy:
     """Passes requests on to free instances, and their answers back."""
 
-    def __init__(self, functions: Functions, log: LogLine) -> None:
-        self._functions = functions
+    def __init__(self, backend: Backend, log: LogLine) -> None:
+        self._backend = backend
         self._log = log
 
     async def invoke(self, request: web.BaseRequest) -> web.Response:
         """Answer `/function/...`. Raises Refused."""
         start = str(time.time_ns())
-        name, target = split_target(request.raw_path)
-        function = self._functions.get(name)
-        if "X-Callback-Url" in request.headers:
-            raise Refused(400, "X-Callback-Url: this gateway calls nobody back")
+        name, target = split_target(request.raw_path, PREFIX)
+        function = self._backend.get(name)
+        if CALLBACK_FIELD in request.headers:
+            raise Refused(400, f"{CALLBACK_FIELD} is for asynchronous calls: use /async-function/{name}")
         body = await read_body(request, BODY_BYTES_MAX)
         own = [("X-Start-Time", start), ("X-Served-By", SERVED_BY)]
         call = request.headers.get("X-Call-Id")
         if not call:
             call = str(uuid.uuid4())
             own.append(("X-Call-Id", call))
-        sent = upstream.Request(request.method, target, self._fields(request, call, start), body)
+        function.invocations += 1
+        sent = upstream.Request(request.method, target, passed_on(request, call, start), body)
         try:
-            answer, seconds = await self._pass_on(function, sent)
-        except NoInstance:
-            return _text(503, f"No endpoints available for: {name}.", own)
-        except Busy as error:
-            return _text(503, f"{name} is busy: {error}", [*own, ("Retry-After", str(RETRY_AFTER_SECONDS))])
-        except upstream.UpstreamTimeout as error:
-            self._log("invocation_failed", function=name, call=call[:64], status=504, detail=str(error))
-            return _text(504, f"{name} did not answer: {error}", own)
-        except upstream.UpstreamError as error:
-            self._log("invocation_failed", function=name, call=call[:64], status=502, detail=str(error))
-            return _text(502, f"{name} did not answer: {error}", own)
+            answer, seconds = await self.exchange(function, sent)
+        except ExchangeFailed as failed:
+            if failed.status >= 502 and not failed.is_early:
+                self._log("invocation_failed", function=name, call=call[:64], status=failed.status, detail=failed.detail)
+            retry = [("Retry-After", str(RETRY_AFTER_SECONDS))] if failed.is_busy else []
+            return web.Response(status=failed.status, text=failed.text, headers=CIMultiDict([*own, *retry]))
         if answer.field("x-duration-seconds") is None:  # a watchdog's own is the better one
             own.append(("X-Duration-Seconds", f"{seconds:.6f}"))
         return _passed_back(request.method, answer, own)
 
-    async def _pass_on(self, function: Function, request: upstream.Request) -> tuple[upstream.Answer, float]:
-        """Send the request to one instance. A request that a function may have seen is never sent again.
+    async def exchange(self, function: Function, request: upstream.Request, seize: Seize | None = None) -> tuple[upstream.Answer, float]:
+        """An instance's whole answer and how long it took. A request that a function may have seen is never sent again.
 
         A guard that answers `retired` has not let it in, so it goes to another instance then; once, or a program that says so
-        itself would have its request for ever.
+        itself would have its request for ever. `seize` is awaited once an instance is held and before it sees anything.
+        Raises ExchangeFailed.
         """
-        function.invocations += 1
-        answer, seconds, was_let_in = await self._exchange(function, request)
-        if not was_let_in:
-            answer, seconds, _ = await self._exchange(function, request)
+        name = function.deployment.name
+        try:
+            answer, seconds, was_let_in = await self._exchange(function, request, seize)
+            if not was_let_in:
+                answer, seconds, _ = await self._exchange(function, request, None)
+        except NoInstance as error:
+            raise ExchangeFailed(503, f"No endpoints available for: {name}.", "there is no ready instance", is_early=True) from error
+        except Busy as error:
+            raise ExchangeFailed(503, f"{name} is busy: {error}", str(error), is_early=True, is_busy=True) from error
+        except upstream.UpstreamTimeout as error:
+            raise ExchangeFailed(504, f"{name} did not answer: {error}", str(error)) from error
+        except upstream.UpstreamError as error:
+            raise ExchangeFailed(502, f"{name} did not answer: {error}", str(error)) from error
         return answer, seconds
 
-    async def _exchange(self, function: Function, request: upstream.Request) -> tuple[upstream.Answer, float, bool]:
+    async def _exchange(self, function: Function, request: upstream.Request, seize: Seize | None) -> tuple[upstream.Answer, float, bool]:
         """An instance's answer, how long it took, and whether the instance's guard let the request in."""
-        instance: Instance = await function.slots.take()
+        instance = await function.slots.take()
         try:
+            if seize is not None:
+                await seize()
             begin = time.perf_counter()
-            host, port = instance.host(), self._functions.port
-            answer = await upstream.exchange(host, port, request, instance.breaker, seconds_max=INVOCATION_SECONDS_MAX)
+            answer = await upstream.exchange(instance.host(), self._backend.port, request, instance.breaker, seconds_max=INVOCATION_SECONDS_MAX)
             seconds = time.perf_counter() - begin
             is_retired = instance.retires(answer)
             if is_retired:
@@ -133,19 +156,17 @@ class Proxy:
         finally:
             function.slots.give_back(instance)
 
-    def _fields(self, request: web.BaseRequest, call: str, start: str) -> list[tuple[str, str]]:
-        headers = request.headers
-        return [
-            *end_to_end(headers.items(), OURS_UP | FRAMING),
-            ("X-Call-Id", call),
-            ("X-Start-Time", start),
-            ("X-Forwarded-For", headers.get("X-Forwarded-For") or request.remote or ""),
-            ("X-Forwarded-Host", headers.get("X-Forwarded-Host") or request.host),
-        ]
 
-
-def _text(status: int, text: str, fields: list[tuple[str, str]]) -> web.Response:
-    return web.Response(status=status, text=text, headers=CIMultiDict(fields))
+def passed_on(request: web.BaseRequest, call: str, start: str) -> list[tuple[str, str]]:
+    """The fields that a function gets of a client's request."""
+    headers = request.headers
+    return [
+        *end_to_end(headers.items(), OURS_UP | FRAMING),
+        ("X-Call-Id", call),
+        ("X-Start-Time", start),
+        ("X-Forwarded-For", headers.get("X-Forwarded-For") or request.remote or ""),
+        ("X-Forwarded-Host", headers.get("X-Forwarded-Host") or request.host),
+    ]
 
 
 def _passed_back(method: str, answer: upstream.Answer, own: list[tuple[str, str]]) -> web.Response:

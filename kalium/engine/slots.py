@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Hashable
 
 from kalium.engine.deadline import within
-from kalium.engine.host import Instance
+from kalium.engine.instance import Instance
 from kalium.engine.limits import QUEUE_REQUESTS_MAX, QUEUE_SECONDS_MAX
 
 

@@ -9,7 +9,7 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,14 @@ from typing import Any, TypeVar
 import aiohttp
 from yarl import URL
 
-from kalium.engine.command import CommandFailed, Done
-from kalium.engine.config import Bridge, Config, Listener, Runtime
-from kalium.engine.host import Instance, Watch
-from kalium.engine.server import Engine
+from kalium.engine.backend import Observe
+from kalium.engine.config import Bridge, Config, Listener, PodmanConfig, Runtime
+from kalium.engine.log import LogLine
+from kalium.engine.podman.backend import PodmanBackend
+from kalium.engine.podman.command import CommandFailed, Done, Programs
+from kalium.engine.podman.host import Sandbox, Watch
+from kalium.engine.server import Engine, MakeBackend
+from kalium.engine.state import State
 
 STORY_S = 20.0
 BRIDGE = "kaltest0"
@@ -94,16 +98,39 @@ class Machine:
     health: bytes = b""  # the whole answer to a question for it; "" as is_healthy says
     requests: list[str] = field(default_factory=list)
     logs: bytes = b"2026-01-01T00:00:00Z hello from the function\n"
+    printed: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)  # lines for whoever follows
+    following: int = 0
     made: int = 0  # containers, ever
     now: int = 0  # commands that run at this moment, and the most that ever did
     most: int = 0
+
+    def backend(self, watch: Watch) -> MakeBackend:
+        """What makes the back-end of an engine on this machine."""
+
+        def make(config: Config, state: State, log: LogLine, observe: Observe) -> PodmanBackend:
+            assert isinstance(config.backend, PodmanConfig)
+            return PodmanBackend(config, config.backend, state, log, observe, Programs(self.run, self.stream), watch)
+
+        return make
+
+    async def stream(self, argv: Sequence[str]) -> AsyncGenerator[bytes, None]:
+        """`kalium.engine.podman.command.Stream`: what was printed, and then what a test puts into `printed`."""
+        self.commands.append(" ".join(argv))
+        self.following += 1
+        try:
+            for line in self.logs.splitlines():
+                yield line
+            while True:
+                yield await self.printed.get()
+        finally:
+            self.following -= 1
 
     def is_clean(self) -> bool:
         """Nothing is left but the bridge."""
         return not self.namespaces and not self.containers and set(self.links) <= {BRIDGE}
 
     async def run(self, argv: Sequence[str], *, seconds_max: float, stdin: bytes = b"") -> Done:
-        """`kalium.engine.command.Run`."""
+        """`kalium.engine.podman.command.Run`."""
         command = " ".join(argv) + (f" <<{stdin.decode()}" if stdin and argv[0] == "ip" else "")
         self.commands.append(command)
         is_podman = argv[0] == "podman"
@@ -248,10 +275,10 @@ class Machine:
 class FakeWatch(Watch):
     """Ends of sandboxes come from the test."""
 
-    def start(self, instance: Instance, pid_file: Path) -> None:
+    def start(self, instance: Sandbox, pid_file: Path) -> None:
         self._handles[instance] = 0
 
-    def stop(self, instance: Instance) -> None:
+    def stop(self, instance: Sandbox) -> None:
         self._handles.pop(instance, None)
 
     def kill(self, name: str) -> None:
@@ -294,14 +321,16 @@ def config(folder: Path) -> Config:
         data=Listener("127.0.0.1", 0),
         user="admin",
         password_file=folder / "password",
-        bridge=Bridge(BRIDGE, ipaddress.IPv4Address("127.66.0.1"), 24, first, first + 9),
         hosts={"gateway": "127.66.0.1", "database": "127.66.0.1"},
-        runtimes={
-            "stock": Runtime(runtime, ("network=sandbox",), guarded=False),
-            "kalium": Runtime(runtime, ("network=sandbox", "x=y"), guarded=True),
-        },
-        podman=("podman",),
-        agent=folder / "agent.sock",
+        backend=PodmanConfig(
+            bridge=Bridge(BRIDGE, ipaddress.IPv4Address("127.66.0.1"), 24, first, first + 9),
+            runtimes={
+                "stock": Runtime(runtime, ("network=sandbox",), guarded=False),
+                "kalium": Runtime(runtime, ("network=sandbox", "x=y"), guarded=True),
+            },
+            command=("podman",),
+            agent=folder / "agent.sock",
+        ),
         state_dir=folder / "state",
         function_port=PORT,
         health_path="/_/health",
@@ -324,6 +353,17 @@ class World:
     @property
     def listening(self) -> dict[str, Any]:
         return next(line for line in self.log if line["event"] == "listening")
+
+    @property
+    def backend(self) -> PodmanBackend:
+        """The engine's back-end, with all that a test may look into."""
+        assert isinstance(self.engine.backend, PodmanBackend)
+        return self.engine.backend
+
+    @property
+    def agent_socket(self) -> Path:
+        assert isinstance(self.config.backend, PodmanConfig)
+        return self.config.backend.agent
 
     def events(self, event: str) -> list[dict[str, Any]]:
         return [line for line in self.log if line["event"] == event]
@@ -367,9 +407,10 @@ class World:
 async def world(folder: Path, machine: Machine | None = None) -> AsyncIterator[World]:
     """An engine that serves while the block lasts. At its end nothing may be left on the machine, at the agent or in the engine."""
     machine, made, log = machine or Machine(), config(folder), []
-    agent, watch = FakeAgent(made.agent), FakeWatch()
-    door = await asyncio.start_unix_server(agent.serve, str(made.agent))
-    engine = Engine(made, lambda event, **fields: log.append({"event": event, **fields}), machine.run, watch)
+    assert isinstance(made.backend, PodmanConfig)
+    agent, watch = FakeAgent(made.backend.agent), FakeWatch()
+    door = await asyncio.start_unix_server(agent.serve, str(made.backend.agent))
+    engine = Engine(made, lambda event, **fields: log.append({"event": event, **fields}), machine.backend(watch))
     serving = asyncio.ensure_future(engine.serve())
     try:
         await until(lambda: serving.done() or any(line["event"] == "listening" for line in log), "the engine to listen")
@@ -386,4 +427,5 @@ async def world(folder: Path, machine: Machine | None = None) -> AsyncIterator[W
     assert machine.is_clean(), machine
     assert agent.registered == {}
     assert not watch._handles
-    assert not engine._host.pool.taken, "every address is free again"
+    assert isinstance(engine.backend, PodmanBackend)
+    assert not engine.backend.host.pool.taken, "every address is free again"

@@ -1,6 +1,7 @@
 """The REST API of OpenFaaS as a client meets it, each error path included. The engine is whole; only the machine is not one."""
 
 import asyncio
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 from engine_world import APP, GUARDED, PORT, Machine, World, play, until, world
 
 from kalium.engine.limits import ADMIN_BYTES_MAX, REPLICAS_MAX, SECRET_BYTES_MAX
+
+LOGIN = {"Authorization": "Basic " + base64.b64encode(b"admin:right").decode()}
 
 
 def test_a_function_is_deployed_listed_described_invoked_and_removed(tmp_path: Path) -> None:
@@ -122,7 +125,7 @@ def test_a_refused_registration_is_told_and_leaves_nothing(tmp_path: Path, refus
 def test_without_an_agent_guarded_functions_are_refused_and_others_are_not(tmp_path: Path) -> None:
     async def story() -> None:
         async with world(tmp_path) as site:
-            site.config.agent.unlink()
+            site.agent_socket.unlink()
 
             assert (await site.deploy(labels=GUARDED, annotations=APP))[0] == 503
             assert (await site.deploy())[0] == 202
@@ -302,7 +305,7 @@ def test_secrets_are_kept_changed_removed_and_never_shown(tmp_path: Path) -> Non
     play(story())
 
 
-def test_logs_are_told_line_by_line_and_not_followed(tmp_path: Path) -> None:
+def test_logs_are_told_line_by_line(tmp_path: Path) -> None:
     async def story() -> None:
         async with world(tmp_path) as site:
             await site.deploy()
@@ -320,9 +323,51 @@ def test_logs_are_told_line_by_line_and_not_followed(tmp_path: Path) -> None:
                 "text": "hello from the function",
             }
             assert " --tail 3 --since 2026-11-22T01:54:12+00:00 " in site.machine.commands[-1]
-            assert (await site.call("GET", "/system/logs?name=echo&follow=1"))[0] == 501
             assert (await site.call("GET", "/system/logs?name=echo&tail=x"))[0] == 400
             assert (await site.call("GET", "/system/logs?name=echo&since=yesterday"))[0] == 400
+
+    play(story())
+
+
+def test_logs_are_followed_for_as_long_as_somebody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of an instance that comes meanwhile; a reader that has gone is noticed though nothing is printed."""
+    monkeypatch.setattr("kalium.engine.follow.FOLLOW_TICK_SECONDS", 0.01)
+
+    async def story() -> None:
+        async with world(tmp_path) as site:
+            await site.deploy()
+            await site.ready()
+            url = f"http://{site.listening['address']}/system/logs?name=echo&follow=1&tail=3"
+            async with site.session.get(url, headers=LOGIN) as answer:
+                assert answer.headers["Transfer-Encoding"] == "chunked"
+                assert json.loads(await answer.content.readline())["text"] == "hello from the function"
+                await site.machine.printed.put(b"2026-01-01T00:00:01Z and more")
+                assert json.loads(await answer.content.readline())["text"] == "and more"
+                await site.call("POST", "/system/scale-function/echo", {"replicas": 2})
+                await site.ready(replicas=2)
+                second = json.loads(await answer.content.readline())
+                assert (second["text"], second["instance"]) == ("hello from the function", list(site.machine.containers.values())[1].name)
+                answer.close()
+            await until(lambda: site.machine.following == 0, "that the reader is missed")
+            followed = [command for command in site.machine.commands if " logs --follow " in command]
+            assert len(followed) == 2
+            assert " --timestamps --tail 3 " in followed[0]
+
+    play(story())
+
+
+def test_followers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kalium.engine.api.FOLLOWERS_MAX", 1)
+
+    async def story() -> None:
+        async with world(tmp_path) as site:
+            await site.deploy()
+            await site.ready()
+            url = f"http://{site.listening['address']}/system/logs?name=echo&follow=true"
+            async with site.session.get(url, headers=LOGIN) as answer:
+                await answer.content.readline()
+                assert (await site.call("GET", "/system/logs?name=echo&follow=true"))[0] == 503
+                assert (await site.call("GET", "/system/logs?name=echo&follow=false"))[0] == 200
 
     play(story())
 
@@ -392,7 +437,7 @@ def described_reason(described: dict[str, Any]) -> str:
 
 
 def test_an_instance_that_never_gets_ready_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalium.engine.host.READY_SECONDS_MAX", 0.05)
+    monkeypatch.setattr("kalium.engine.instance.READY_SECONDS_MAX", 0.05)
 
     async def story() -> None:
         async with world(tmp_path) as site:

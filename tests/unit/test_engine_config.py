@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
-from kalium.engine.config import CONFIG_BYTES_MAX, load
+from kalium.engine.config import CONFIG_BYTES_MAX, KubernetesConfig, load
 from kalium.engine.limits import QUEUE_REQUESTS_MAX, REPLICAS_MAX
 from kalium.engine.log import EVENTS, FIELDS, Log
 from kalium.errors import KaliumError
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "gateway.md").read_text(encoding="utf-8")
-SHOWN: dict[str, Any] = json.loads(re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)[1])  # type: ignore[index]
+SHOWN: dict[str, Any]
+CLUSTER: dict[str, Any]
+SHOWN, CLUSTER = map(json.loads, re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL))
 
 
 def loaded(folder: Path, document: Any) -> Any:
@@ -28,15 +30,46 @@ def test_the_pages_configuration_is_one(tmp_path: Path) -> None:
     config = loaded(tmp_path, SHOWN)
 
     assert (config.admin.host, config.admin.port, config.log) == ("127.0.0.1", 31112, None)
-    assert config.runtimes["kalium"].guarded
-    assert config.runtimes["kalium"].flags[-1] == "pod-init-config=/etc/kalium/pod-init.json"
+    assert config.backend.runtimes["kalium"].guarded
+    assert config.backend.runtimes["kalium"].flags[-1] == "pod-init-config=/etc/kalium/pod-init.json"
     assert config.hosts["images.kalium.test"] == "10.137.0.1"
 
 
-def test_relative_paths_are_meant_from_the_files_folder(tmp_path: Path) -> None:
-    config = loaded(tmp_path, {**SHOWN, "state_dir": "state", "agent": "a.sock", "password_file": "p", "log": "engine.log"})
+def test_the_pages_configuration_of_a_cluster_is_one(tmp_path: Path) -> None:
+    config = loaded(tmp_path, CLUSTER)
 
-    assert [config.state_dir, config.agent, config.password_file, config.log] == [tmp_path / name for name in ("state", "a.sock", "p", "engine.log")]
+    assert isinstance(config.backend, KubernetesConfig)
+    assert (config.backend.runtimes["stock"].name, config.backend.runtimes["stock"].guarded) == ("gvisor", False)
+    assert (config.backend.runtimes["kalium"].name, config.backend.runtimes["kalium"].guarded) == ("kalium", True)
+    assert config.backend.kubeconfig == Path("/etc/kalium/kubernetes/gateway.conf")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda document: document.update(podman=["podman"]), "unknown key podman"),
+        (lambda document: document.update(backend="docker"), "backend is 'docker'"),
+        (lambda document: document.pop("kubernetes"), "lacks kubernetes"),
+        (lambda document: document["kubernetes"].pop("classes"), "kubernetes lacks classes"),
+        (lambda document: document["kubernetes"].update(classes=[]), "kubernetes.classes is []"),
+        (lambda document: document["kubernetes"]["classes"].update(Stock=CLUSTER["kubernetes"]["classes"]["stock"]), "runtimes holds 'Stock'"),
+        (lambda document: document["kubernetes"]["classes"]["kalium"].update(guarded="yes"), "classes.kalium.guarded is 'yes'"),
+        (lambda document: document["kubernetes"].update(node_selector={"a": 1}), "no object of texts"),
+        (lambda document: document["kubernetes"].update(namespace="other"), "unknown key namespace"),
+    ],
+)
+def test_what_is_wrong_for_a_cluster_is_named(tmp_path: Path, spoil: Callable[[dict[str, Any]], Any], told: str) -> None:
+    document = copy.deepcopy(CLUSTER)
+    spoil(document)
+
+    with pytest.raises(KaliumError, match=re.escape(told)):
+        loaded(tmp_path, document)
+
+
+def test_relative_paths_are_meant_from_the_files_folder(tmp_path: Path) -> None:
+    config = loaded(tmp_path, {**SHOWN, "state_dir": "state", "password_file": "p", "log": "engine.log"})
+
+    assert [config.state_dir, config.password_file, config.log] == [tmp_path / name for name in ("state", "p", "engine.log")]
 
 
 @pytest.mark.parametrize("key", sorted(set(SHOWN) - {"log"}))
@@ -128,6 +161,6 @@ def test_the_log_is_json_lines_with_known_fields(tmp_path: Path) -> None:
 
 def test_every_field_of_the_log_is_used() -> None:
     """A field that nobody writes is a promise that nobody keeps."""
-    sources = "".join(path.read_text(encoding="utf-8") for path in (Path(__file__).resolve().parents[2] / "kalium" / "engine").glob("*.py"))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (Path(__file__).resolve().parents[2] / "kalium" / "engine").rglob("*.py"))
 
     assert {field for field in FIELDS if not re.search(rf"\b{field}=", sources)} == set()

@@ -14,12 +14,12 @@ import pytest
 from engine_world import APP, BRIDGE, GUARDED, STORY_S, FakeWatch, Machine, config, echo, http_answer, play, until, world
 
 from kalium.engine.agent import Agent, AgentUnavailable
-from kalium.engine.command import CommandFailed
 from kalium.engine.config import Listener
-from kalium.engine.functions import Replica
-from kalium.engine.host import Host
 from kalium.engine.limits import REMOVE_ATTEMPTS_MAX
-from kalium.engine.network import AddressPool, hardware_address
+from kalium.engine.podman.command import CommandFailed
+from kalium.engine.podman.functions import Replica
+from kalium.engine.podman.host import Host
+from kalium.engine.podman.network import AddressPool, Network, hardware_address
 from kalium.engine.server import Engine
 from kalium.errors import KaliumError
 
@@ -42,9 +42,9 @@ def failing(pattern: str, times: int = 1_000_000) -> Callable[[str], str | None]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses are short; what happens between them is the same."""
-    monkeypatch.setattr("kalium.engine.functions.RESTART_PAUSE_SECONDS", (0.0007, 0.0028))
-    monkeypatch.setattr("kalium.engine.host.REMOVE_PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr("kalium.engine.host.PROBE_PAUSE_SECONDS", (0.001, 0.004))
+    monkeypatch.setattr("kalium.engine.podman.functions.RESTART_PAUSE_SECONDS", (0.0007, 0.0028))
+    monkeypatch.setattr("kalium.engine.podman.host.REMOVE_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("kalium.engine.instance.PROBE_PAUSE_SECONDS", (0.001, 0.004))
 
 
 # Making
@@ -71,7 +71,7 @@ def test_a_step_that_fails_is_told_and_undone(tmp_path: Path, step: str, reason:
             assert (status, reason in text) == (500, True), text
             assert site.machine.is_clean()
             assert not site.agent.registered
-            assert not site.engine._host.pool.taken
+            assert not site.backend.host.pool.taken
             assert json.loads((await site.call("GET", "/system/functions"))[1]) == []
 
     play(story())
@@ -173,7 +173,7 @@ def test_a_removal_at_any_moment_leaves_nothing(tmp_path: Path, steps: int) -> N
 
             assert site.machine.is_clean()
             assert not site.agent.registered
-            assert not site.engine._host.pool.taken
+            assert not site.backend.host.pool.taken
 
     play(story())
 
@@ -225,12 +225,12 @@ def test_what_cannot_be_removed_is_an_error_and_its_address_is_not_used_again(tm
             assert (await site.call("DELETE", "/system/functions", {"functionName": "echo"}))[0] == 202
 
             assert "as the test says" in site.events("instance_left")[0]["detail"]
-            assert site.engine._host.pool.taken == 1
+            assert site.backend.host.pool.taken == 1
             (left,) = site.machine.containers
             site.machine.fails = lambda command: None
-            await site.engine._host.remove_leftovers()
+            await site.backend.host.remove_leftovers()
             assert site.machine.is_clean(), f"the next engine removes {left}"
-            site.engine._host.pool._taken.clear()
+            site.backend.host.pool._taken.clear()
 
     play(story())
 
@@ -240,7 +240,7 @@ def test_an_agent_that_is_away_does_not_hold_a_removal_up(tmp_path: Path) -> Non
         async with world(tmp_path) as site:
             await site.deploy(**WHOLE)
             await site.ready()
-            site.config.agent.unlink()
+            site.agent_socket.unlink()
 
             assert (await site.call("DELETE", "/system/functions", {"functionName": "echo"}))[0] == 202
 
@@ -323,8 +323,8 @@ def test_an_instance_that_dies_is_replaced(tmp_path: Path) -> None:
 
 def test_an_instance_that_was_steady_begins_with_the_short_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise a function that dies once a day would be away for half a minute each time, for ever."""
-    monkeypatch.setattr("kalium.engine.functions.RESTART_PAUSE_SECONDS", (0.0007, 10 * STORY_S))
-    monkeypatch.setattr("kalium.engine.functions.STEADY_SECONDS", 0.0)
+    monkeypatch.setattr("kalium.engine.podman.functions.RESTART_PAUSE_SECONDS", (0.0007, 10 * STORY_S))
+    monkeypatch.setattr("kalium.engine.podman.functions.STEADY_SECONDS", 0.0)
 
     async def story() -> None:
         async with world(tmp_path) as site:
@@ -346,7 +346,7 @@ def test_pauses_between_failures_grow_to_a_bound(tmp_path: Path, monkeypatch: py
             pauses.append(seconds)
         await real(0)
 
-    monkeypatch.setattr("kalium.engine.functions.asyncio.sleep", sleep)
+    monkeypatch.setattr("kalium.engine.podman.functions.asyncio.sleep", sleep)
 
     async def story() -> None:
         async with world(tmp_path) as site:
@@ -567,7 +567,7 @@ def test_containers_get_what_they_need_and_no_more(tmp_path: Path) -> None:
 def test_the_bridge_is_made_once_and_not_taken_from_others(tmp_path: Path) -> None:
     async def story() -> None:
         machine = Machine()
-        network = Engine(config(tmp_path), lambda *a, **k: None, machine.run)._network
+        network = Network(machine.run, config(tmp_path).backend.bridge)  # type: ignore[union-attr]
 
         assert [await network.up(), await network.up()] == [True, False]
         assert [await network.down(), await network.down()] == [True, False]
@@ -590,13 +590,13 @@ def test_a_bridge_with_instances_stays(tmp_path: Path) -> None:
         async with world(tmp_path) as site:
             await site.deploy()
             with pytest.raises(KaliumError, match="1 instances are attached"):
-                await site.engine._network.down()
+                await site.backend.network.down()
 
     play(story())
 
 
 def test_an_address_is_in_one_hand_and_rests_longest(tmp_path: Path) -> None:
-    pool = AddressPool(config(tmp_path).bridge)
+    pool = AddressPool(config(tmp_path).backend.bridge)  # type: ignore[union-attr]
 
     first = pool.take()
     pool.give_back(first)
@@ -636,7 +636,7 @@ def test_a_silent_agent_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: 
 def test_two_engines_do_not_share_a_state(tmp_path: Path) -> None:
     async def story() -> None:
         async with world(tmp_path) as site:
-            second = Engine(site.config, lambda *a, **k: None, site.machine.run, FakeWatch())
+            second = Engine(site.config, lambda *a, **k: None, site.machine.backend(FakeWatch()))
             with pytest.raises(KaliumError) as caught:
                 await second.serve()
             assert caught.value.code == "engine.running"
@@ -649,7 +649,7 @@ def test_two_engines_do_not_share_a_state(tmp_path: Path) -> None:
     [
         (lambda site: site.config.password_file.unlink(), "engine.password"),
         (lambda site: site.config.password_file.write_text("\n"), "engine.password"),
-        (lambda site: site.config.runtimes["stock"].path.unlink(), "engine.runtime"),
+        (lambda site: site.config.backend.runtimes["stock"].path.unlink(), "engine.runtime"),
         (lambda site: setattr(site.machine, "fails", lambda command: "cannot be run" if "--version" in command else None), "engine.program"),
         (lambda site: setattr(site.machine, "fails", failing("^ip ")), "engine.network"),
         (lambda site: site.config.state_dir.write_text(""), "engine.state"),
@@ -663,7 +663,7 @@ def test_an_engine_that_cannot_begin_says_why_and_what_next(tmp_path: Path, spoi
     async def story() -> None:
         spoil(Spoilt)
         with pytest.raises(KaliumError) as caught:
-            await Engine(Spoilt.config, lambda *a, **k: None, Spoilt.machine.run, FakeWatch()).serve()
+            await Engine(Spoilt.config, lambda *a, **k: None, Spoilt.machine.backend(FakeWatch())).serve()
         lines = caught.value.for_humans().splitlines()
         assert (caught.value.code, len(lines), lines[1][:6]) == (code, 2, "next: ")
 
@@ -677,7 +677,7 @@ def test_a_busy_port_names_the_variable_that_moves_it(tmp_path: Path) -> None:
         machine = Machine()
         busy = dataclasses.replace(config(tmp_path), data=Listener("127.0.0.1", port))
         with pytest.raises(KaliumError, match="in use") as caught:
-            await Engine(busy, lambda *a, **k: None, machine.run, FakeWatch()).serve()
+            await Engine(busy, lambda *a, **k: None, machine.backend(FakeWatch())).serve()
         assert "kalium_engine_data_port" in caught.value.next_step
         taken.close()
 

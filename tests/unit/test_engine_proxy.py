@@ -14,7 +14,7 @@ from engine_world import APP, GUARDED, PORT, World, echo, http_answer, play, unt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalium.engine.host import Instance
+from kalium.engine.instance import Instance
 from kalium.engine.limits import BODY_BYTES_MAX
 from kalium.engine.proxy import split_target
 from kalium.engine.slots import Busy, NoInstance, Slots
@@ -56,7 +56,7 @@ def seen(text: str) -> tuple[str, dict[str, str], str]:
     ],
 )
 def test_a_target_is_split_and_not_unescaped(target: str, expected: tuple[str, str]) -> None:
-    assert split_target(target) == expected
+    assert split_target(target, "/function/") == expected
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
@@ -187,16 +187,6 @@ def test_a_guards_refusal_passes_as_it_is(tmp_path: Path) -> None:
     with_function(tmp_path, story)
 
 
-def test_what_this_gateway_does_not_do_is_refused(tmp_path: Path) -> None:
-    async def story(site: World) -> None:
-        assert (await site.invoke(headers={"X-Callback-Url": "http://gateway:8080/function/echo"}))[0] == 400
-        for side in ("address", "data_address"):
-            assert (await site.call("POST", "/async-function/echo", b"x", side=side))[0] == 501
-        assert site.machine.requests == []
-
-    with_function(tmp_path, story)
-
-
 @pytest.mark.parametrize("name", ["absent", "echo.other", "", "ECHO", "echo%2e", "..%2fsystem"])
 def test_what_is_not_deployed_is_not_found(tmp_path: Path, name: str) -> None:
     async def story(site: World) -> None:
@@ -303,7 +293,7 @@ def test_a_request_is_sent_again_once(tmp_path: Path) -> None:
 
 
 def test_instances_that_serve_one_request_each_are_replaced_without_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalium.engine.functions.RESTART_PAUSE_SECONDS", (600.0, 600.0))
+    monkeypatch.setattr("kalium.engine.podman.functions.RESTART_PAUSE_SECONDS", (600.0, 600.0))
 
     async def story(site: World) -> None:
         served: set[str] = set()
@@ -374,7 +364,7 @@ def test_who_says_retired_when_asked_for_its_health_is_replaced_at_once(tmp_path
 
 
 def test_a_replacement_that_does_not_start_leaves_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalium.engine.functions.RESTART_PAUSE_SECONDS", (0.05, 0.05))
+    monkeypatch.setattr("kalium.engine.podman.functions.RESTART_PAUSE_SECONDS", (0.05, 0.05))
 
     async def story(site: World) -> None:
         site.machine.answering = retiring(site, 1)
@@ -468,8 +458,8 @@ def test_no_answer_in_time_is_504_and_others_wait_until_the_function_is_back(tmp
 
 
 def test_an_instance_that_does_not_get_well_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalium.engine.host.READY_SECONDS_MAX", 0.05)
-    monkeypatch.setattr("kalium.engine.functions.RESTART_PAUSE_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr("kalium.engine.instance.READY_SECONDS_MAX", 0.05)
+    monkeypatch.setattr("kalium.engine.podman.functions.RESTART_PAUSE_SECONDS", (0.01, 0.01))
 
     async def story(site: World) -> None:
         async def broken(head: str, body: str) -> bytes:
@@ -507,7 +497,7 @@ def test_an_instance_has_one_request_at_a_time_and_the_others_come_in_their_orde
         asked = []
         for number in range(10):
             asked.append(asyncio.ensure_future(site.invoke(body=str(number).encode())))
-            await until(lambda: len(site.engine._functions.get("echo").slots._waiting) + len(order) > number, "the request at the gateway")  # noqa: B023
+            await until(lambda: len(site.backend.get("echo").slots._waiting) + len(order) > number, "the request at the gateway")  # noqa: B023
 
         answers = await asyncio.gather(*asked)
 
@@ -551,7 +541,7 @@ def test_a_full_queue_refuses_with_a_hint_when_to_come_back(tmp_path: Path, monk
 
         site.machine.answering = slow
         asked = [asyncio.ensure_future(site.invoke()) for _ in range(3)]
-        await until(lambda: len(site.engine._functions.get("echo").slots._waiting) == 2, "a full queue")
+        await until(lambda: len(site.backend.get("echo").slots._waiting) == 2, "a full queue")
 
         status, text, headers = await site.invoke()
         ended.set()
@@ -563,7 +553,7 @@ def test_a_full_queue_refuses_with_a_hint_when_to_come_back(tmp_path: Path, monk
 
 
 def instance(room: int = 1) -> Instance:
-    return Instance(SimpleNamespace(max_inflight=room), "", None)  # type: ignore[arg-type]
+    return Instance(SimpleNamespace(max_inflight=room), "", is_guarded=False)  # type: ignore[arg-type]
 
 
 def test_the_wait_in_the_queue_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ POLL_SECONDS = 0.1
 # Folders that podman makes itself when it first runs: its images, the lock of its networks and their addresses.
 PODMANS = {"/var/lib/containers", "/etc/cni", "/var/lib/cni"}
 BLOCK = re.compile(r"^# BEGIN kalium\n.*?^# END kalium\n", re.MULTILINE | re.DOTALL)  # as the blockinfile tasks mark it
-NAMESPACE = re.compile(r"kal-[0-9a-f]{8}")  # as kalium/engine/network.py names an instance's
+NAMESPACE = re.compile(r"kal-[0-9a-f]{8}")  # as kalium/engine/podman/network.py names an instance's
 
 
 def run(command):

@@ -6,15 +6,16 @@ import asyncio
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
-from kalium.engine.command import CommandFailed, Done, Run, checked
 from kalium.engine.config import Runtime
 from kalium.engine.deployment import APP_ANNOTATION, OURS, Deployment
 from kalium.engine.limits import CONTAINER_LOG_BYTES_MAX, PODMAN_AT_ONCE, PODMAN_SECONDS_MAX, STOP_SECONDS
-from kalium.engine.network import namespace_of
+from kalium.engine.podman.command import CommandFailed, Done, Programs, checked
+from kalium.engine.podman.network import namespace_of
 
 ENGINE_LABEL = OURS + "engine"  # the bridge's name: engines beside each other leave each other's containers alone
 INSTANCE_LABEL = OURS + "instance"
@@ -55,8 +56,9 @@ def secrets_archive(secrets: Mapping[str, bytes]) -> bytes:
 class Podman:
     """Containers by podman; at most PODMAN_AT_ONCE commands run at the same time. Raises CommandFailed."""
 
-    def __init__(self, run: Run, command: Sequence[str], surroundings: Surroundings) -> None:
-        self._run = run
+    def __init__(self, programs: Programs, command: Sequence[str], surroundings: Surroundings) -> None:
+        self._run = programs.run
+        self._stream = programs.stream
         self._command = tuple(command)
         self._surroundings = surroundings
         self._turn = asyncio.Semaphore(PODMAN_AT_ONCE)
@@ -126,6 +128,13 @@ class Podman:
         if done.code != 0:
             raise CommandFailed(argv, done.told())
         return sorted((done.output + done.error).decode("utf-8", "replace").splitlines(), key=lambda line: line.partition(" ")[0])
+
+    async def follow(self, container: str, *, tail: int, since: str = "") -> AsyncGenerator[str, None]:
+        """As `logs`, and then every line as it is printed, until the container ends or nobody reads."""
+        words = ("logs", "--follow", "--timestamps", "--tail", str(tail), *(("--since", since) if since else ()), container)
+        async with aclosing(self._stream([*self._command, "--cgroup-manager", "cgroupfs", *words])) as lines:
+            async for line in lines:
+                yield line.decode("utf-8", "replace")
 
     async def remove(self, container: str) -> None:
         """Stop and remove a container. One that is not there is no error."""

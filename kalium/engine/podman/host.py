@@ -4,88 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import os
 import secrets
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from kalium.engine import upstream
 from kalium.engine.agent import Agent, AgentUnavailable, RegistrationRefused
-from kalium.engine.command import CommandFailed
 from kalium.engine.config import Runtime
-from kalium.engine.deadline import within
 from kalium.engine.deployment import Deployment, Refused
-from kalium.engine.limits import (
-    LOG_LINES_TOLD,
-    PROBE_PAUSE_SECONDS,
-    PROBE_SECONDS_MAX,
-    READY_SECONDS_MAX,
-    REMOVE_ATTEMPTS_MAX,
-    REMOVE_PAUSE_SECONDS,
-    RETIRED_BYTES_MAX,
-)
+from kalium.engine.instance import Health, Instance, NotReady
+from kalium.engine.limits import LOG_LINES_TOLD, REMOVE_ATTEMPTS_MAX, REMOVE_PAUSE_SECONDS
 from kalium.engine.log import LogLine
-from kalium.engine.network import AddressPool, Network, PoolExhausted
-from kalium.engine.podman import ImageAbsent, Podman
+from kalium.engine.podman.command import CommandFailed
+from kalium.engine.podman.containers import ImageAbsent, Podman
+from kalium.engine.podman.network import AddressPool, Network, PoolExhausted
 from kalium.errors import KaliumError
 
-RETIRED = "retired"  # the guard's reason (docs/reference/policy.md) for a request that it does not let in any more
 
+class Sandbox(Instance):
+    """An instance that podman runs. `has_*` and `container` say which steps were done, and so what has to be undone."""
 
-class NotReady(Exception):
-    """The instance ended or is retired, or did not answer its health path with 200 in time; the end of its own output says why."""
-
-
-@dataclass(eq=False)
-class Instance:
-    """A sandbox of a function. `has_*` and `container` say which steps were done, and so what has to be undone."""
-
-    deployment: Deployment
-    image: str
-    runtime: Runtime
-    id: str = field(default_factory=lambda: secrets.token_hex(4))
-    address: ipaddress.IPv4Address | None = None
-    has_namespace: bool = False
-    has_container: bool = False
-    container: str = ""
-    is_registered: bool = False
-    pid: int = 0  # of the sandbox; 0 before it was started
-    has_ended: bool = False  # the sandbox's process is gone
-    is_retired: bool = False  # its guard lets no more requests in
-    alarm: asyncio.Event = field(default_factory=asyncio.Event)  # it has ended or is retired, or a request to it failed
-    breaker: upstream.Breaker = field(default_factory=upstream.Breaker)
+    def __init__(self, deployment: Deployment, image: str, runtime: Runtime) -> None:
+        super().__init__(deployment, secrets.token_hex(4), is_guarded=runtime.guarded)
+        self.image = image
+        self.runtime = runtime
+        self.address: ipaddress.IPv4Address | None = None
+        self.has_namespace = False
+        self.has_container = False
+        self.container = ""
+        self.is_registered = False
+        self.pid = 0  # of the sandbox; 0 before it was started
 
     @property
     def name(self) -> str:
         """The container's name."""
         return f"kal-{self.deployment.name}-{self.id}"
-
-    def end(self, reason: str) -> None:
-        """Take note that it is gone, and with it the answer to a request that is still in it: a dead sandbox closes nothing."""
-        self.has_ended = True
-        self.alarm.set()
-        self.breaker.trip(reason)
-
-    def retires(self, answer: upstream.Answer) -> bool:
-        """Whether `answer` is that of a guard that lets no more requests in; then it has not let this one in either.
-
-        Where no guard is, a program's own words are the program's.
-        """
-        if not self.runtime.guarded or answer.status != 503 or len(answer.body) > RETIRED_BYTES_MAX:
-            return False
-        try:
-            said = json.loads(answer.body)
-        except ValueError:
-            return False
-        if not isinstance(said, dict) or said.get("error") != RETIRED:
-            return False
-        self.is_retired = True
-        self.alarm.set()
-        return True
 
     def host(self) -> str:
         """The address that requests go to."""
@@ -97,9 +51,9 @@ class Watch:
     """Calls back when a process has ended, from the kernel's own notice; no process is polled or waited for."""
 
     def __init__(self) -> None:
-        self._handles: dict[Instance, int] = {}
+        self._handles: dict[Sandbox, int] = {}
 
-    def start(self, instance: Instance, pid_file: Path) -> None:
+    def start(self, instance: Sandbox, pid_file: Path) -> None:
         """Call `instance.end` when its sandbox's process ends; at once when it already has."""
         try:
             instance.pid = int(pid_file.read_text(encoding="ascii"))
@@ -114,14 +68,14 @@ class Watch:
         self._handles[instance] = handle
         asyncio.get_running_loop().add_reader(handle, self._ended, instance)
 
-    def stop(self, instance: Instance) -> None:
+    def stop(self, instance: Sandbox) -> None:
         """Watch no longer. Stopping twice is stopping once."""
         handle = self._handles.pop(instance, None)
         if handle is not None:
             asyncio.get_running_loop().remove_reader(handle)
             os.close(handle)
 
-    def _ended(self, instance: Instance) -> None:
+    def _ended(self, instance: Sandbox) -> None:
         self.stop(instance)
         instance.end("its process ended")
 
@@ -144,8 +98,7 @@ class Host:
         agent: Agent,
         pool: AddressPool,
         log: LogLine,
-        function_port: int,
-        health_path: str,
+        health: Health,
         read_secrets: Callable[[Deployment], Mapping[str, bytes]],
         watch: Watch | None = None,
     ) -> None:
@@ -153,9 +106,8 @@ class Host:
         self.podman = podman
         self.agent = agent
         self.pool = pool
-        self.function_port = function_port
+        self.health = health
         self._log = log
-        self._health_path = health_path
         self._read_secrets = read_secrets
         self._watch = watch or Watch()
 
@@ -168,7 +120,7 @@ class Host:
         except CommandFailed as error:
             raise Refused(500, f"cannot look for image {deployment.image}: {error}") from error
 
-    async def prepare(self, instance: Instance) -> None:
+    async def prepare(self, instance: Sandbox) -> None:
         """Give the instance an address, a namespace, a container and an identity. Raises Refused, with nothing left behind."""
         deployment = instance.deployment
         try:
@@ -188,7 +140,7 @@ class Host:
             await asyncio.shield(self.remove(instance))
             raise
 
-    async def _prepare(self, instance: Instance) -> None:
+    async def _prepare(self, instance: Sandbox) -> None:
         deployment = instance.deployment
         given = self._read_secrets(deployment)
         instance.address = self.pool.take()
@@ -202,7 +154,7 @@ class Host:
             instance.is_registered = True
             await self.agent.register(instance.container, deployment.app, deployment.name, instance.image)
 
-    async def start(self, instance: Instance) -> None:
+    async def start(self, instance: Sandbox) -> None:
         """Start the container and watch its process. Raises NotReady; what was made stays, for `remove`.
 
         A start that has begun is waited for, also when its instance is not wanted any more: a podman that is killed halfway leaves a
@@ -218,46 +170,16 @@ class Host:
             raise NotReady(f"podman cannot start it: {error.found}") from error
         self._watch.start(instance, self.podman.pid_file(instance.id))
 
-    async def until_ready(self, instance: Instance) -> None:
-        """Return when the health path answers 200. Raises NotReady at the deadline, or at once when the process ends or its guard retires it."""
-        deadline = time.monotonic() + READY_SECONDS_MAX
-        pause, pause_max = PROBE_PAUSE_SECONDS
-        while True:
-            instance.alarm.clear()
-            found = "nothing" if instance.has_ended or instance.is_retired else await self._probe_or_alarm(instance)
-            if instance.has_ended:
-                raise NotReady(await self.told(instance, "its process ended"))
-            if instance.is_retired:
-                raise NotReady("its guard lets no more requests in")
-            if found == "200":
-                return
-            if time.monotonic() > deadline:
-                raise NotReady(await self.told(instance, f"{self._health_path} answered {found} after {READY_SECONDS_MAX:.0f} s"))
-            with suppress(asyncio.TimeoutError):
-                await within(pause, instance.alarm.wait())
-            pause = min(pause * 1.5, pause_max)
-
-    async def _probe_or_alarm(self, instance: Instance) -> str:
-        """What the probe found; cut short by an alarm, because nothing answers from where a sandbox was."""
-        tasks = asyncio.ensure_future(self._probe(instance)), asyncio.ensure_future(instance.alarm.wait())
+    async def until_ready(self, instance: Sandbox) -> None:
+        """As `Health.until_ready`; NotReady also has the end of what the function itself printed."""
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            return tasks[0].result() if tasks[0].done() else "nothing"
-        finally:
-            for task in tasks:
-                task.cancel()
+            await self.health.until_ready(instance)
+        except NotReady as error:
+            if instance.is_retired and not instance.has_ended:
+                raise
+            raise NotReady(await self.told(instance, str(error))) from error
 
-    async def _probe(self, instance: Instance) -> str:
-        """One body-less GET of the health path: the status as text, or why there is none."""
-        request = upstream.Request("GET", self._health_path, (), b"")
-        try:
-            answer = await upstream.exchange(instance.host(), self.function_port, request, instance.breaker, seconds_max=PROBE_SECONDS_MAX)
-        except upstream.UpstreamError as error:
-            return f"nothing ({error})"
-        instance.retires(answer)
-        return str(answer.status)
-
-    async def told(self, instance: Instance, found: str) -> str:
+    async def told(self, instance: Sandbox, found: str) -> str:
         """`found`, and the last that the function itself printed."""
         try:
             lines = await self.podman.logs(instance.container, tail=LOG_LINES_TOLD)
@@ -266,7 +188,7 @@ class Host:
         said = " | ".join(line.partition(" ")[2] for line in lines)
         return f"{found}; its output ends with: {said}" if said else f"{found}; it printed nothing"
 
-    async def remove(self, instance: Instance) -> None:
+    async def remove(self, instance: Sandbox) -> None:
         """Undo every step that was done, and give the address back when nothing uses it any more.
 
         A step that fails is tried again. What still cannot be removed is logged as an error, and its address is kept back:
@@ -284,7 +206,7 @@ class Host:
                 found = error
         self._log("instance_left", function=instance.deployment.name, instance=instance.id, detail=str(found))
 
-    async def _remove(self, instance: Instance) -> None:
+    async def _remove(self, instance: Sandbox) -> None:
         if instance.has_container:
             await self.podman.remove(instance.name)
             instance.has_container = False

@@ -6,20 +6,21 @@ import asyncio
 import os
 import signal
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
+from kalium.engine.backend import BackendFailed
 from kalium.engine.deadline import within
-from kalium.engine.limits import ERROR_CHARACTERS_MAX
+from kalium.engine.limits import ERROR_CHARACTERS_MAX, STREAMED_LINE_BYTES_MAX
 from kalium.errors import KaliumError
 
 OUTPUT_BYTES_MAX = 32 << 20
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-class CommandFailed(Exception):
+class CommandFailed(BackendFailed):
     """A program that did not do what it was run for: `found` is in its own words, shortened."""
 
     def __init__(self, argv: Sequence[str], found: str) -> None:
@@ -45,6 +46,12 @@ class Run(Protocol):
     """Runs a program to its end. Raises CommandFailed when it cannot be run or exceeds `seconds_max`, not for its exit status."""
 
     async def __call__(self, argv: Sequence[str], *, seconds_max: float, stdin: bytes = b"") -> Done: ...
+
+
+class Stream(Protocol):
+    """Runs a program and gives the lines that it prints, on either stream, until it ends or is read no longer. Raises CommandFailed."""
+
+    def __call__(self, argv: Sequence[str]) -> AsyncGenerator[bytes, None]: ...
 
 
 async def checked(run: Run, argv: Sequence[str], *, seconds_max: float, stdin: bytes = b"") -> bytes:
@@ -83,6 +90,36 @@ async def run_program(argv: Sequence[str], *, seconds_max: float, stdin: bytes =
         output.seek(0)
         error.seek(0)
         return Done(code, output.read(OUTPUT_BYTES_MAX), error.read(OUTPUT_BYTES_MAX))
+
+
+async def stream_program(argv: Sequence[str]) -> AsyncGenerator[bytes, None]:
+    """`Stream` for real. The program is killed when it is read no longer."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True, env=environment(os.environ), limit=STREAMED_LINE_BYTES_MAX,
+        )  # fmt: skip
+    except OSError as failure:
+        raise CommandFailed(argv, f"cannot be run: {failure.strerror or failure}") from failure
+    assert process.stdout is not None, "it was asked for"
+    try:
+        while line := await process.stdout.readline():
+            yield line.rstrip(b"\n")
+    except ValueError as failure:
+        raise CommandFailed(argv, f"printed a line of more than {STREAMED_LINE_BYTES_MAX} bytes") from failure
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+
+
+@dataclass(frozen=True)
+class Programs:
+    """How programs are run."""
+
+    run: Run = run_program
+    stream: Stream = stream_program
 
 
 async def require_program(run: Run, argv: Sequence[str], next_step: str) -> str:

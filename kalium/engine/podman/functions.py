@@ -1,45 +1,35 @@
-"""What is deployed, and what keeps it running: replaces instances that end, rolls from one deployment to the next, scales, removes."""
+"""What keeps a function running on podman: replaces instances that end, rolls from one deployment to the next, scales, removes."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import time
-import weakref
-from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from kalium.engine.backend import Function, Observe
 from kalium.engine.config import Runtime
-from kalium.engine.deployment import NAMESPACE, OURS, Deployment, Refused
-from kalium.engine.host import Host, Instance, NotReady
-from kalium.engine.limits import DRAIN_SECONDS_MAX, ERROR_CHARACTERS_MAX, FUNCTIONS_MAX, REPLICAS_MAX, RESTART_PAUSE_SECONDS, STEADY_SECONDS
+from kalium.engine.deployment import Deployment, Refused
+from kalium.engine.instance import Instance, NotReady
+from kalium.engine.limits import DRAIN_SECONDS_MAX, ERROR_CHARACTERS_MAX, RESTART_PAUSE_SECONDS, STEADY_SECONDS
 from kalium.engine.log import LogLine
-from kalium.engine.slots import Slots
-from kalium.engine.store import Store
-
-ADDRESS_ANNOTATION = OURS + "address"  # "ip:port[,...]" of the ready instances
-REASON_ANNOTATION = OURS + "reason"  # why there is no ready instance; not while the first is being made
-
-
-# Told of every task that ended: an exception in one is a mistake of ours, and stops the engine.
-Observe = Callable[["asyncio.Task[None]"], object]
+from kalium.engine.podman.host import Host, Sandbox
 
 
 class Replica:
     """Keeps one instance of a deployment alive until it is stopped."""
 
-    def __init__(self, function: Function, deployment: Deployment, image: str, runtime: Runtime) -> None:
+    def __init__(self, function: PodmanFunction, deployment: Deployment, image: str, runtime: Runtime) -> None:
         self._function = function
         self._deployment = deployment
         self._image = image  # "" when it is looked up anew for each instance
         self._runtime = runtime
         self._task: asyncio.Task[None] | None = None
         self._is_stopping = False
-        self.instance: Instance | None = None
+        self.instance: Sandbox | None = None
 
-    def start(self, first: Instance | None = None) -> None:
+    def start(self, first: Sandbox | None = None) -> None:
         """Begin, with an instance that is prepared already or by preparing one."""
         assert self._task is None, "a replica is started once"
         self._task = asyncio.get_running_loop().create_task(self._keep(first))
@@ -56,13 +46,13 @@ class Replica:
             self._task.cancel()
         await asyncio.wait([self._task])
 
-    async def _keep(self, instance: Instance | None) -> None:
+    async def _keep(self, instance: Sandbox | None) -> None:
         try:
             await self._replace_for_ever(instance)
         finally:
             self._function.slots.expect_no_more(self)
 
-    async def _replace_for_ever(self, instance: Instance | None) -> None:
+    async def _replace_for_ever(self, instance: Sandbox | None) -> None:
         function, host, log = self._function, self._function.host, self._function.log
         pause = RESTART_PAUSE_SECONDS[0]
         while True:
@@ -71,7 +61,7 @@ class Replica:
             try:
                 if instance is None:
                     image = self._image or await host.image_of(self._deployment)
-                    instance = Instance(self._deployment, image, self._runtime)
+                    instance = Sandbox(self._deployment, image, self._runtime)
                     await host.prepare(instance)
                 self.instance = instance
                 await host.start(instance)
@@ -106,7 +96,7 @@ class Replica:
             await asyncio.sleep(pause)
             pause = min(pause * 2, RESTART_PAUSE_SECONDS[1])
 
-    async def _attend(self, instance: Instance) -> None:
+    async def _attend(self, instance: Sandbox) -> None:
         """Offer a ready instance to requests for as long as it works. Raises NotReady."""
         function = self._function
         while True:
@@ -120,17 +110,14 @@ class Replica:
             await function.host.until_ready(instance)
 
 
-class Function:
+class PodmanFunction(Function):
     """A deployed function: its current replicas, and those of the deployment before while nothing new is ready."""
 
     def __init__(self, host: Host, runtimes: Mapping[str, Runtime], log: LogLine, observe: Observe, deployment: Deployment, created: str) -> None:
+        super().__init__(deployment, created, host.health.port)
         self.host = host
         self.log = log
         self.observe = observe
-        self.deployment = deployment
-        self.created = created
-        self.slots = Slots()
-        self.invocations = 0
         self.reason = ""
         self._runtimes = runtimes
         self._image = ""
@@ -143,7 +130,7 @@ class Function:
         """How many replicas there should be."""
         return len(self._replicas)
 
-    def renew(self, deployment: Deployment, image: str, replicas: int, first: Instance | None) -> None:
+    def renew(self, deployment: Deployment, image: str, replicas: int, first: Sandbox | None) -> None:
         """Begin with `replicas` of a new deployment. Ready instances of the one before take requests until one of these does."""
         old = [*self._outgoing, *self._replicas]
         self.deployment, self._image = deployment, image
@@ -195,31 +182,9 @@ class Function:
         if self._retiring:
             await asyncio.wait(list(self._retiring))
 
-    def ready(self) -> list[Instance]:
-        """The instances of the current deployment that take requests, in the order of their addresses."""
-        current = (instance for instance in self.slots.ready() if instance.deployment is self.deployment)
-        return sorted(current, key=lambda instance: instance.id)
-
-    def status(self, *, with_usage: bool = False) -> dict[str, Any]:
-        """The function as OpenFaaS's FunctionStatus."""
-        ready, document = self.ready(), self.deployment.document()
-        annotations = dict(self.deployment.annotations)
-        if ready:
-            annotations[ADDRESS_ANNOTATION] = ",".join(f"{instance.host()}:{self.host.function_port}" for instance in ready)
-        elif self.reason:
-            annotations[REASON_ANNOTATION] = self.reason
-        kept = {key: value for key, value in document.items() if value and key not in ("service", "annotations")}
-        status = {
-            **kept,
-            "name": document["service"],
-            "namespace": NAMESPACE,
-            "annotations": annotations,
-            "replicas": self.wanted,
-            "availableReplicas": len(ready),
-            "invocationCount": self.invocations,
-            "createdAt": self.created,
-        }
-        return status | ({"usage": usage(ready)} if with_usage else {})
+    def why_not(self) -> str:
+        """Why it has no ready instance; "" while nothing has gone wrong."""
+        return self.reason
 
 
 def usage(instances: list[Instance]) -> dict[str, float]:
@@ -228,6 +193,7 @@ def usage(instances: list[Instance]) -> dict[str, float]:
     uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
     cpu = memory = 0.0
     for instance in instances:
+        assert isinstance(instance, Sandbox), "podman's functions have podman's instances"
         try:
             numbers = Path(f"/proc/{instance.pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         except OSError:  # it has just ended
@@ -236,105 +202,3 @@ def usage(instances: list[Instance]) -> dict[str, float]:
         cpu += 1000 * (user + system) / ticks / max(uptime - started / ticks, 0.01)
         memory += resident * page
     return {"cpu": round(cpu, 3), "totalMemoryBytes": memory}
-
-
-class Functions:
-    """All deployed functions. Changes of one function come one after the other, those of several at the same time."""
-
-    def __init__(self, host: Host, store: Store, runtimes: Mapping[str, Runtime], log: LogLine, observe: Observe) -> None:
-        self._host = host
-        self._observe = observe
-        self._store = store
-        self._runtimes = runtimes
-        self._log = log
-        self._table: dict[str, Function] = {}
-        self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self._is_stopping = False
-
-    @property
-    def port(self) -> int:
-        """Where every instance listens."""
-        return self._host.function_port
-
-    def _turn(self, name: str) -> asyncio.Lock:
-        return self._turns.setdefault(name, asyncio.Lock())
-
-    def find(self, name: str) -> Function | None:
-        return self._table.get(name)
-
-    def get(self, name: str) -> Function:
-        """The function of that name. Raises Refused."""
-        function = self._table.get(name)
-        if function is None:
-            raise Refused(404, f"there is no function {name}")
-        return function
-
-    def all(self) -> list[Function]:
-        """Every function, by name."""
-        return [self._table[name] for name in sorted(self._table)]
-
-    async def deploy(self, deployment: Deployment, *, must_exist: bool) -> None:
-        """Deploy or update. When this returns, an instance has its container and its identity, and is being started.
-
-        Raises Refused, with everything as it was before.
-        """
-        name = deployment.name
-        async with self._turn(name):
-            if self._is_stopping:
-                raise Refused(503, "the gateway is stopping")
-            function = self.get(name) if must_exist else self.find(name)
-            if function is None and len(self._table) >= FUNCTIONS_MAX:
-                raise Refused(400, f"there are {FUNCTIONS_MAX} functions already")
-            image = await self._host.image_of(deployment)
-            first = Instance(deployment, image, self._runtimes[deployment.runtime])
-            await self._host.prepare(first)
-            created = function.created if function else datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
-            try:
-                self._store.save(deployment, replicas=deployment.replicas, created=created)
-            except OSError as error:
-                await self._host.remove(first)
-                raise Refused(500, f"cannot save the deployment: {error}") from error
-            event = "function_updated" if function else "function_deployed"
-            if function is None:
-                function = self._table[name] = Function(self._host, self._runtimes, self._log, self._observe, deployment, created)
-            function.renew(deployment, image, deployment.replicas, first)
-            self._log(event, function=name, image=deployment.image, runtime=deployment.runtime, app=deployment.app, replicas=deployment.replicas)
-
-    async def scale(self, name: str, replicas: int) -> None:
-        """Have so many replicas of a function. Raises Refused."""
-        if not 0 <= replicas <= REPLICAS_MAX:
-            raise Refused(400, f"replicas is {replicas}: this gateway has 0 to {REPLICAS_MAX}")
-        async with self._turn(name):
-            function = self.get(name)
-            self._store.save(function.deployment, replicas=replicas, created=function.created)
-            await function.scale(replicas)
-            self._log("function_scaled", function=name, replicas=replicas)
-
-    async def remove(self, name: str) -> None:
-        """Remove a function; return when its instances are gone. Raises Refused."""
-        async with self._turn(name):
-            function = self.get(name)
-            self._store.forget(name)
-            await function.stop()
-            del self._table[name]
-            self._log("function_removed", function=name)
-
-    def restore(self) -> None:
-        """Begin with what was deployed when the engine ran last; images are looked up again."""
-        for found in self._store.load(self._runtimes):
-            if len(found) == 2:
-                path, reason = found
-                self._log("function_unreadable", path=str(path), detail=reason)
-                continue
-            _, deployment, replicas, created = found
-            function = self._table[deployment.name] = Function(self._host, self._runtimes, self._log, self._observe, deployment, created)
-            function.renew(deployment, "", replicas, None)
-            self._log("function_deployed", function=deployment.name, image=deployment.image, runtime=deployment.runtime, replicas=replicas)
-
-    async def stop(self) -> None:
-        """Return when no instance is left and no change is under way. What is deployed stays so, for the next engine."""
-        self._is_stopping = True
-        for turn in list(self._turns.values()):
-            async with turn:  # a change that was cut off undoes what it did before it lets go
-                pass
-        await asyncio.gather(*(function.stop() for function in self.all()))

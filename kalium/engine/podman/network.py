@@ -12,9 +12,9 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from kalium.engine.command import CommandFailed, Run, checked
 from kalium.engine.config import Bridge
 from kalium.engine.limits import IP_SECONDS_MAX
+from kalium.engine.podman.command import CommandFailed, Run, checked
 from kalium.errors import KaliumError
 
 HOST_END = re.compile(r"kv([0-9a-f]{8})")
