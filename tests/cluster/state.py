@@ -26,3 +26,8 @@ def caches() -> Path:
 def folder() -> Path:
     """The state folder: `login` and `known_hosts` for SSH, `NAME/console.log` of each host, `keeper.log`."""
     return caches() / "cluster" / "state"
+
+
+def artifacts() -> Path:
+    """What `builds.py` made last: programs, images and artifacts.json."""
+    return caches() / "cluster" / "artifacts"

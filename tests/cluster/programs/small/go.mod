@@ -1,0 +1,3 @@
+module kalium.test/small
+
+go 1.24
