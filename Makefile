@@ -33,7 +33,7 @@ AS_BUILT = CGO_ENABLED=0 GOFLAGS=-trimpath
 STATICCHECK = $(shell sed -n '/^kalium_versions_staticcheck:/,/^$$/{s/^ *module: //p;s/^ *version: /@/p}' roles/kalium_versions/defaults/main.yml | tr -d '\n')
 
 .PHONY: help reproduce test setup site reset check format check-python check-go check-ansible integration site-tests developer lock clean
-.PHONY: test-guard bench-guard fuzz reproduce-steps test-steps site-steps reset-steps check-steps test-guard-steps bench-guard-steps
+.PHONY: test-guard bench-guard cluster-test fuzz reproduce-steps test-steps site-steps reset-steps check-steps test-guard-steps bench-guard-steps cluster-test-steps
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
@@ -64,6 +64,9 @@ format: developer ## bring Python and Go into their format
 
 test-guard: ## the guard in real sandboxes: every way out, unmodified clients; the table goes to results/bypass
 	@.ci/privileged "make test-guard" $(MAKE) test-guard-steps
+
+cluster-test: ## a whole site on three hosts of its own, from bare to bare: STEPS="--keep -k 'not e1'" are options of pytest
+	@.ci/privileged "make cluster-test" $(MAKE) cluster-test-steps
 
 fuzz: developer ## every fuzz target of runtime/ for FUZZ_TIME (default 10m)
 	.ci/fuzz $(GO) $(FUZZ_TIME)
@@ -108,7 +111,7 @@ test-steps:
 
 developer:
 	.ci/setup $(PYTHON) dev
-	@if ! $(PYTHON) roles/kalium_toolchain/files/find_go.py "$$(sed -n 's/^go //p' runtime/go.mod)" >/dev/null || ! PATH="$$PATH:/usr/sbin" type -P gcc sshd systemd-nspawn mmdebstrap slirp4netns >/dev/null; then \
+	@if ! $(PYTHON) roles/kalium_toolchain/files/find_go.py "$$(sed -n 's/^go //p' runtime/go.mod)" >/dev/null || ! PATH="$$PATH:/usr/sbin" type -P gcc sshd systemd-nspawn mmdebstrap slirp4netns nft >/dev/null; then \
 		echo "ansible-playbook playbooks/developer.yml -i $(INVENTORY)"; \
 		ansible-playbook playbooks/developer.yml -i $(INVENTORY); fi
 
@@ -141,6 +144,9 @@ test-guard-steps: developer
 	@mkdir -p $(REPORTS)
 	cd runtime && $(AS_ROOT) env KALIUM_RACE=$(RACE) $(AS_BUILT) $(GO) test -tags sandbox -json ./internal/sentry | $(PYTHON) ../.ci/report.py go $(REPORTS)/sandbox.json
 	$(AS_ROOT) $(PYTEST) --quiet --junitxml=$(REPORTS)/guard.xml tests/guard
+
+cluster-test-steps: developer
+	$(PYTEST) -v -x -rP --durations=0 --durations-min=1 tests/cluster $(STEPS)
 
 bench-guard-steps: developer
 	$(AS_ROOT) env PYTHONPATH=tests:. python -m guard.bench

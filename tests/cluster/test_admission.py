@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,11 +13,10 @@ from typing import Any
 
 import pytest
 
+from cluster import builds, images
 from cluster.apiserver import PROGRAMS, Answer, Cluster, running
-from cluster.state import caches
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS_FOLDER = Path(os.environ.get("KALIUM_CLUSTER_PROGRAMS") or caches() / "cluster" / "programs")
 ACTIVE_SECONDS_MAX = 30.0
 ENFORCED = {"hello-retail": ["product-photos-master", "product-photos-1-assign"]}
 
@@ -83,10 +81,10 @@ def apply(cluster: Cluster, files: list[Path]) -> list[Answer]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    missing = [name for name in PROGRAMS if not (PROGRAMS_FOLDER / name).exists()]
-    if missing:
-        pytest.skip(f"{PROGRAMS_FOLDER} has no {', '.join(missing)}: build the testbed's programs, or name their folder in KALIUM_CLUSTER_PROGRAMS")
-    with running(PROGRAMS_FOLDER, tmp_path_factory.mktemp("apiserver")) as started:
+    programs, built = tmp_path_factory.mktemp("programs"), builds.built()
+    for name in PROGRAMS:
+        (programs / name).symlink_to(built / ("server" if name in images.SERVERS else name))
+    with running(programs, tmp_path_factory.mktemp("apiserver")) as started:
         apply(started, manifests(tmp_path_factory.mktemp("admission") / "allow", kalium_admission_enforced=ENFORCED))
         await_policy(started, pod(runtimeClassName="gvisor"))
         yield started

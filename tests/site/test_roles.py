@@ -24,6 +24,7 @@ import yaml
 from conftest import ROOT, Ansible, Outcome
 from nspawn import TEST_ADDRESS, host_running
 from standalone import make_standalone
+from throwaway.footprint import footprint
 from throwaway.host import Host, make_key
 
 PLAYBOOK = "playbooks/services.yml"
@@ -35,22 +36,6 @@ UNITS = ("kalium-controller", "kalium-agent", "kalium-imageserver", "kalium-mail
 SCHEMA, USER, PASSWORD = "helloRetail", "abc", "xyz"
 TABLES = 8
 ANSWER_S_MAX = 20
-# What any installation or removal of packages writes, whoever asks for it: package lists and records, logs, caches, the system's own state.
-NOT_OURS = (
-    "/proc",
-    "/sys",
-    "/dev",
-    "/run",
-    "/tmp",
-    "/home",
-    "/var/lib/apt",
-    "/var/lib/dpkg",
-    "/var/lib/systemd",
-    "/var/log",
-    "/var/cache",
-    "/var/tmp",
-    "/root",
-)
 
 
 @dataclass(frozen=True)
@@ -107,17 +92,6 @@ def archive_of_the_interpreter() -> str:
     """The name under which the pinned interpreter is looked for."""
     pins = yaml.safe_load((ROOT / "roles/kalium_versions/defaults/main.yml").read_text(encoding="utf-8"))
     return Path(pins["kalium_versions_python"]["url"]).name
-
-
-def footprint(host: Host) -> frozenset[str]:
-    """Every installed package, account, enabled unit and path of the host, except what stands in NOT_OURS."""
-    pruned = " -o ".join(f"-path {path}" for path in NOT_OURS)
-    asked = host.run(
-        "dpkg-query --show --showformat 'package ${db:Status-Status} ${Package}\\n'; getent passwd; getent group;"
-        f" sudo find / -xdev \\( {pruned} \\) -prune -o -name __pycache__ -prune -o -print"
-    )
-    assert asked.returncode == 0, asked.stderr
-    return frozenset(asked.stdout.splitlines())
 
 
 @pytest.fixture(scope="module")

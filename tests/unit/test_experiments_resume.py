@@ -39,11 +39,11 @@ class Faults:
         self.count = 0
         self.at: int | None = None
         self.for_good = False
-        self.last = ""
+        self.asked: list[str] = []
 
     def point(self, what: str) -> None:
         self.count += 1
-        self.last = what
+        self.asked.append(what)
         if self.at is not None and (self.count == self.at or (self.for_good and self.count > self.at)):
             raise ExperimentError("host.lost", f"{what} on host node1", "the link is down", "see that node1 runs")
 
@@ -105,12 +105,13 @@ def interrupt(site: Site, faults: Faults, at: int, *, for_good: bool = False) ->
 
 
 def in_block(site: Site, faults: Faults, block: int) -> int:
-    """The number of a question that is asked in the middle of that block, from 0: found by a run that nothing disturbs."""
+    """The number of a request of the load in the middle of that block, from 0, so that functions are there: found by a run that nothing disturbs."""
     E1(PARAMETERS, site).execute()
+    loads = [number for number, what in enumerate(faults.asked, start=1) if what == "generate"]
     for path in (site.checkout / "results" / "e1").iterdir():
         if not path.is_symlink():
             shutil.rmtree(path)
-    return int(faults.count * (block + 0.5) / PARAMETERS.blocks)
+    return loads[int(len(loads) * (block + 0.5) / PARAMETERS.blocks)]
 
 
 def test_a_run_that_fails_at_any_point_goes_on_and_ends_as_one_that_did_not(site: Site, faults: Faults) -> None:

@@ -1,0 +1,156 @@
+"""What the whole test of a cluster shares: three hosts, the commands a person types, and where each one's output is kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from throwaway.host import Host
+
+from cluster import builds
+from cluster import hosts as testbed
+from cluster.state import caches
+
+ROOT = Path(__file__).resolve().parents[2]
+INVENTORY = "inventory/testbed"
+COMMAND_S_MAX = 2400.0
+RECAP = re.compile(r"^(?P<host>\S+)\s+: (?P<counts>(?:\w+=\d+\s*)+)$", re.MULTILINE)
+BEGAN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--keep: for who wants to look at the hosts afterwards."""
+    parser.addoption("--keep", action="store_true", help="leave the hosts and their site standing: nothing is reset or ended")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --keep the steps that end things are left out, and said to be."""
+    if not config.getoption("--keep"):
+        return
+    kept = [item for item in items if item.get_closest_marker("ending") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the marker."""
+    config.addinivalue_line("markers", "ending: ends the site or the hosts; left out with --keep")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """One line a step with the seconds it took, its preparation included; pytest's own -v says how it ended."""
+    if report.when == "call":
+        print(f"  [{time.monotonic() - BEGAN:6.0f} s] {report.nodeid.rpartition('::')[2]} took {report.duration:.0f} s", flush=True)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command came to: exit status and all it printed."""
+
+    status: int
+    text: str
+    seconds: float
+
+    def end(self, lines: int = 40) -> str:
+        """The last lines, for a failed assertion."""
+        return "\n".join(self.text.splitlines()[-lines:])
+
+    def recap(self) -> dict[str, dict[str, int]]:
+        """Ansible's recap: host -> {"ok": 12, "changed": 0, ...}; of several recaps the last."""
+        return {
+            match["host"]: {name: int(number) for name, number in (count.split("=") for count in match["counts"].split())}
+            for match in RECAP.finditer(self.text)
+        }
+
+    def changed(self) -> list[str]:
+        """`host: task` of each task that changed something."""
+        task, found = "", []
+        for line in self.text.splitlines():
+            if line.startswith(("TASK [", "RUNNING HANDLER [")):
+                task = line.split("[", 1)[1].rpartition("]")[0]
+            elif line.startswith("changed: ["):
+                found.append(f"{line.split('[', 1)[1].split(']')[0]}: {task}")
+        return found
+
+
+class Operator:
+    """Types commands in the checkout, as README and how-tos have them. The output of each goes to a file, whose path a failure names."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
+        self._count = 0
+        programs = Path(sys.executable).parent
+        self._environment = {
+            **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            "PATH": f"{programs}:{os.environ.get('PATH', '')}",
+            "ANSIBLE_NOCOLOR": "1",
+            "LC_ALL": "C.UTF-8",
+            "COLUMNS": "200",
+        }
+
+    def run(self, *words: str, seconds_max: float = COMMAND_S_MAX) -> Said:
+        """One command, whatever its result."""
+        self._count += 1
+        name = re.sub(r"[^a-z0-9]+", "-", " ".join(words[:3]).lower()).strip("-")
+        log = self.logs / f"{self._count:02d}-{name}.log"
+        began = time.monotonic()
+        with log.open("w", encoding="utf-8") as file:
+            done = subprocess.run(
+                words,
+                cwd=ROOT,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
+                timeout=seconds_max,
+            )
+        return Said(done.returncode, log.read_text(encoding="utf-8", errors="replace"), time.monotonic() - began)
+
+    def must(self, *words: str, seconds_max: float = COMMAND_S_MAX) -> Said:
+        """One command that has to succeed."""
+        said = self.run(*words, seconds_max=seconds_max)
+        assert said.status == 0, f"`{' '.join(words)}` ended with {said.status} (output: {self.logs}):\n{said.end()}"
+        return said
+
+    def play(self, playbook: str, *options: str) -> Said:
+        """`ansible-playbook PLAYBOOK -i inventory/testbed`, which has to succeed."""
+        return self.must("ansible-playbook", playbook, "-i", INVENTORY, *options)
+
+
+@pytest.fixture(scope="session")
+def operator() -> Operator:
+    logs = caches() / "cluster" / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    for old in logs.glob("*.log"):
+        old.unlink()
+    return Operator(logs)
+
+
+@pytest.fixture(scope="session")
+def hosts(request: pytest.FixtureRequest) -> Iterator[dict[str, Host]]:
+    """node0 to node2, running, with what is to be installed on them built. Hosts that ran before are taken as they are."""
+    builds.built()
+    yield testbed.up()
+    if not request.config.getoption("--keep"):
+        testbed.down()
+
+
+def sh(host: Host, command: str, seconds_max: float = 120.0) -> str:
+    """What a shell command line says on a host, as root; it has to succeed."""
+    done = host.run("sudo", "sh", "-c", shlex.quote(command), timeout_s=seconds_max)
+    assert done.returncode == 0, f"{host.name}: {command}: {done.stderr.strip() or done.stdout.strip()}"
+    return done.stdout
+
+
+def kubectl(host: Host, words: str) -> str:
+    """What kubectl says on the control plane."""
+    return sh(host, f"kubectl --kubeconfig /etc/kubernetes/admin.conf {words}")

@@ -1,0 +1,286 @@
+"""A whole site on three hosts, from bare ones to bare ones again: each test is a step and stands on those above it (`make cluster-test`).
+
+Denials and failures are read where messages arrive: at the image server's own log, and in captures on other hosts (`fab run-attacks`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from throwaway.footprint import footprint
+from throwaway.host import Host
+
+from experiments.entries import ENTRIES, MICROBENCH, Stack, sample_input
+from experiments.gateway import Answer, Gateway
+from experiments.loadgen import problem_with
+from experiments.site import Site, load_site
+from experiments.systems import KALIUM_ENFORCE
+
+from .conftest import INVENTORY, ROOT, Operator, kubectl, sh
+from .hosts import down, keeper_pid
+from .state import LOCK, RUNNING
+
+HEALED_S_MAX = 60.0
+# A refusal has to come by the policy's deadline (250 ms) and not by a client's; the rest is room for two busy cores.
+REFUSED_S_MAX = 5.0
+BEFORE: dict[str, frozenset[str]] = {}
+
+
+@pytest.fixture(scope="module")
+def site(operator: Operator) -> Site:
+    """What site.yml wrote at its end."""
+    return load_site(INVENTORY)
+
+
+@pytest.fixture
+def pinned(site: Site) -> Iterator[Callable[[str], Answer]]:
+    """The entry that fetches an image, enforced on the first worker; `pinned(call)` invokes it, and it is gone afterwards."""
+    gateway = Gateway.of(site)
+    function = replace(Stack(site).function(MICROBENCH, KALIUM_ENFORCE), constraints=(f"kubernetes.io/hostname={site.nodes[0].name}",))
+    gateway.deploy_all([function])
+    yield lambda call: gateway.invoke(MICROBENCH, sample_input(site, MICROBENCH), call_id=call)
+    gateway.remove(MICROBENCH)
+
+
+def images_served(hosts: dict[str, Host], site: Site) -> int:
+    """How many requests the image server has answered, by its own log."""
+    log = shlex.quote(str(site.imageserver_log))
+    return int(sh(hosts[site.members("images")[0].name], f"cat {log} 2>/dev/null | wc -l"))
+
+
+def until(claim: Callable[[], bool], what: str, seconds: float = HEALED_S_MAX) -> float:
+    """Ask until the claim holds and return the seconds it took."""
+    began = time.monotonic()
+    while not claim():
+        assert time.monotonic() - began < seconds, f"waited {seconds:.0f} s in vain for {what}"
+        time.sleep(0.2)
+    return time.monotonic() - began
+
+
+# The site
+
+
+def test_the_hosts_are_there(hosts: dict[str, Host]) -> None:
+    for host in hosts.values():
+        assert sh(host, "hostname").strip() == host.name
+        BEFORE[host.name] = footprint(host)
+    assert all(len(found) > 1000 for found in BEFORE.values())
+
+
+def test_the_site_is_set_up(hosts: dict[str, Host], operator: Operator) -> None:
+    said = operator.play("site.yml")
+
+    recap = said.recap()
+    assert {name: (counts["failed"], counts["unreachable"]) for name, counts in recap.items()} == dict.fromkeys(recap, (0, 0))
+    assert set(hosts) <= set(recap)
+
+
+def test_nodes_are_ready_and_both_runtime_classes_are_there(hosts: dict[str, Host], site: Site) -> None:
+    pods = kubectl(hosts["node0"], "get pods --all-namespaces --output wide")
+    classes = kubectl(hosts["node0"], "get runtimeclasses")
+    print(kubectl(hosts["node0"], "get nodes --output wide"), pods, classes, sep="\n")
+
+    nodes = json.loads(kubectl(hosts["node0"], "get nodes --output json"))["items"]
+    ready = {node["metadata"]["name"]: next(one["status"] for one in node["status"]["conditions"] if one["type"] == "Ready") for node in nodes}
+    assert ready == dict.fromkeys(hosts, "True")
+    assert dict(line.split()[:2] for line in classes.splitlines()[1:]) == {"gvisor": "gvisor", "kalium": "kalium"}
+    assert [line for line in pods.splitlines()[1:] if " Running " not in line] == []
+
+
+def test_openfaas_manifests_were_taken_by_the_api_server(operator: Operator) -> None:
+    (log,) = operator.logs.glob("*-ansible-playbook-site-yml-i.log")
+    dry = [line for line in log.read_text(encoding="utf-8").splitlines() if re.search(r"server dry run", line)]
+
+    print("\n".join(dry))
+    assert len(dry) >= 16
+
+
+def test_a_pod_of_an_enforced_app_is_refused_under_another_runtime(hosts: dict[str, Host], site: Site) -> None:
+    pod: dict[str, Any] = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": "around", "namespace": "openfaas-fn", "labels": {"faas_function": MICROBENCH},
+            "annotations": {"kalium.io/app": KALIUM_ENFORCE.app, "kalium.io/function": MICROBENCH},
+        },
+        "spec": {"runtimeClassName": "gvisor", "containers": [{"name": MICROBENCH, "image": "localhost/kalium/none:1"}]},
+    }  # fmt: skip
+    create = "kubectl --kubeconfig /etc/kubernetes/admin.conf create --filename -"
+    done = hosts["node0"].run(f"echo {shlex.quote(json.dumps(pod))} | sudo {create}")
+
+    assert done.returncode != 0 and "ValidatingAdmissionPolicy" in done.stderr, done
+    print(done.stderr.strip())
+
+
+# Fabric on it
+
+
+def test_fab_check(operator: Operator, site: Site) -> None:
+    said = operator.must("fab", "check")
+
+    print(said.text)
+    assert re.search(r"ok  stock .* with RuntimeClass gvisor, answered 200", said.text)
+    assert re.search(r"ok  kalium-enforce .* with RuntimeClass kalium, answered 200, [1-9]\d* verdict", said.text)
+
+
+def test_the_five_entries_work_under_enforcement_on_both_workers(hosts: dict[str, Host], site: Site) -> None:
+    gateway, stack = Gateway.of(site), Stack(site)
+    names = [entry.function for entry in ENTRIES]
+    served = images_served(hosts, site)
+    gateway.deploy_all([stack.function(name, KALIUM_ENFORCE) for name in names])
+    try:
+        problems = {}
+        for entry in ENTRIES:
+            answer = gateway.invoke(entry.function, sample_input(site, entry.function), path=entry.path, call_id=f"entry-{entry.name}")
+            problems[entry.name] = problem_with(answer.status, answer.body, json.loads(json.dumps(entry.expect)))
+        pods = kubectl(hosts["node0"], "get pods --namespace openfaas-fn --output wide")
+        print(pods)
+    finally:
+        gateway.remove_all(names)
+
+    assert problems == dict.fromkeys(problems)
+    assert images_served(hosts, site) >= served + 3, "three of the entries fetch the image"
+    assert all(re.search(rf" {node} ", pods) for node in ("node1", "node2")), "the scheduler used both workers"
+
+
+def test_experiment_e1_quick(operator: Operator, site: Site) -> None:
+    said = operator.must("fab", "run-e1")
+
+    print(said.end(20))
+    run = ROOT / "results/e1/latest"
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["complete"] is True and record["engine"] == "kubernetes", record
+
+
+def test_attacks_across_nodes(operator: Operator, site: Site) -> None:
+    said = operator.must("fab", "run-attacks")
+
+    print(said.end(12))
+    assert len(re.findall(r" bytes +0 bytes +blocked +works ", said.text)) == 5
+    placed = re.search(r"ran on node (\S+), the functions that it attacks on node (\S+)$", said.text, re.MULTILINE)
+    assert placed and placed[1] != placed[2]
+
+
+def test_status_and_collect(operator: Operator, site: Site) -> None:
+    status = operator.must("fab", "status")
+    collected = operator.must("fab", "collect", "--mib", "1")
+
+    print(status.text, collected.end(12), sep="\n")
+    for name in ("node0", "node1", "node2"):
+        assert f"host {name} (" in status.text and f"node {name}: Ready" in status.text
+    assert "agent of node1: connected" in status.text and "agent of node2: connected" in status.text
+
+
+# Parts that die
+
+
+def test_a_dead_controller_stops_starts_and_its_return_heals(
+    hosts: dict[str, Host], site: Site, pinned: Callable[[str], Answer], operator: Operator
+) -> None:
+    """Nothing has to be deployed again, and what was refused never reached the image server."""
+    controller = hosts[site.members("controller")[0].name]
+    assert pinned("before").status == 200
+    served = images_served(hosts, site)
+    sh(controller, "systemctl stop kalium-controller")
+    try:
+        began = time.monotonic()
+        refused = pinned("without")
+        seconds = time.monotonic() - began
+    finally:
+        sh(controller, "systemctl start kalium-controller")
+
+    print(f"without a controller: {refused.excerpt()} after {seconds:.2f} s")
+    assert refused.status == 503 and seconds < REFUSED_S_MAX
+    assert images_served(hosts, site) == served
+    healed = until(lambda: pinned("after").status == 200, "an answer after the controller's return")
+    print(f"healed after {healed:.1f} s")
+    assert images_served(hosts, site) == served + 1
+
+
+def test_a_killed_controller_comes_back_by_itself(hosts: dict[str, Host], site: Site, pinned: Callable[[str], Answer]) -> None:
+    controller = hosts[site.members("controller")[0].name]
+    assert pinned("before").status == 200
+
+    sh(controller, "systemctl kill --signal KILL kalium-controller")
+
+    print(f"healed after {until(lambda: pinned('after').status == 200, 'an answer after the kill'):.1f} s")
+
+
+def test_a_killed_agent_stops_starts_until_the_function_is_deployed_again(
+    hosts: dict[str, Host], site: Site, pinned: Callable[[str], Answer]
+) -> None:
+    """A sandbox cannot speak to a new agent (docs/topics/limits.md): its starts are refused at once; a new instance works."""
+    node = hosts[site.nodes[0].name]
+    assert pinned("before").status == 200
+    served = images_served(hosts, site)
+    old = sh(node, "systemctl show --property MainPID --value kalium-agent").strip()
+
+    sh(node, "systemctl kill --signal KILL kalium-agent")
+
+    began = time.monotonic()
+    refused = pinned("killed")
+    seconds = time.monotonic() - began
+    back = "/opt/kalium/bin/kalium-agent status --config /etc/kalium/agent.json"
+    until(lambda: node.run(f"sudo {back}").returncode == 0, "the new agent")
+    assert sh(node, "systemctl show --property MainPID --value kalium-agent").strip() != old
+    still = pinned("new-agent")
+    print(f"after the kill: {refused.excerpt()} after {seconds:.2f} s; with the new agent: {still.excerpt()}")
+    assert (refused.status, still.status) == (503, 503) and seconds < REFUSED_S_MAX
+    assert images_served(hosts, site) == served
+
+    gateway = Gateway.of(site)
+    gateway.remove(MICROBENCH)
+    gateway.deploy_all([replace(Stack(site).function(MICROBENCH, KALIUM_ENFORCE), constraints=(f"kubernetes.io/hostname={node.name}",))])
+    assert pinned("again").status == 200
+    assert images_served(hosts, site) == served + 1
+
+
+# Once more, and the end
+
+
+def test_verify(operator: Operator, site: Site) -> None:
+    said = operator.play("playbooks/verify.yml")
+
+    assert said.changed() == []
+
+
+def test_a_rehearsal_of_a_standing_site_changes_nothing(operator: Operator) -> None:
+    said = operator.play("site.yml", "--check", "--diff")
+
+    assert said.changed() == []
+
+
+def test_a_second_run_changes_nothing(operator: Operator) -> None:
+    said = operator.play("site.yml")
+
+    assert said.changed() == []
+    assert {name: counts["changed"] for name, counts in said.recap().items()} == dict.fromkeys(said.recap(), 0)
+
+
+@pytest.mark.ending
+def test_reset_leaves_the_hosts_as_they_were(hosts: dict[str, Host], operator: Operator) -> None:
+    operator.play("reset.yml")
+
+    for name, host in hosts.items():
+        after = footprint(host)
+        assert (sorted(after - BEFORE[name])[:20], sorted(BEFORE[name] - after)[:20]) == ([], []), name
+    assert not (ROOT / ".kalium/site.json").exists()
+
+
+@pytest.mark.ending
+def test_the_hosts_end_without_a_trace(hosts: dict[str, Host]) -> None:
+    down()
+
+    assert keeper_pid() is None
+    assert not Path(RUNNING).exists()
+    assert LOCK.exists(), "the lock's file stays, and nobody holds it"
+    links = Path("/sys/class/net")
+    assert not (links / "kalium-test1").exists()
