@@ -190,7 +190,7 @@ def cluster_site(folder: Path) -> Site:
     return replace(
         local_site(folder), engine="kubernetes", service_manager="systemd", interfaces=("cni0", "flannel.1"), attacker="control",
         attacker_address="10.0.0.1", hosts={name: remote(name) for name in names}, groups=groups,
-        cluster=Cluster(Path("/etc/kalium/kubernetes/admin.conf"), "openfaas-fn", {"stock": "gvisor", "kalium": "kalium"}, 8080),
+        cluster=Cluster(Path("/etc/kubernetes/admin.conf"), "openfaas-fn", {"stock": "gvisor", "kalium": "kalium"}, 8080),
     )  # fmt: skip
 
 
