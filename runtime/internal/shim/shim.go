@@ -14,7 +14,6 @@ import (
 	"github.com/containerd/containerd/namespaces"
 	containerd "github.com/containerd/containerd/runtime/v2/shim"
 	"github.com/containerd/containerd/sys"
-	"github.com/containerd/log"
 	gvisor "gvisor.dev/gvisor/pkg/shim/v1"
 )
 
@@ -106,11 +105,11 @@ func (s *service) serve(ctx context.Context, opts containerd.StartOpts, socket *
 }
 
 // lowerScore keeps the kernel from choosing the shim, where it may be asked to. Elsewhere the shim is as likely to be
-// killed as its parent, and containerd cleans up after it.
+// killed as its parent, and containerd cleans up after it. It says nothing of it: containerd takes whatever the start of a
+// shim writes, to either stream, for its address.
 func lowerScore(pid int) error {
 	err := sys.SetOOMScore(pid, oomScore)
 	if errors.Is(err, fs.ErrPermission) {
-		log.L.Warnf("the score of the shim stays as it is: %v", err)
 		return nil
 	}
 	return err
