@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from experiments import machine
 from experiments.errors import EXIT_NO, EXIT_USAGE, ExperimentError
@@ -52,22 +52,13 @@ class Fetched:
     error: str = ""
 
 
-class _Digesting:
-    """A file that is hashed while it is written."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes) -> int:
-        self._hash.update(data)
-        self.size += len(data)
-        return self._file.write(data)
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
+def digest(path: Path) -> str:
+    """SHA-256 of a file, which need not fit into memory."""
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(MEBIBYTE):
+            whole.update(block)
+    return whole.hexdigest()
 
 
 def sources(one: Machine, site: Site, limit: int, since: str) -> list[Source]:
@@ -102,10 +93,9 @@ def fetch(one: Machine, site: Site, folder: Path, limit: int, since: str, begin:
             where = folder / one.host.name / source.name
             where.parent.mkdir(parents=True, exist_ok=True)
             with where.open("xb") as file:
-                digesting = _Digesting(file)
-                done = one.copy(source.command, digesting, root=True, seconds_max=FILE_SECONDS_MAX)  # type: ignore[arg-type]
+                done = one.copy(source.command, file, root=True, seconds_max=FILE_SECONDS_MAX)
             entry: dict[str, Any] = {
-                "file": where.relative_to(folder).as_posix(), "host": one.host.name, "bytes": digesting.size, "sha256": digesting.sha256,
+                "file": where.relative_to(folder).as_posix(), "host": one.host.name, "bytes": where.stat().st_size, "sha256": digest(where),
                 "cut": source.size is not None and source.size > limit,
             }  # fmt: skip
             if done.status != 0:
