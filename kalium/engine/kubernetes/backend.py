@@ -176,7 +176,7 @@ class KubernetesBackend(Backend):
 
     def _open(self, found: Found) -> None:
         deployment = found.deployment
-        function = ClusterFunction(found, self._hands, is_guarded=self.runtimes[deployment.runtime].guarded)
+        function = ClusterFunction(found, self._hands, self._cluster.runtimes)
         self._table[deployment.name] = function
         for pod in map(read_pod, self._pods.reflection.objects.values()):
             if pod.function == deployment.name:

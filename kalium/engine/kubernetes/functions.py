@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 from kalium.engine.backend import Function
+from kalium.engine.config import RuntimeClass
 from kalium.engine.instance import Health, Instance, NotReady
 from kalium.engine.kubernetes.objects import Found, Pod, lineage
 from kalium.engine.limits import (
@@ -34,7 +35,7 @@ class PodInstance(Instance):
     """A pod of a function: one sandbox, and one run of the container in it."""
 
     def __init__(self, function: ClusterFunction, pod: Pod) -> None:
-        super().__init__(function.deployment, pod.uid, is_guarded=function.is_guarded)
+        super().__init__(function.deployment, pod.uid, is_guarded=function.has_guard(pod))
         self.pod = pod
         self.offer = Offer.NONE
         self.first_seen = time.monotonic()
@@ -77,10 +78,10 @@ class Hands:
 class ClusterFunction(Function):
     """A Deployment and its pods. It is told what the API server has, and says which pods get requests."""
 
-    def __init__(self, found: Found, hands: Hands, *, is_guarded: bool) -> None:
+    def __init__(self, found: Found, hands: Hands, runtimes: Mapping[str, RuntimeClass]) -> None:
         super().__init__(found.deployment, found.created, hands.health.port)
         self.found = found
-        self.is_guarded = is_guarded
+        self._runtimes = runtimes
         self.pods: dict[str, PodInstance] = {}
         self.changed = asyncio.Event()  # set by every change; whoever waits clears it
         self._hands = hands
@@ -124,6 +125,16 @@ class ClusterFunction(Function):
     def has_started(self) -> bool:
         """Whether a process of the last revision runs or has run."""
         return any(instance.pod.is_running or instance.pod.ended for instance in self._current())
+
+    def has_guard(self, pod: Pod) -> bool:
+        """Whether a pod's sandbox has a guard."""
+        return any(runtime.guarded and runtime.name == pod.runtime_class for runtime in self._runtimes.values())
+
+    def _may_serve(self, pod: Pod) -> bool:
+        """A function with a guard is served by no pod without one, nor by one whose guard keeps to another's policy: labels can be anybody's,
+        and pods of an earlier revision may have had none."""
+        runtime = self._runtimes[self.deployment.runtime]
+        return not runtime.guarded or (self.has_guard(pod) and pod.identity == (self.deployment.app, self.deployment.name))
 
     def _is_current(self, instance: PodInstance) -> bool:
         return instance.pod.revision == self.found.revision
@@ -198,6 +209,8 @@ class ClusterFunction(Function):
     def _offer_of(self, instance: PodInstance) -> Offer:
         pod = instance.pod
         if instance.has_ended or instance.is_retired or pod.is_ending or not pod.address or self._is_closed:
+            return Offer.NONE
+        if not self._may_serve(pod):
             return Offer.NONE
         if instance.ready_since is None and not pod.is_ready:
             return Offer.NONE

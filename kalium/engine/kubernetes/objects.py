@@ -64,6 +64,8 @@ class Pod:
     name: str
     function: str
     revision: str
+    runtime_class: str
+    identity: tuple[str, str]  # the app and the function that its guard was told; "" without
     address: str
     node: str
     is_ready: bool
@@ -279,6 +281,7 @@ def read_pod(found: Object) -> Pod:
     metadata, status = found["metadata"], found.get("status") or {}
     labels = metadata.get("labels") or {}
     conditions: dict[str, Any] = {condition["type"]: condition for condition in status.get("conditions") or ()}
+    annotations = metadata.get("annotations") or {}
     container: Any = next(iter(status.get("containerStatuses") or ()), {})
     state = container.get("state") or {}
     waiting = state.get("waiting") or {}
@@ -288,6 +291,8 @@ def read_pod(found: Object) -> Pod:
         name=str(metadata["name"]),
         function=str(labels.get(FUNCTION_LABEL, "")),
         revision=str(labels.get(REVISION_LABEL, "")),
+        runtime_class=str((found.get("spec") or {}).get("runtimeClassName") or ""),
+        identity=(str(annotations.get(APP_ANNOTATION, "")), str(annotations.get(FUNCTION_ANNOTATION, ""))),
         address=str(status.get("podIP") or ""),
         node=str((found.get("spec") or {}).get("nodeName") or ""),
         is_ready=(conditions.get("Ready") or {}).get("status") == "True",
