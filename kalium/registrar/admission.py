@@ -18,6 +18,8 @@ _UID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}
 _APP = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9._]{0,251}[A-Za-z0-9])?")
 _FUNCTION = re.compile(r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?")  # the name of a container
 _IMAGE = re.compile(rf"[!-~]{{1,{IMAGE_CHARACTERS_MAX}}}")
+# Volumes that Kubernetes fills itself, or makes for one pod; what is written into another kind may be read by another pod, or elsewhere.
+_VOLUMES = frozenset({"secret", "configMap", "projected", "downwardAPI", "emptyDir"})
 _OVER = frozenset({"Succeeded", "Failed"})  # phases in which no container runs or will run
 
 
@@ -90,8 +92,9 @@ def _breaches(metadata: Mapping[str, Any], spec: Mapping[str, Any], place: Place
     for share in ("hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"):
         if spec.get(share):
             yield "namespaces", f"it has {share}"
-    if any(isinstance(volume, Mapping) and "hostPath" in volume for volume in spec.get("volumes") or []):
-        yield "host_path", "it mounts a path of the host"
+    for volume in spec.get("volumes") or []:
+        if not isinstance(volume, Mapping) or not set(volume) - {"name"} <= _VOLUMES:
+            yield "volumes", f"it has the volume {_shown(volume)}"
     if not _matches(_IMAGE, containers[0].get("image")):
         yield "image", "its image is no reference of printable characters"
 

@@ -170,6 +170,10 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
         "annotations of gVisor",
         pod(annotations={"kalium.io/app": "shop", "kalium.io/function": "pay", "dev.gvisor.flag.network": "host"}),
     ),
+    "a volume that another pod may mount": (
+        "no volume that another pod may mount", pod(volumes=[{"name": "secret", "persistentVolumeClaim": {"claimName": "c"}}]),
+    ),
+    "a folder of a file server": ("no volume that another pod may mount", pod(volumes=[{"name": "secret", "nfs": {"server": "s", "path": "/"}}])),
     "in another namespace": ("run in the namespace openfaas-fn", pod(namespace="default")),
     "an enforced function, by its label": ("functions of hello-retail", unguarded(labels={"faas_function": "product-photos-master"})),
     "an enforced function, by its container": ("functions of hello-retail", unguarded(containers=[container("product-photos-1-assign")])),

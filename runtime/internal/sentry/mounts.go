@@ -63,10 +63,19 @@ func (c *command) checkMounts() error {
 	return nil
 }
 
-// belongsToUs tells a path of the host that a container engine made for this container or its pod.
+// belongsToUs tells a path of the host that a container engine made for this container or its pod. The kubelet mounts every
+// volume below a path that names the pod, also those that other pods mount: an emptyDir alone is made for one.
 func (c *command) belongsToUs(source string) bool {
-	owners := c.owners()
-	return slices.ContainsFunc(strings.Split(path.Clean(source), "/"), func(part string) bool { return slices.Contains(owners, part) })
+	owners, parts := c.owners(), strings.Split(path.Clean(source), "/")
+	i := slices.IndexFunc(parts, func(part string) bool { return slices.Contains(owners, part) })
+	if i < 0 {
+		return false
+	}
+	inside := parts[i+1:]
+	if len(inside) == 0 || !strings.HasPrefix(inside[0], "volume") { // volumes, volume-subpaths
+		return true
+	}
+	return len(inside) > 2 && inside[0] == "volumes" && inside[1] == "kubernetes.io~empty-dir"
 }
 
 // owners are the names by which an engine keeps what belongs to this container alone.

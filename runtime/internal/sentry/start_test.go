@@ -231,6 +231,16 @@ func TestMountsThatAnotherInstanceMayReadAreRefused(t *testing.T) {
 			}
 		})
 	}
+	// The kubelet mounts these below the pod's own folder, too.
+	root := sandboxState(t, inPod(containerTypeSandbox, nil))
+	for _, volume := range []string{
+		"volumes/kubernetes.io~nfs/v", "volumes/kubernetes.io~csi/v/mount", "volumes/kubernetes.io~local-volume/v", "volumes",
+		"volume-subpaths/v/buyer/0", "volumes/kubernetes.io~empty-dir/../kubernetes.io~nfs/v",
+	} {
+		m := mount{"/tmp", "bind", "/var/lib/kubelet/pods/" + podUID + "/" + volume, []string{"rbind", "rw"}}
+		folder := bundleOf(t, map[string]any{"annotations": inPod(containerTypeContainer, nil), "mounts": []mount{m}})
+		refusedWith(t, "runtime.mounts", "--root", root, "create", "--bundle", folder, ours)
+	}
 	folder := bundleOf(t, map[string]any{"annotations": good, "mounts": []mount{{"/etc/hosts", "bind", "/etc/hosts", []string{"bind"}}}})
 	refusedWith(t, "runtime.mounts", "create", "--bundle", folder, "etc") // a short name is no owner
 }
