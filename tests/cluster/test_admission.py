@@ -220,6 +220,23 @@ def test_the_hosts_own_things_are_refused_twice(cluster: Cluster, make: Any, cha
             cluster.kubectl("label", "namespace", "openfaas-fn", "pod-security.kubernetes.io/enforce=baseline", "--overwrite")
 
 
+def service(**changes: Any) -> dict[str, Any]:
+    """A Service as the gateway makes it; `changes` go into `spec`."""
+    spec = {"type": "ClusterIP", "selector": {"faas_function": "pay"}, "ports": [{"name": "http", "port": 8080, "targetPort": 8080}]}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "pay", "namespace": "openfaas-fn"}, "spec": spec | changes}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"type": "NodePort"}, {"type": "LoadBalancer"}, {"externalIPs": ["192.0.2.1"]}, {"type": "ExternalName", "externalName": "a.example"}]
+)
+def test_no_service_lets_strangers_in_under_an_address_of_the_node(cluster: Cluster, changes: dict[str, Any]) -> None:
+    assert create(cluster, service()).status == 0
+    answer = create(cluster, service(**changes))
+
+    assert answer.status != 0, answer.text
+    assert "reached from inside the cluster alone" in answer.text
+
+
 def patch(cluster: Cluster, name: str, change: dict[str, Any], *, subresource: str = "") -> Answer:
     words = ["patch", "pod", name, "--namespace", "openfaas-fn", "--patch", json.dumps(change)]
     return cluster.kubectl(*words, *(["--subresource", subresource] if subresource else []))
