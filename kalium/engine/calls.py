@@ -15,6 +15,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
@@ -268,7 +269,7 @@ class Calls:
             return upstream.Request("POST", call.target, [*call.fields, ("X-Start-Time", str(time.time_ns()))], call.body)
 
         try:
-            answer, seconds = await self._patiently(call.function, request, making.seize)
+            answer, seconds = await self._patiently(call, call.function, request, making.seize)
         except (Refused, ExchangeFailed) as failed:
             self._log("call_failed", function=call.function, call=call.id[:64], status=failed.status, detail=failed.text)
             return _Outcome(failed.status, (("Content-Type", "text/plain; charset=utf-8"),), failed.text.encode("utf-8"), 0.0)
@@ -279,7 +280,9 @@ class Calls:
         kept = tuple((name, value) for name, value in end_to_end(answer.fields, frozenset()) if name.lower() in PASSED_TO_CALLBACK)
         return _Outcome(answer.status, kept, answer.body, seconds)
 
-    async def _patiently(self, name: str, request: Callable[[], upstream.Request], seize: Seize | None) -> tuple[upstream.Answer, float]:
+    async def _patiently(
+        self, call: Call, name: str, request: Callable[[], upstream.Request], seize: Seize | None
+    ) -> tuple[upstream.Answer, float]:
         """An exchange with a function that may have no instance yet, as after a restart. Raises Refused, ExchangeFailed or _Stopped."""
         deadline = time.monotonic() + CALL_WAIT_SECONDS_MAX
         is_counted = False
@@ -288,7 +291,7 @@ class Calls:
                 function = self._backend.get(name)
                 function.invocations += not is_counted
                 is_counted = True
-                return await self._proxy.exchange(function, request(), seize)
+                return await self._proxy.exchange(function, request(), partial(_begin, call, function, seize))
             except (Refused, ExchangeFailed) as failed:
                 is_early = failed.status == 503 and (isinstance(failed, Refused) or failed.is_early)
                 if not is_early or time.monotonic() > deadline:
@@ -316,13 +319,21 @@ class Calls:
         reason, status = self._why_no_callback(call.app, call.callback), 0
         if not reason:
             try:
-                answer, _ = await self._patiently(call.callback, request, None)
+                answer, _ = await self._patiently(call, call.callback, request, None)
                 status = answer.status
                 reason = f"it answered {status}" if status >= 400 else ""
             except (Refused, ExchangeFailed) as failed:
                 reason, status = failed.text, failed.status
         if reason:
             self._log("callback_failed", function=call.callback, call=call.id[:64], status=status, detail=reason)
+
+
+async def _begin(call: Call, function: Function, seize: Seize | None) -> None:
+    """An instance is held. Whoever waited for it may find another app's under the name. Raises Refused."""
+    if function.deployment.app != call.app:
+        raise Refused(409, f"{function.deployment.name} is of another app by now than when the call was accepted")
+    if seize is not None:
+        await seize()
 
 
 class _Stopped(Exception):

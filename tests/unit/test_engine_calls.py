@@ -200,6 +200,33 @@ def test_a_callback_stays_within_the_app(tmp_path: Path) -> None:
     with_functions(tmp_path, story)
 
 
+def test_a_call_is_for_the_app_that_had_the_function_when_it_was_accepted(tmp_path: Path) -> None:
+    """It may wait for an instance, and find another app's under the name; neither that one nor its answer is the client's."""
+
+    async def story(site: World, heard: Heard) -> None:
+        await site.deploy("mine", labels=GUARDED, annotations=APP)
+        await site.ready("mine")
+        gate = asyncio.Event()
+
+        async def answer(head: str, body: str) -> bytes:
+            await gate.wait()
+            return http_answer(200, b"")
+
+        heard.answer = answer
+        assert (await call(site, "mine", body=b"first"))[0] == 202
+        await until(heard.calls, "the call")
+        assert (await call(site, "mine", body=b"second"))[0] == 202
+        await site.deploy("mine", labels=GUARDED, annotations={**APP, "kalium.io/app": "bank"})
+        await site.ready("mine")
+        gate.set()
+        await until(lambda: site.events("call_failed"), "the refusal")
+        assert "of another app" in site.events("call_failed")[0]["detail"]
+        await until(lambda: not files(site), "the end of both")
+        assert [body for _, _, body in heard.calls()] == ["first"]
+
+    with_functions(tmp_path, story)
+
+
 def test_what_a_client_would_have_been_told_is_the_result(tmp_path: Path) -> None:
     async def story(site: World, heard: Heard) -> None:
         async def answer(head: str, body: str) -> bytes:
