@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kalium.engine.config import RuntimeClass
-from kalium.engine.deployment import parse
+from kalium.engine.config import Config, KubernetesConfig, Listener, RuntimeClass
+from kalium.engine.deployment import Refused, parse
 from kalium.engine.instance import Health
 from kalium.engine.kubernetes.functions import ClusterFunction, Hands
-from kalium.engine.kubernetes.objects import Found, Pod, read_pod
+from kalium.engine.kubernetes.objects import KEEPS, Found, Pod, deployment_object, read_pod
 
 RUNTIMES = {"stock": RuntimeClass("gvisor", False), "kalium": RuntimeClass("kalium", True)}
 OURS = {"kalium.io/app": "shop", "kalium.io/function": "pay"}
@@ -102,3 +103,18 @@ def test_a_function_that_was_given_a_guard_hears_it() -> None:
     assert serving(found("stock", "a.1"), found("kalium", "a.2"), pods=pods) == [("new", True)]
     pods = (pod("old", "a.1", "kalium", OURS), pod("new", "a.2", "gvisor"))
     assert serving(found("kalium", "a.1"), found("stock", "a.2"), pods=pods) == [("new", False)]
+
+
+def test_a_functions_constraints_lead_to_no_node_that_the_site_keeps_from_functions() -> None:
+    listener, path = Listener("127.0.0.1", 1), Path("/nowhere")
+    cluster = KubernetesConfig(path, RUNTIMES, {"zone": "functions"})
+    config = Config(listener, listener, "admin", path, {}, cluster, path, 8080, "/_/health", None)
+
+    def selector(constraint: str) -> Any:
+        deployment = parse({"service": "pay", "image": "pay:1", "constraints": [constraint]}, RUNTIMES, KEEPS)
+        return deployment_object(deployment, "a.1", config, cluster)["spec"]["template"]["spec"]["nodeSelector"]
+
+    assert selector("disk=ssd") == {"zone": "functions", "disk": "ssd"}
+    assert selector("zone=functions") == {"zone": "functions"}
+    with pytest.raises(Refused, match="where it is functions"):
+        selector("zone=control")

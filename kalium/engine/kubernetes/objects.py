@@ -20,6 +20,7 @@ from kalium.engine.deployment import (
     OURS,
     Deployment,
     Guarding,
+    Refused,
     parse,
 )
 from kalium.engine.kubernetes.api import Object
@@ -97,8 +98,11 @@ def next_revision(revision: str) -> str:
 
 
 def deployment_object(deployment: Deployment, revision: str, config: Config, cluster: KubernetesConfig) -> Object:
-    """The Deployment of a function."""
+    """The Deployment of a function. Raises Refused when it asks for nodes that the site gives to no function."""
     name = deployment.name
+    for label, value in deployment.constraints:
+        if cluster.node_selector.get(label, value) != value:
+            raise Refused(400, f"constraints holds {label}={value}, but functions of this site run where it is {cluster.node_selector[label]}")
     ours = {FUNCTION_LABEL: name, ENGINE_LABEL: ENGINE}
     return {
         "apiVersion": "apps/v1",
