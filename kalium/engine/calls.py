@@ -280,9 +280,7 @@ class Calls:
         kept = tuple((name, value) for name, value in end_to_end(answer.fields, frozenset()) if name.lower() in PASSED_TO_CALLBACK)
         return _Outcome(answer.status, kept, answer.body, seconds)
 
-    async def _patiently(
-        self, call: Call, name: str, request: Callable[[], upstream.Request], seize: Seize | None
-    ) -> tuple[upstream.Answer, float]:
+    async def _patiently(self, call: Call, name: str, request: Callable[[], upstream.Request], seize: Seize | None) -> tuple[upstream.Answer, float]:
         """An exchange with a function that may have no instance yet, as after a restart. Raises Refused, ExchangeFailed or _Stopped."""
         deadline = time.monotonic() + CALL_WAIT_SECONDS_MAX
         is_counted = False

@@ -92,9 +92,8 @@ def _breaches(metadata: Mapping[str, Any], spec: Mapping[str, Any], place: Place
     for share in ("hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"):
         if spec.get(share):
             yield "namespaces", f"it has {share}"
-    for volume in spec.get("volumes") or []:
-        if not isinstance(volume, Mapping) or not set(volume) - {"name"} <= _VOLUMES:
-            yield "volumes", f"it has the volume {_shown(volume)}"
+    if not all(isinstance(volume, Mapping) and set(volume) - {"name"} <= _VOLUMES for volume in spec.get("volumes") or []):
+        yield "volumes", f"it has a volume that is none of {', '.join(sorted(_VOLUMES))}"
     if not _matches(_IMAGE, containers[0].get("image")):
         yield "image", "its image is no reference of printable characters"
 

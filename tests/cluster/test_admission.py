@@ -171,7 +171,8 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
         pod(annotations={"kalium.io/app": "shop", "kalium.io/function": "pay", "dev.gvisor.flag.network": "host"}),
     ),
     "a volume that another pod may mount": (
-        "no volume that another pod may mount", pod(volumes=[{"name": "secret", "persistentVolumeClaim": {"claimName": "c"}}]),
+        "no volume that another pod may mount",
+        pod(volumes=[{"name": "secret", "persistentVolumeClaim": {"claimName": "c"}}]),
     ),
     "a folder of a file server": ("no volume that another pod may mount", pod(volumes=[{"name": "secret", "nfs": {"server": "s", "path": "/"}}])),
     "in another namespace": ("run in the namespace openfaas-fn", pod(namespace="default")),

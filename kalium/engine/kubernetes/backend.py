@@ -259,7 +259,11 @@ class KubernetesBackend(Backend):
             wanted = deployment_object(deployment, revision, self._config, self._cluster)
             with _answered(f"deploy {name}"):
                 uid = await self._create(wanted) if function is None else await self._replace(wanted, function.found.uid)
-                await self._ensure_service(deployment, uid)
+                try:
+                    await self._ensure_service(deployment, uid)
+                except (Rejected, Refused):
+                    await self._undo(name, before)
+                    raise
             reason = await self._why_not_begun(name)
             if reason:
                 await self._undo(name, before)
@@ -297,7 +301,6 @@ class KubernetesBackend(Backend):
                 raise
             found = await self._api.ask("GET", f"{CORE}/services/{name}")
             if not is_ours(found):
-                await self._undo(name, None)
                 raise Refused(400, f"there is a Service {name} that this gateway did not make") from error
             owned = {"metadata": {"ownerReferences": wanted["metadata"]["ownerReferences"]}}
             await self._api.ask("PATCH", f"{CORE}/services/{name}", body=owned, kind=MERGE)
@@ -363,7 +366,9 @@ class KubernetesBackend(Backend):
         for pod in pods:
             self._spawn(self._delete_pod(pod))
         with _already_gone():
-            await self._api.ask("DELETE", f"{CORE}/services/{name}")
+            service = await self._api.ask("GET", f"{CORE}/services/{name}")
+            if is_ours(service):
+                await self._api.ask("DELETE", f"{CORE}/services/{name}", body=_delete_options(uid_of(service)))
 
     async def _delete_pod(self, pod: Pod) -> None:
         """Delete a pod, and not another of its name; try for as long as the API server is away."""
