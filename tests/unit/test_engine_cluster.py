@@ -202,3 +202,12 @@ def test_a_functions_constraints_lead_to_no_node_that_the_site_keeps_from_functi
     assert selector("zone=functions") == {"zone": "functions"}
     with pytest.raises(Refused, match="where it is functions"):
         selector("zone=control")
+
+
+@pytest.mark.parametrize(
+    ("image", "policy"), [("localhost/kalium/pay:0123", "Never"), ("docker.io/library/pay:1", "IfNotPresent"), ("pay:1", "IfNotPresent")]
+)
+def test_an_image_that_was_brought_to_the_nodes_is_asked_of_nobody(image: str, policy: str) -> None:
+    made = deployment_object(deployment(image=image), "a.1", *config_with({}))
+
+    assert made["spec"]["template"]["spec"]["containers"][0]["imagePullPolicy"] == policy

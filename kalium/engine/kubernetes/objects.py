@@ -34,6 +34,7 @@ REVISION_LABEL = OURS + "revision"  # on pods: DEPLOYMENT.NUMBER, so that one te
 FUNCTION_ANNOTATION = OURS + "function"
 PROCESS_VARIABLE = "fprocess"  # as OpenFaaS calls it
 SCRAPE_ANNOTATION = "prometheus.io.scrape"  # faas-netes's
+NODES_OWN = "localhost/"  # of images that were brought to the nodes, and are in no registry
 SECRETS_FOLDER = "/var/openfaas/secrets"
 KEEPS = frozenset({"limits", "requests", "constraints"})
 
@@ -171,7 +172,8 @@ def _container(deployment: Deployment, config: Config) -> Object:
     return {
         "name": deployment.name,
         "image": deployment.image,
-        "imagePullPolicy": "IfNotPresent",
+        # For what is missing under localhost/ the node would ask whoever listens on its own port 80, without TLS.
+        "imagePullPolicy": "Never" if deployment.image.startswith(NODES_OWN) else "IfNotPresent",
         "ports": [{"name": "http", "containerPort": config.function_port, "protocol": "TCP"}],
         # Kubernetes replaces $(NAME) in values; a doubled dollar is a dollar.
         "env": [{"name": key, "value": value.replace("$", "$$")} for key, value in sorted(variables.items())],
