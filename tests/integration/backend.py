@@ -187,7 +187,7 @@ class OnKubernetes(Backend):
     clock_ns_max = 1_000_000_000
 
     def refusal_of_image(self, image: str) -> str:
-        # ErrImagePull or ImagePullBackOff, whichever the gateway sees first. Both go on so, in the words of the kubelet.
+        # ErrImageNeverPull goes on so, in the words of the kubelet; so do ErrImagePull and ImagePullBackOff, of images of a registry.
         return f'image "{image}"'
 
     @contextmanager
