@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,23 @@ def test_a_second_application_changes_nothing(cluster: Cluster, tmp_path: Path) 
     assert [line for answer in answers for line in answer.text.splitlines() if not line.endswith(" unchanged")] == []
 
 
-@pytest.mark.parametrize("document", [pod(), unguarded(), unguarded(annotations={}), unguarded(runtimeClassName=None)])
+ANOTHER = {"host": "10.217.1.9", "port": 8080}
+GET = {"path": "/", "port": 8080}
+
+
+def probed(make: Callable[..., dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    """A pod whose container has these fields, too."""
+    document = make()
+    document["spec"]["containers"][0] |= fields
+    return document
+
+
+OWN = {"readinessProbe": {"httpGet": GET}, "livenessProbe": {"tcpSocket": {"port": 8080}}, "lifecycle": {"preStop": {"sleep": {"seconds": 1}}}}
+
+
+@pytest.mark.parametrize(
+    "document", [pod(), unguarded(), unguarded(annotations={}), unguarded(runtimeClassName=None), probed(pod, **OWN), probed(unguarded, **OWN)]
+)
 def test_what_the_gateway_makes_is_admitted(cluster: Cluster, document: dict[str, Any]) -> None:
     answer = create(cluster, document)
 
@@ -175,6 +191,11 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
         pod(volumes=[{"name": "secret", "persistentVolumeClaim": {"claimName": "c"}}]),
     ),
     "a folder of a file server": ("no volume that another pod may mount", pod(volumes=[{"name": "secret", "nfs": {"server": "s", "path": "/"}}])),
+    "a probe of another pod": ("they name no host", probed(pod, livenessProbe={"httpGet": {**GET, **ANOTHER}})),
+    "a probe of another pod, without a guard": ("they name no host", probed(unguarded, readinessProbe={"httpGet": {**GET, **ANOTHER}})),
+    "a connection to another pod": ("they name no host", probed(pod, startupProbe={"tcpSocket": ANOTHER})),
+    "a request to another pod at the start": ("they name no host", probed(unguarded, lifecycle={"postStart": {"httpGet": {**GET, **ANOTHER}}})),
+    "a request to another pod at the end": ("they name no host", probed(pod, lifecycle={"preStop": {"httpGet": {**GET, **ANOTHER}}})),
     "in another namespace": ("run in the namespace openfaas-fn", pod(namespace="default")),
     "an enforced function, by its label": ("functions of hello-retail", unguarded(labels={"faas_function": "product-photos-master"})),
     "an enforced function, by its container": ("functions of hello-retail", unguarded(containers=[container("product-photos-1-assign")])),
