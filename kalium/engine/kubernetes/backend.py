@@ -56,8 +56,9 @@ METRICS = f"/apis/metrics.k8s.io/v1beta1/namespaces/{NAMESPACE}/pods"
 MERGE = "application/merge-patch+json"
 # Secrets without what is in them.
 NAMES_ONLY = "application/json;as=PartialObjectMetadata{};g=meta.k8s.io;v=v1"
-# Warnings that say why a pod does not start. Others (a probe that fails while a program begins) come to pass by themselves.
-WARNINGS = frozenset({"FailedCreatePodSandBox", "Failed", "InspectFailed", "ErrImageNeverPull", "FailedPreStopHook", "FailedAttachVolume"})
+# Warnings that say why a pod does not start, where its status does not: of images and containers that tells more, a moment later. Others (a
+# probe that fails while a program begins) come to pass by themselves.
+WARNINGS = frozenset({"FailedCreatePodSandBox", "FailedAttachVolume", "FailedMount"})
 CPU: dict[str, float] = {"n": 1e-6, "u": 1e-3, "m": 1.0, "": 1e3}  # to thousandths of a processor
 BYTES: dict[str, float] = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
