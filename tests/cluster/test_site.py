@@ -151,6 +151,15 @@ def test_the_five_entries_work_under_enforcement_on_both_workers(hosts: dict[str
     assert all(re.search(rf" {node} ", pods) for node in ("node1", "node2")), "the scheduler used both workers"
 
 
+def test_the_gateway_answers_as_openfaas_was_recorded_to(operator: Operator, site: Site) -> None:
+    """What faas-cli was recorded to send, and asynchronous calls; the whole contract is tests/integration/test_gateway_contract.py."""
+    chosen = "recorded or accepted or written_after"
+    said = operator.must("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, "tests/integration/test_gateway_contract.py")
+
+    print(said.end(3))
+    assert re.search(r"^3 passed", said.text, re.MULTILINE)
+
+
 def test_experiment_e1_quick(operator: Operator, site: Site) -> None:
     said = operator.must("fab", "run-e1")
 
