@@ -103,7 +103,7 @@ class ClusterView:
         if done.status != 0:
             raise ExperimentError(
                 "cluster.kubectl", f"ask the API server on host {self._site.control} for {' '.join(words[:3])}", done.complaint(),
-                f"see `journalctl -u kubelet` and `crictl ps -a` on {self._site.control.name}",
+                f"see `journalctl -u kubelet` and `ctr -n k8s.io containers ls` on {self._site.control.name}",
             )  # fmt: skip
         return done.out
 

@@ -1,7 +1,7 @@
 """Three throw-away hosts, node0 to node2, that stay until they are ended.
 
     PYTHONPATH=tests python -m cluster.hosts up                 start them; a testbed that runs already is left alone
-    PYTHONPATH=tests python -m cluster.hosts ssh node1          a shell there, or one command: ssh node1 sudo crictl ps
+    PYTHONPATH=tests python -m cluster.hosts ssh node1          a shell there, or one command: ssh node1 sudo ctr -n k8s.io containers ls
     PYTHONPATH=tests python -m cluster.hosts status
     PYTHONPATH=tests python -m cluster.hosts down               end them and remove every trace
 

@@ -216,6 +216,18 @@ def test_packages_that_would_push_others_out_are_a_problem() -> None:
     assert [problem["found"] for problem in problems] == ["that would remove mysql-server"]
 
 
+@pytest.mark.parametrize(("release", "count"), [("18.04", 1), ("22.04", 0)])
+def test_a_distribution_without_a_database_is_told_before_anything_changes(release: str, count: int) -> None:
+    spec = {
+        "packages": ["mariadb-server-core"], "indispensable": {"mariadb-server-core": "the database"},
+        "package_names": {"Ubuntu 18.04": {"mariadb-server-core": []}, "Ubuntu 22.04": {"mariadb-server-core": ["m-10.6"]}},
+    }  # fmt: skip
+
+    problems = found_by(preflight.check_packages, spec, ask=lambda words: (0, ""), read=lambda: {"ID": "ubuntu", "VERSION_ID": release})
+
+    assert ["no package of it there is new enough" in problem["found"] for problem in problems] == [True] * count
+
+
 # The list of what was installed, and its removal
 
 

@@ -90,7 +90,7 @@ def check_groups(judged):
         serves = [group for group in SERVING if host in judged.groups.get(group, [])]
         if serves:
             judged.problem(
-                "group", "build on " + host, "it is also in %s, and the keys that sign policies never leave the build host" % ", ".join(serves),
+                "group", "build on " + host, "it is also in %s, and whoever takes over such a host would change what is built" % ", ".join(serves),
                 "build on the machine that runs Ansible, and keep it out of the cluster",
             )  # fmt: skip
     for host in judged.members(*SERVING):

@@ -389,7 +389,15 @@ def packages_here(spec, release):
 
 def check_packages(spec, report, ask=run, read=os_release):
     """Installing ours must not remove what is there. Without package lists this is asked again when they are there."""
-    packages = packages_here(spec, read())
+    release = read()
+    name = "%s %s" % (release.get("ID", "").capitalize(), release.get("VERSION_ID", ""))
+    for package, served in sorted(spec.get("indispensable", {}).items()):
+        if package in spec["packages"] and spec["package_names"].get(name, {}).get(package) == []:
+            report.problem(
+                "packages", "serve %s on %s" % (served, name), "no package of it there is new enough for the site",
+                "put a host of a newer release into its group of the inventory",
+            )  # fmt: skip
+    packages = packages_here(spec, release)
     code, text = ask(["apt-get", "--simulate", "--quiet", "--no-install-recommends", "install", *packages])
     if code != 0:
         report.notes.append("the package lists do not know all of our packages yet: they are read anew, and a conflict is found then")
