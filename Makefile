@@ -146,7 +146,7 @@ test-guard-steps: developer
 	$(AS_ROOT) $(PYTEST) --quiet --junitxml=$(REPORTS)/guard.xml tests/guard
 
 cluster-test-steps: developer
-	$(PYTEST) -v -x -rP --durations=0 --durations-min=1 tests/cluster $(STEPS)
+	$(PYTEST) -v -x -rP tests/cluster $(STEPS)
 
 bench-guard-steps: developer
 	$(AS_ROOT) env PYTHONPATH=tests:. python -m guard.bench

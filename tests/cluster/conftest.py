@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from throwaway.host import Host
@@ -24,6 +25,7 @@ INVENTORY = "inventory/testbed"
 COMMAND_S_MAX = 2400.0
 RECAP = re.compile(r"^(?P<host>\S+)\s+: (?P<counts>(?:\w+=\d+\s*)+)$", re.MULTILINE)
 BEGAN = time.monotonic()
+STEPS: list[tuple[float, str]] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,10 +47,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ending: ends the site or the hosts; left out with --keep")
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """One line a step with the seconds it took, its preparation included; pytest's own -v says how it ended."""
-    if report.when == "call":
-        print(f"  [{time.monotonic() - BEGAN:6.0f} s] {report.nodeid.rpartition('::')[2]} took {report.duration:.0f} s", flush=True)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Each step of the site with the seconds that it took; of its preparation too, where that is worth a line."""
+    terminalreporter.section("steps of the site")
+    for report in (one for outcome in ("passed", "failed", "error") for one in terminalreporter.getreports(outcome)):
+        if "test_site.py" in report.nodeid and (report.when == "call" or report.duration > 1):
+            name = report.nodeid.rpartition("::")[2] + {"setup": ", prepared", "teardown": ", cleared"}.get(report.when, "")
+            STEPS.append((report.start, f"{report.duration:6.0f} s  {'' if report.passed else 'FAILED '}{name}"))
+    for _, line in sorted(STEPS):
+        terminalreporter.write_line(line)
+    terminalreporter.write_line(f"{time.monotonic() - BEGAN:6.0f} s  in all; what each command printed is in {caches() / 'cluster' / 'logs'}")
 
 
 @dataclass(frozen=True)
@@ -136,10 +144,15 @@ def operator() -> Operator:
 
 
 @pytest.fixture(scope="session")
-def hosts(request: pytest.FixtureRequest) -> Iterator[dict[str, Host]]:
-    """node0 to node2, running, with what is to be installed on them built. Hosts that ran before are taken as they are."""
+def hosts(request: pytest.FixtureRequest, operator: Operator) -> Iterator[dict[str, Host]]:
+    """node0 to node2, running, with what is to be installed on them built. Hosts that ran before are taken as they are.
+
+    After a failure what the hosts know of it is fetched first (`fab collect`).
+    """
     builds.built()
     yield testbed.up()
+    if request.session.testsfailed and (ROOT / ".kalium/site.json").exists():
+        print(operator.run("fab", "collect").end(8))
     if not request.config.getoption("--keep"):
         testbed.down()
 

@@ -137,7 +137,7 @@ def test_the_five_entries_work_under_enforcement_on_both_workers(hosts: dict[str
     served = images_served(hosts, site)
     gateway.deploy_all([stack.function(name, KALIUM_ENFORCE) for name in names])
     try:
-        problems = {}
+        problems: dict[str, str] = {}
         for entry in ENTRIES:
             answer = gateway.invoke(entry.function, sample_input(site, entry.function), path=entry.path, call_id=f"entry-{entry.name}")
             problems[entry.name] = problem_with(answer.status, answer.body, json.loads(json.dumps(entry.expect)))
@@ -146,7 +146,7 @@ def test_the_five_entries_work_under_enforcement_on_both_workers(hosts: dict[str
     finally:
         gateway.remove_all(names)
 
-    assert problems == dict.fromkeys(problems)
+    assert problems == dict.fromkeys(problems, "")
     assert images_served(hosts, site) >= served + 3, "three of the entries fetch the image"
     assert all(re.search(rf" {node} ", pods) for node in ("node1", "node2")), "the scheduler used both workers"
 
