@@ -166,7 +166,8 @@ def test_experiment_e1_quick(operator: Operator, site: Site) -> None:
     print(said.end(20))
     run = ROOT / "results/e1/latest"
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    assert record["complete"] is True and record["engine"] == "kubernetes", record
+    assert record["complete"] is True and record["site"] == site.name and record["tls"].startswith("opened"), record
+    assert set(record["judged_messages"]) == {"kalium-audit", "kalium-enforce"} and all(record["judged_messages"].values())
 
 
 def test_attacks_across_nodes(operator: Operator, site: Site) -> None:
