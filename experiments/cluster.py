@@ -120,9 +120,13 @@ class ClusterView:
         return [Pod.of(record) for record in self._items("pods", "-n", self._cluster.namespace)]
 
     def placed(self, functions: Sequence[str], system: System) -> dict[str, Pod]:
-        """The ready pod of each function. Raises RunRefused when one runs under another runtime than `system` asks for."""
-        ready = {pod.function: pod for pod in self.pods() if pod.is_ready and not pod.is_ending}
+        """A ready pod of each function. Raises RunRefused when any runs under another runtime than `system` asks for."""
         wanted = self._cluster.classes[system.labels[RUNTIME_LABEL]]
+        ready: dict[str, Pod] = {}
+        for one in self.pods():
+            # Of several, each may get requests: one of the wrong kind is not hidden by one of the right kind.
+            if one.is_ready and not one.is_ending and (one.function not in ready or one.runtime_class != wanted):
+                ready[one.function] = one
         for name in functions:
             pod = ready.get(name)
             if pod is None or pod.runtime_class != wanted:

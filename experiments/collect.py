@@ -6,11 +6,12 @@ last. A host that fails keeps nobody from the rest: it is named there, and the t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,8 +30,12 @@ FILE_SECONDS_MAX = 300.0
 JOURNAL_UNITS = ("kalium-*", "kubelet", "containerd", "k3s*")
 # Sizes and names of the files in a folder, the links and folders in it left out.
 LIST_FILES = 'find "$1" -maxdepth 2 -type f -printf "%s %P\\n" 2>/dev/null || true'
-# The last $2 bytes of what a command prints are the newest.
-LAST_OF = 'limit="$1"; shift; "$@" | tail -c "$limit"'
+# The last $1 bytes of what a command prints are the newest. The exit status is the command's, which a pipe would hide.
+LAST_OF = """
+limit="$1"; shift; exec 4>&1
+status=$({ { "$@" 3>&- 4>&-; echo "$?" >&3; } | tail -c "$limit" >&4 3>&-; } 3>&1)
+exit "$status"
+"""
 ABOUT = "uname -a; cat /etc/os-release; uptime; df -Ph; free -m; ip -o addr; timedatectl 2>/dev/null || date --utc"
 
 
@@ -96,7 +101,7 @@ def fetch(one: Machine, site: Site, folder: Path, limit: int, since: str, begin:
                 done = one.copy(source.command, file, root=True, seconds_max=FILE_SECONDS_MAX)
             entry: dict[str, Any] = {
                 "file": where.relative_to(folder).as_posix(), "host": one.host.name, "bytes": where.stat().st_size, "sha256": digest(where),
-                "cut": source.size is not None and source.size > limit,
+                "cut": where.stat().st_size == limit != source.size,  # how long a journal is nobody knows before
             }  # fmt: skip
             if done.status != 0:
                 entry["error"] = done.complaint()
@@ -129,6 +134,20 @@ def where_for(run: str | None, site: Site) -> tuple[Path, str]:
     return paths.collected / stamp, start.astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    """What is written here stands in this `with`: a disk that is full is told with a next step."""
+    try:
+        yield
+    except OSError as error:
+        raise ExperimentError(
+            "results.write",
+            f"write {error.filename or 'the manifest'}",
+            error.strerror or str(error),
+            "make room on this machine, then collect again",
+        ) from error
+
+
 def collect(site: Site, run: str | None, *, mib: int = FILE_MIB_DEFAULT) -> str:
     """Fetch everything; the result says where it is. Raises ExperimentError after writing the manifest when something is missing."""
     if not 1 <= mib <= 4096:
@@ -136,7 +155,8 @@ def collect(site: Site, run: str | None, *, mib: int = FILE_MIB_DEFAULT) -> str:
             "collect.limit", f"take {mib} MiB of each file", "it is no size", "give --mib a number from 1 to 4096", exit_code=EXIT_USAGE
         )
     folder, since = where_for(run, site)
-    folder.mkdir(parents=True)
+    with _room():
+        folder.mkdir(parents=True)
     begin, start = time.monotonic(), utc_now()
     outcomes = machine.attempt(site.hosts.values(), lambda one: fetch(one, site, folder, mib * MEBIBYTE, since, begin))
     fetched = [outcome for _, outcome in outcomes if isinstance(outcome, Fetched)]
@@ -146,7 +166,8 @@ def collect(site: Site, run: str | None, *, mib: int = FILE_MIB_DEFAULT) -> str:
         "schema": SCHEMA, "site": site.name, "site_sha256": site.site_sha256, "run": run, "start": start, "end": utc_now(),
         "limit_bytes": mib * MEBIBYTE, "files": files, "failed": failed,
     }  # fmt: skip
-    write_whole(folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    with _room():
+        write_whole(folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     if failed:
         raise ExperimentError(
             "collect.partial", f"collect from {len(site.hosts)} hosts into {folder}",

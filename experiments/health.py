@@ -103,7 +103,11 @@ def of_cluster(site: Site) -> list[Finding]:
 
 def findings(site: Site) -> list[Finding]:
     """Everything that is wrong with the site's hosts, nodes and pods; empty when all is well. It never raises."""
-    states = machine.attempt(site.hosts.values(), ask)
+    return of_states(site, machine.attempt(site.hosts.values(), ask))
+
+
+def of_states(site: Site, states: Sequence[tuple[Host, HostState | ExperimentError]]) -> list[Finding]:
+    """`findings`, from what the hosts just said of themselves."""
     found = [finding for host, state in states for finding in of_host(host, state)]
     if any(host == site.control and isinstance(state, ExperimentError) for host, state in states):
         return found  # the API server is asked through that host

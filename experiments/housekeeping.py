@@ -31,19 +31,21 @@ def status(site: Site) -> str:
     """Hosts, services, nodes, agents, gateway, functions and runs, one a line. Raises ExperimentError after printing when something is wrong."""
     lines: list[str] = []
     states = machine.attempt(site.hosts.values(), health.ask)
-    found = [finding for host, state in states for finding in health.of_host(host, state)]
+    found = health.of_states(site, states)
     for host, state in states:
         groups = ", ".join(group for group, names in site.groups.items() if host.name in names)
         lines.append(f"host {host} ({groups}): {_host_line(state)}")
-    lines += _nodes(site)
-    found += health.of_cluster(site)
-    try:
-        gateway = Gateway.of(site)
-        version = (gateway.information().get("version") or {}).get("release", "unknown")
-        lines += [f"gateway {gateway.url}: version {version}", f"functions: {', '.join(gateway.functions()) or 'none'}"]
-    except ExperimentError as error:
-        lines.append(f"gateway {site.gateway}: {error.found}")
-        found.append(health.Finding(site.control.name, error.found, error.next_step))
+    if any(host == site.control and isinstance(state, ExperimentError) for host, state in states):
+        lines.append(f"gateway {site.gateway}: not asked, since host {site.control.name} is not reachable")  # nor is the API server
+    else:
+        lines += _nodes(site)
+        try:
+            gateway = Gateway.of(site)
+            version = (gateway.information().get("version") or {}).get("release", "unknown")
+            lines += [f"gateway {gateway.url}: version {version}", f"functions: {', '.join(gateway.functions()) or 'none'}"]
+        except ExperimentError as error:
+            lines.append(f"gateway {site.gateway}: {error.found}")
+            found.append(health.Finding(site.control.name, error.found, error.next_step))
     for run in runs(site):
         record = json.loads(run.run.read_text(encoding="utf-8"))
         lines.append(f"{run.experiment}/{run.stamp}: {record['profile']}, {state_of(run)}, commit {record['commit'][:12]}")

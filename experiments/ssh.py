@@ -46,6 +46,22 @@ def connect(host: Host) -> Connection:
     return connection
 
 
+def _start(channel: paramiko.Channel, command: Sequence[str], seconds_max: float) -> None:
+    """Have `command` run. paramiko waits for the host's consent without end, and an sshd that is stuck keeps its link: so the channel is closed."""
+    deadline = time.monotonic() + seconds_max
+    watch = threading.Timer(seconds_max, channel.close)
+    watch.daemon = True
+    watch.start()
+    try:
+        channel.exec_command(shlex.join(command))
+    except paramiko.SSHException as error:
+        if time.monotonic() >= deadline:
+            raise TimeoutError from error
+        raise
+    finally:
+        watch.cancel()
+
+
 class SshMachine(Machine):
     """One remote host. Safe to use from several threads."""
 
@@ -153,10 +169,13 @@ class SshMachine(Machine):
         deadline = time.monotonic() + seconds_max
 
         def left() -> float:
-            return max(0.01, deadline - time.monotonic())
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:  # also of a command that prints all the time, so that nothing is ever waited for
+                raise TimeoutError
+            return seconds
 
+        _start(channel, command, left())
         channel.settimeout(left())
-        channel.exec_command(shlex.join(command))
         with contextlib.suppress(OSError):  # a command that reads no input may be over: its exit status tells
             channel.sendall(stdin)
             channel.shutdown_write()
@@ -196,8 +215,7 @@ class SshMachine(Machine):
         file = output.open("xb", buffering=0)
         try:
             channel = self._open("session")
-            channel.settimeout(CALL_SECONDS_MAX)
-            channel.exec_command(shlex.join(whole))
+            _start(channel, whole, CALL_SECONDS_MAX)
         except (OSError, EOFError, paramiko.SSHException) as error:
             file.close()
             raise self._lost(f"start `{shlex.join(command)[:120]}`", f"{type(error).__name__}: {error}") from error
@@ -246,7 +264,9 @@ class _SshStream:
         try:
             with self._file:
                 while piece := self._channel.recv(PIECE_BYTES):
-                    self._file.write(piece)
+                    left = memoryview(piece)
+                    while left:  # unbuffered: on a disk that is almost full a part is written, without an error
+                        left = left[self._file.write(left) :]
         except OSError as error:  # of the file here: what comes from now on would be missing in it
             self._fault = f"its output could not be kept here: {error}"
             self._channel.close()

@@ -58,10 +58,12 @@ class Scene:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Scene:
-        self._stack.enter_context(receiver(self._site, self._run.receiver_log))
-        if self._view is None:
-            (interface,) = self._site.interfaces
-            self._stack.enter_context(Capture(interface, self._run.capture))
+        with contextlib.ExitStack() as stack:  # until all of it is there: no server stays behind a capture that does not start
+            stack.enter_context(receiver(self._site, self._run.receiver_log))
+            if self._view is None:
+                (interface,) = self._site.interfaces
+                stack.enter_context(Capture(interface, self._run.capture))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

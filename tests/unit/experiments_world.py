@@ -139,7 +139,7 @@ class FakeRemote(LocalMachine):
     def __init__(self, host: Host) -> None:
         super().__init__(host)
         self.asked: list[str] = []
-        self.answers: dict[str, bytes] = {}  # by a part of the command: what it prints instead of being run
+        self.answers: dict[str, bytes | Done] = {}  # by a part of the command: what it prints, or how it ends, instead of being run
         self.fault: Callable[[str], bool] = lambda what: False
 
     def _point(self, what: str) -> None:
@@ -151,7 +151,9 @@ class FakeRemote(LocalMachine):
         line = shlex.join(command)
         self._point(line)
         answer = next((answer for part, answer in self.answers.items() if part in line), None)
-        return super().run(command, stdin=stdin, seconds_max=seconds_max) if answer is None else Done(0, answer, b"")
+        if answer is None:
+            return super().run(command, stdin=stdin, seconds_max=seconds_max)
+        return answer if isinstance(answer, Done) else Done(0, answer, b"")
 
     def copy(self, command: Sequence[str], output: IO[bytes], *, root: bool = False, seconds_max: float) -> Done:
         done = self.run(command, seconds_max=seconds_max)
@@ -205,6 +207,15 @@ def pod(function: str, node: str, runtime_class: str, *, ready: bool = True, wai
             "containerStatuses": [{"state": {"waiting": {"reason": waiting, "message": "no such image"}} if waiting else {"running": {}}}],
         },
     }  # fmt: skip
+
+
+def node(name: str, *, ready: str = "True", full: str = "False", cordoned: bool = False) -> dict[str, Any]:
+    """A node as kubectl tells it."""
+    conditions = [
+        {"type": "DiskPressure", "status": full, "reason": "R", "message": "m"},
+        {"type": "Ready", "status": ready, "reason": "R", "message": "m"},
+    ]
+    return {"metadata": {"name": name}, "spec": {"unschedulable": True} if cordoned else {}, "status": {"conditions": conditions}}
 
 
 def items(*records: dict[str, Any]) -> bytes:

@@ -100,7 +100,7 @@ def test_a_command_that_fails_says_what_it_said() -> None:
 
 
 def test_a_program_runs_while_the_with_lasts_and_its_output_is_here(tmp_path: Path) -> None:
-    program = ["sh", "-c", "echo ready >&2; echo first; trap 'echo last; exit' TERM; while :; do sleep 0.05; done"]
+    program = ["sh", "-c", "trap 'echo last; exit' TERM; echo first; echo ready >&2; while :; do sleep 0.05; done"]
 
     with machine.streaming(LocalMachine(HERE), program, tmp_path / "output", ready=b"ready", what="run it"):
         pass
