@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -34,15 +35,23 @@ class Rejected(Exception):
         self.reason = reason
 
 
+class _Client:
+    """What was made of one reading of the kubeconfig, and how many requests use it."""
+
+    def __init__(self, rest: Any, host: str, fields: dict[str, str]) -> None:
+        self.rest = rest
+        self.host = host
+        self.fields = fields
+        self.uses = 0
+
+
 class ApiServer:
-    """The API server that a kubeconfig names. A kubeconfig that changes is read anew with the next request."""
+    """The API server that a kubeconfig names. A kubeconfig that changes is read anew with the next request; those under way end as they began."""
 
     def __init__(self, kubeconfig: Path) -> None:
         self._path = kubeconfig
         self._read: tuple[int, int] | None = None  # time and inode of the file that the client was made of
-        self._client: Any = None
-        self._host = ""
-        self._fields: dict[str, str] = {}
+        self._client: _Client | None = None
         self._turn = asyncio.Lock()
 
     async def open(self) -> None:
@@ -69,17 +78,21 @@ class ApiServer:
             config_file=str(self._path), client_configuration=configuration, persist_config=False
         )
         configuration.connection_pool_maxsize = CONNECTIONS_MAX
-        before, self._client = self._client, importlib.import_module("kubernetes_asyncio.client.rest").RESTClientObject(configuration)
-        self._host = configuration.host.rstrip("/")
+        rest = importlib.import_module("kubernetes_asyncio.client.rest").RESTClientObject(configuration)
         token = configuration.api_key.get("BearerToken")
-        self._fields = {"Authorization": token} if token else {}
+        before, self._client = self._client, _Client(rest, configuration.host.rstrip("/"), {"Authorization": token} if token else {})
         if before is not None:
-            await before.close()
+            await self._close_unused(before)
+
+    async def _close_unused(self, client: _Client) -> None:
+        """Close a client that is not the last one, once nothing uses it: a watch may go on for some minutes, a followed log for an hour."""
+        if client is not self._client and not client.uses:
+            await client.rest.close()
 
     async def close(self) -> None:
-        """End every connection."""
+        """End every connection. Nothing is asked any more."""
         if self._client is not None:
-            await self._client.close()
+            await self._client.rest.close()
 
     async def ask(
         self,
@@ -93,17 +106,12 @@ class ApiServer:
     ) -> Object:
         """One request and its answer, an object. Raises Unavailable or Rejected."""
         timeout = aiohttp.ClientTimeout(total=API_SECONDS_MAX, sock_connect=API_CONNECT_SECONDS_MAX)
-        response = await self._send(method, path, query, body, {"Content-Type": kind, "Accept": accept}, timeout)
-        try:
+        async with self._send(method, path, query, body, {"Content-Type": kind, "Accept": accept}, timeout) as response:
             text = await response.content.read(API_ANSWER_BYTES_MAX + 1) if response.content_length != 0 else b""
             while not response.content.at_eof() and len(text) <= API_ANSWER_BYTES_MAX:
                 text += await response.content.read(API_ANSWER_BYTES_MAX)
             if response.content.at_eof():
                 response.release()
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            raise Unavailable(_told(error)) from error
-        finally:
-            response.close()
         if len(text) > API_ANSWER_BYTES_MAX:
             raise Unavailable(f"its answer to {method} {path} has more than {API_ANSWER_BYTES_MAX} bytes")
         document = _object(text)
@@ -113,33 +121,40 @@ class ApiServer:
     async def lines(self, path: str, query: Mapping[str, str], *, silence_seconds_max: float | None) -> AsyncGenerator[bytes, None]:
         """The lines of an answer that goes on; an empty one first, when it has begun. Raises Unavailable or Rejected."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=API_CONNECT_SECONDS_MAX, sock_read=silence_seconds_max)
-        response = await self._send("GET", path, query, None, {"Accept": "application/json, */*"}, timeout)
-        try:
+        async with self._send("GET", path, query, None, {"Accept": "application/json, */*"}, timeout) as response:
             if response.status != 200:
                 text = await response.content.read(ERROR_CHARACTERS_MAX * 8)
                 _check(response.status, _object(text), text)
             yield b""
-            while line := await response.content.readline():
-                yield line.rstrip(b"\n")
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            raise Unavailable(_told(error)) from error
-        except ValueError as error:
-            raise Unavailable(f"a line of its answer to {path} is too long: {error}") from error
-        finally:
-            response.close()
+            try:
+                while line := await response.content.readline():
+                    yield line.rstrip(b"\n")
+            except ValueError as error:
+                raise Unavailable(f"a line of its answer to {path} is too long: {error}") from error
 
+    @asynccontextmanager
     async def _send(
         self, method: str, path: str, query: Mapping[str, str] | None, body: Object | None, fields: dict[str, str], timeout: aiohttp.ClientTimeout
-    ) -> aiohttp.ClientResponse:
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The answer to a request, for as long as the block reads it. Raises Unavailable, also for what fails in there."""
+        await self.open()
+        client = self._client
+        assert client is not None
+        client.uses += 1
         try:
-            await self.open()
-            url = self._host + path + (f"?{urlencode(query)}" if query else "")
-            response: aiohttp.ClientResponse = await self._client.request(
-                method, url, headers={**self._fields, **fields}, body=body, _preload_content=False, _request_timeout=timeout
+            url = client.host + path + (f"?{urlencode(query)}" if query else "")
+            response: aiohttp.ClientResponse = await client.rest.request(
+                method, url, headers={**client.fields, **fields}, body=body, _preload_content=False, _request_timeout=timeout
             )
+            try:
+                yield response
+            finally:
+                response.close()
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             raise Unavailable(_told(error)) from error
-        return response
+        finally:
+            client.uses -= 1
+            await self._close_unused(client)
 
 
 def _told(error: BaseException) -> str:
@@ -157,8 +172,8 @@ def _object(text: bytes) -> Object:
 
 
 def _check(status: int, document: Object, text: bytes) -> None:
-    """Raise for an answer that is no success, or that is no object."""
-    if 200 <= status < 300 and document:
+    """Raise for an answer that is no success, or that is no object: everything that the server tells has metadata."""
+    if 200 <= status < 300 and isinstance(document.get("metadata"), dict):
         return
     message = str(document.get("message") or text.decode("utf-8", "replace").strip() or "it answered no object")[:ERROR_CHARACTERS_MAX]
     if 200 <= status < 300 or status in RETRIED:

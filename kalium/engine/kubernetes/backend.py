@@ -256,16 +256,22 @@ class KubernetesBackend(Backend):
                 raise Refused(400, f"there are {FUNCTIONS_MAX} functions already")
             await self._check_secrets(deployment)
             before = None if function is None else copy.deepcopy(self._deployments.reflection.objects[function.found.uid])
-            revision = first_revision(secrets.token_hex(4)) if function is None else next_revision(function.found.revision)
+            if function is None:
+                revision, known = first_revision(secrets.token_hex(4)), ""
+            else:
+                # Pods of a deployment that was undone may still be there, with a revision after the last.
+                pods = [instance.pod.revision for instance in function.pods.values()]
+                revision, known = next_revision(function.found.revision, *pods), function.found.refusal
             wanted = deployment_object(deployment, revision, self._config, self._cluster)
             with _answered(f"deploy {name}"):
                 uid = await self._create(wanted) if function is None else await self._replace(wanted, function.found.uid)
                 try:
                     await self._ensure_service(deployment, uid)
-                except (Rejected, Refused):
-                    await self._undo(name, before)
+                except (Unavailable, Rejected, Refused):
+                    with suppress(Refused, BackendFailed):  # what went wrong first is what is told
+                        await self._undo(name, before)
                     raise
-            reason = await self._why_not_begun(name)
+            reason = await self._why_not_begun(name, known)
             if reason:
                 await self._undo(name, before)
                 raise Refused(400, f"cannot deploy {name}: {reason}")
@@ -306,21 +312,27 @@ class KubernetesBackend(Backend):
             owned = {"metadata": {"ownerReferences": wanted["metadata"]["ownerReferences"]}}
             await self._api.ask("PATCH", f"{CORE}/services/{name}", body=owned, kind=MERGE)
 
-    async def _why_not_begun(self, name: str) -> str:
-        """Wait until a pod of the last revision has begun. Why none can, when that is said; "" in doubt."""
+    async def _why_not_begun(self, name: str, known: str) -> str:
+        """Wait until a pod of the last revision has begun. Why none can, when that is said; "" in doubt.
+
+        `known` is why the revision before was refused: until controllers have seen the last, the Deployment's status is about that one. One that
+        stays to the end is of the last.
+        """
         deadline = time.monotonic() + ADMIT_SECONDS_MAX
         while (left := deadline - time.monotonic()) > 0:
             function = self._table.get(name)
             if function is None or function.has_started():
                 return ""
-            if reason := function.image_trouble():
+            if function.found.refusal != known:
+                known = ""
+            if reason := function.image_trouble(known=known):
                 return reason
-            if function.trouble():  # it may pass; until then it is the function's kalium.io/reason
+            if function.trouble(known=known):  # it may pass; until then it is the function's kalium.io/reason
                 return ""
             function.changed.clear()
             with suppress(asyncio.TimeoutError):
                 await within(left, function.changed.wait())
-        return ""
+        return "" if name not in self._table else self._table[name].found.refusal
 
     async def _undo(self, name: str, before: Object | None) -> None:
         """Have things as they were before a deployment that cannot begin."""

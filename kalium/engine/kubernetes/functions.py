@@ -106,9 +106,9 @@ class ClusterFunction(Function):
             return "it is scaled to 0 replicas"
         return (self.trouble() or self._reason)[:ERROR_CHARACTERS_MAX]
 
-    def trouble(self) -> str:
-        """What keeps pods of the last revision from starting, now."""
-        if self.found.refusal:
+    def trouble(self, *, known: str = "") -> str:
+        """What keeps pods of the last revision from starting, now; but for a refusal that was `known` before."""
+        if self.found.refusal not in ("", known):
             return self.found.refusal
         for instance in self._current():
             pod = instance.pod
@@ -118,9 +118,13 @@ class ClusterFunction(Function):
                 return f"{pod.name}: {told}"
         return ""
 
-    def image_trouble(self) -> str:
-        """Why the image of the last revision is not there, or its pods are refused: what the client has to correct."""
-        return self.found.refusal or next((instance.pod.image_trouble for instance in self._current() if instance.pod.image_trouble), "")
+    def image_trouble(self, *, known: str) -> str:
+        """Why the image of the last revision is not there, or its pods are refused: what the client has to correct.
+
+        A refusal that was `known` before is that of the revision before, until its ReplicaSet is scaled down.
+        """
+        refusal = "" if self.found.refusal == known else self.found.refusal
+        return refusal or next((instance.pod.image_trouble for instance in self._current() if instance.pod.image_trouble), "")
 
     def has_started(self) -> bool:
         """Whether a process of the last revision runs or has run."""

@@ -89,10 +89,11 @@ def first_revision(unique: str) -> str:
     return f"{unique}.1"
 
 
-def next_revision(revision: str) -> str:
-    """The revision after that."""
-    head, _, number = revision.partition(".")
-    return f"{head}.{int(number or 0) + 1}"
+def next_revision(revision: str, *others: str) -> str:
+    """The revision after that, and after those of the others that are of its lineage."""
+    head = lineage(revision)
+    numbers = [other.partition(".")[2] for other in (revision, *others) if lineage(other) == head]
+    return f"{head}.{max(int(number) if number.isdigit() else 0 for number in numbers) + 1}"
 
 
 # To Kubernetes

@@ -27,8 +27,15 @@ class Change:
 
 
 def uid_of(found: Object) -> str:
-    """The id that no other object ever has."""
+    """The id that no other object ever has. Raises KeyError or TypeError for what is no object."""
     return str(found["metadata"]["uid"])
+
+
+def _identity(found: Object) -> str:
+    """The id of what is a whole object as far as everybody here relies on it. Raises KeyError or TypeError for what is none."""
+    if not isinstance(found["metadata"]["name"], str):
+        raise TypeError("its name is no text")
+    return uid_of(found)
 
 
 def version_of(found: Object) -> int:
@@ -61,7 +68,7 @@ class Reflection:
         """Take a whole list. Raises ValueError when it is none."""
         try:
             version = str(document["metadata"]["resourceVersion"])
-            found = {uid_of(item): item for item in document.get("items") or ()}
+            found = {_identity(item): item for item in document.get("items") or ()}
         except (KeyError, TypeError) as error:
             raise ValueError(f"it answered what is no list: {error!r}") from error
         # What an answer of ours told of after the list was made is not in it, and not gone.
@@ -82,7 +89,7 @@ class Reflection:
                 self._forget_version(found.get("code") == GONE)
                 return []
             version = str(found["metadata"]["resourceVersion"])
-            changes = [] if kind == "BOOKMARK" else self._removed(uid_of(found), found) if kind == "DELETED" else self.apply(found)
+            changes = [] if kind == "BOOKMARK" else self._removed(_identity(found), found) if kind == "DELETED" else self.apply(found)
         except (KeyError, TypeError, AttributeError):
             self._forget_version(False)
             return []
@@ -90,8 +97,11 @@ class Reflection:
         return changes
 
     def apply(self, found: Object) -> list[Change]:
-        """Take an object as an answer to our own request gave it; an older one than is known is not news."""
-        uid = uid_of(found)
+        """Take an object as an answer to our own request gave it; an older one than is known is not news.
+
+        Raises KeyError or TypeError for what is no object.
+        """
+        uid = _identity(found)
         known = self.objects.get(uid)
         if uid in self._tombstones or (known is not None and version_of(found) < version_of(known)):
             return []
@@ -161,8 +171,12 @@ class Watcher:
         self._tell = tell  # that `lost` has changed
 
     def apply(self, found: Object) -> None:
-        """Take an object as an answer to our own request gave it."""
-        self._take(self.reflection.apply(found))
+        """Take an object as an answer to our own request gave it. Raises Unavailable when it is none."""
+        try:
+            changes = self.reflection.apply(found)
+        except (KeyError, TypeError) as error:
+            raise Unavailable(f"it answered what is no object: {error!r}") from error
+        self._take(changes)
 
     def forget(self, uid: str) -> None:
         """We deleted an object."""
