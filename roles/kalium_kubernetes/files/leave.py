@@ -17,7 +17,8 @@ import sys
 
 OURS = "/etc/kubernetes"
 EMPTIED = ["/etc/kubernetes", "/var/lib/kubelet", "/var/lib/etcd", "/var/lib/cni"]
-REMOVED = ["/etc/cni/net.d/10-flannel.conflist", "/run/flannel"]
+# The plugin before the package whose folder it is in: dpkg leaves folders that are not empty.
+REMOVED = ["/etc/cni/net.d/10-flannel.conflist", "/run/flannel", "/usr/lib/cni/flannel", "/opt/cni/bin/flannel"]
 INTERFACES = ["flannel.1", "cni0"]
 CHAINS = re.compile(r"(^:|-[AIgj] )(KUBE|FLANNEL|CNI-HOSTPORT)-")
 COMMAND_SECONDS_MAX = 300

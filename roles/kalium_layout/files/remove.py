@@ -215,6 +215,8 @@ def main(path, opt, etc):
         return
     stop_supervisor(opt, etc)
     kept = {kind: record.get(kind, {}) for kind in ("files", "units", "sysctls")}
+    # A unit of ours was nothing before us, whatever it was when somebody asked how it runs.
+    kept["units"] = {unit: before for unit, before in kept["units"].items() if "/etc/systemd/system/" + unit not in record["paths"]}
     stop_units(record["paths"], kept["units"])
     keep = set() if remove_functions() else PODMANS & set(record["paths"])
     if keep:
