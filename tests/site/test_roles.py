@@ -28,6 +28,7 @@ from throwaway.footprint import footprint
 from throwaway.host import Host, make_key
 
 PLAYBOOK = "playbooks/services.yml"
+NODE = Path(__file__).with_name("node.yml")
 GROUPS_OF_THE_HOST = ("function_nodes", "controller", "images", "database")
 IMAGE_BYTES = 122_620
 IMAGE_NAME = "images.kalium.test"
@@ -67,6 +68,11 @@ def inventory_of(host: Host, artifacts: Path) -> dict[str, object]:
         # As in inventory/cloudlab: an agent on another host finds the controller, and an interpreter of the site's own runs the services.
         "kalium_controller_address": "0.0.0.0",
         "kalium_python_source": "standalone",
+        # containerd is the distribution's; the host is a container, which may not do all that a node does.
+        "kalium_containerd_source": "distribution",
+        "kalium_containerd_restrict_oom_score": True,
+        "kalium_containerd_apparmor": False,
+        "kalium_node_swap": "keep",
         "kalium_artifact_folder": str(artifacts),
         "kalium_artifact_digests": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in artifacts.iterdir()},
     }
@@ -282,6 +288,29 @@ def test_the_second_run_changes_nothing(standing: Standing, ansible: Ansible) ->
     assert second.status == 0, second.end()
     assert second.changed_tasks() == [], second.text
     assert {second.counts(host)["changed"] for host in (standing.host.name, "localhost")} == {0}
+
+
+def test_the_certificate_is_renewed_by_a_timer_that_leaves_a_good_one_alone(standing: Standing) -> None:
+    certificate = "sudo sha256sum /var/lib/kalium/certs/live/kalium-images/fullchain.pem"
+    before = standing.host.run(certificate).stdout
+
+    renewed = standing.host.run("sudo systemctl start kalium-renewal.service; systemctl is-active kalium-renewal.timer")
+
+    assert (renewed.returncode, renewed.stdout) == (0, "active\n"), standing.host.run("sudo journalctl -u kalium-renewal -n 20").stdout
+    assert before and standing.host.run(certificate).stdout == before
+
+
+def test_a_host_becomes_a_node_with_both_handlers_and_the_second_run_changes_nothing(standing: Standing, ansible: Ansible) -> None:
+    first, second = ansible.play(NODE, standing.inventory), ansible.play(NODE, standing.inventory)
+
+    assert (first.status, second.status) == (0, 0), first.end() + second.end()
+    assert first.changed_tasks() != [] and second.changed_tasks() == [], second.changed_tasks()
+    handlers = standing.host.run(
+        "sudo containerd config dump | grep -o 'runtimes[.][a-z]*]'; sudo ctr version >/dev/null && systemctl is-active containerd"
+    )
+    assert set(handlers.stdout.split()) == {"runtimes.runc]", "runtimes.gvisor]", "runtimes.kalium]", "active"}, handlers
+    settings = standing.host.run("cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/bridge/bridge-nf-call-iptables; getent hosts", standing.host.name)
+    assert settings.stdout.split()[:3] == ["1", "1", standing.host.address], settings
 
 
 def test_the_services_come_back_with_the_host(standing: Standing, ansible: Ansible) -> None:
