@@ -164,14 +164,21 @@ def machine(
     try:
         yield booted
     finally:
-        # Nothing on this host is worth an orderly shutdown. nspawn ends after all in its namespace, and `unshare`, whose child it is, after it.
-        child = Path(f"/proc/{booted.pid}/task/{booted.pid}/children")
-        inner = child.read_text(encoding="ascii").split() if booted.poll() is None else []
-        for pid in [int(pid) for pid in inner] or [booted.pid]:
-            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-                os.kill(pid, signal.SIGKILL)
+        kill(booted)
         booted.wait(timeout=ENDED_S_MAX)
         remove_cgroups(groups)
+
+
+def kill(booted: subprocess.Popen[bytes]) -> None:
+    """Have a host end: nothing on it is worth an orderly shutdown.
+
+    nspawn ends after all in its namespace, and `unshare`, whose child it is, after it.
+    """
+    child = Path(f"/proc/{booted.pid}/task/{booted.pid}/children")
+    inner = child.read_text(encoding="ascii").split() if booted.poll() is None else []
+    for pid in [int(pid) for pid in inner] or [booted.pid]:
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -182,6 +189,8 @@ def kept_running(boots: Mapping[str, Callable[[], AbstractContextManager[subproc
     """
     with contextlib.ExitStack() as ends:
         running = {name: ends.enter_context(contextlib.closing(_Running(boot))) for name, boot in boots.items()}
+        for host in running.values():
+            ends.callback(host.kill)  # before the first is waited for: each takes seconds to let go of what ran on it
 
         def look() -> None:
             for name, host in running.items():
@@ -208,6 +217,9 @@ class _Running:
 
     def status(self) -> int | None:
         return self._process.poll()
+
+    def kill(self) -> None:
+        kill(self._process)
 
     def close(self) -> None:
         self._end.close()
