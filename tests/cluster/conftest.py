@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from throwaway import output
 from throwaway.host import Host
 
 from cluster import builds
@@ -23,7 +24,6 @@ from cluster.state import caches
 ROOT = Path(__file__).resolve().parents[2]
 INVENTORY = "inventory/testbed"
 COMMAND_S_MAX = 2400.0
-RECAP = re.compile(r"^(?P<host>\S+)\s+: (?P<counts>(?:\w+=\d+\s*)+)$", re.MULTILINE)
 BEGAN = time.monotonic()
 STEPS: list[tuple[float, str]] = []
 
@@ -72,21 +72,12 @@ class Said:
         return "\n".join(self.text.splitlines()[-lines:])
 
     def recap(self) -> dict[str, dict[str, int]]:
-        """Ansible's recap: host -> {"ok": 12, "changed": 0, ...}; of several recaps the last."""
-        return {
-            match["host"]: {name: int(number) for name, number in (count.split("=") for count in match["counts"].split())}
-            for match in RECAP.finditer(self.text)
-        }
+        """Ansible's recap by host."""
+        return output.recap(self.text)
 
     def changed(self) -> list[str]:
-        """`host: task` of each task that changed something."""
-        task, found = "", []
-        for line in self.text.splitlines():
-            if line.startswith(("TASK [", "RUNNING HANDLER [")):
-                task = line.split("[", 1)[1].rpartition("]")[0]
-            elif line.startswith("changed: ["):
-                found.append(f"{line.split('[', 1)[1].split(']')[0]}: {task}")
-        return found
+        """Names of the tasks that changed something."""
+        return output.changed(self.text)
 
 
 class Operator:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -12,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from throwaway import output
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAY_S_MAX = 900.0
-RECAP = re.compile(r"^(?P<host>\S+)\s+: (?P<counts>(?:\w+=\d+\s*)+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -26,21 +25,12 @@ class Outcome:
     text: str
 
     def counts(self, host: str) -> dict[str, int]:
-        """The recap of `host`, such as {"ok": 12, "changed": 0, "failed": 0}; empty when it was never reached."""
-        for match in RECAP.finditer(self.text):
-            if match["host"] == host:
-                return {name: int(number) for name, number in (count.split("=") for count in match["counts"].split())}
-        return {}
+        """The recap of `host`; empty when it was never reached."""
+        return output.recap(self.text).get(host, {})
 
     def changed_tasks(self) -> list[str]:
         """Names of the tasks that changed something, in order."""
-        task, names = "", []
-        for line in self.text.splitlines():
-            if line.startswith(("TASK [", "RUNNING HANDLER [")):
-                task = line.split("[", 1)[1].rpartition("]")[0]
-            elif line.startswith("changed: ["):
-                names.append(task)
-        return names
+        return output.changed(self.text)
 
     def end(self, lines: int = 60) -> str:
         """The last lines, for the message of a failed assertion."""
