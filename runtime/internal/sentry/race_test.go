@@ -49,7 +49,7 @@ func TestAChangedDescriptorIsNoWayOut(t *testing.T) {
 			for _, path := range racedPaths {
 				answer := s.request(empty)
 
-				_, bytes := r.state()
+				bytes := r.settled(t)
 				t.Logf("%s: %s; %d denied bytes arrived", path, answer[strings.Index(answer, "\r\n\r\n")+4:], len(bytes)-arrived)
 				if !strings.Contains(answer, path+": ") {
 					t.Errorf("answer %q", answer)

@@ -338,6 +338,7 @@ func (s *site) run(scenario string, podInit bool) (wait func() string) {
 type receiver struct {
 	mu          sync.Mutex
 	connections int
+	open        int
 	got         []byte
 }
 
@@ -351,6 +352,7 @@ func receive(listener net.Listener) *receiver {
 			}
 			r.mu.Lock()
 			r.connections++
+			r.open++
 			r.mu.Unlock()
 			go func() {
 				defer conn.Close()
@@ -359,6 +361,9 @@ func receive(listener net.Listener) *receiver {
 					n, err := conn.Read(buffer)
 					r.mu.Lock()
 					r.got = append(r.got, buffer[:n]...)
+					if err != nil {
+						r.open--
+					}
 					r.mu.Unlock()
 					if err != nil {
 						return
@@ -368,6 +373,24 @@ func receive(listener net.Listener) *receiver {
 		}
 	}()
 	return r
+}
+
+// settled returns what arrived once every connection has ended and no further one came: what was sent may be on its way
+// when its sender says so.
+func (r *receiver) settled(t *testing.T) string {
+	t.Helper()
+	deadline := time.Now().Add(10 * time.Second)
+	for before := -1; time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
+		r.mu.Lock()
+		connections, open, got := r.connections, r.open, string(r.got)
+		r.mu.Unlock()
+		if open == 0 && connections == before {
+			return got
+		}
+		before = connections
+	}
+	t.Fatal("connections go on")
+	return ""
 }
 
 func (r *receiver) state() (int, string) {
