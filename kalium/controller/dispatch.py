@@ -29,7 +29,7 @@ from kalium.protocol.frames import (
     Unregister,
 )
 from kalium.protocol.limits import APPS_BYTES_MAX, LEASE_MS
-from kalium.protocol.session import AgentSession, CloseReason, SessionState
+from kalium.protocol.session import AgentSession, CloseReason, SessionState, negotiated
 
 _QUIET = (CloseReason.END_OF_STREAM.value, CloseReason.LOST.value)
 
@@ -179,7 +179,7 @@ class Dispatcher:
         if replaced is not None:
             self.close(replaced, CloseReason.REPLACED, "the same node has connected again")
         policies, later = self._policies_that_fit()
-        peer.session.answer(frame_id, ControllerWelcome(True, lease_ms=LEASE_MS, policies=policies))
+        peer.session.answer(frame_id, ControllerWelcome(True, proto=negotiated(said.protos), lease_ms=LEASE_MS, policies=policies))
         for app, envelope in later.items():
             peer.session.push(Policy(app, envelope))
         self._log("agent_connected", node=said.node, subject=peer.subject, peer=peer.address)

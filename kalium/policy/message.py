@@ -43,6 +43,8 @@ class Reason(str, enum.Enum):
     NO_KEY = "no_key"
     RETIRED = "retired"
     RATE_BOUND = "rate_bound"
+    UNKNOWN_STATE = "unknown_state"
+    OVERLOADED = "overloaded"
 
 
 class Kind(str, enum.Enum):

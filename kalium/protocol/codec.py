@@ -16,7 +16,9 @@ import msgpack  # type: ignore[import-untyped]  # no package of stubs exists for
 
 from kalium.policy.message import Reason
 from kalium.protocol.frames import (
+    COLUMNS,
     EVENT_VERDICT,
+    FAIL_MODES,
     ORIGIN,
     OUTCOMES,
     SHAPES,
@@ -26,18 +28,17 @@ from kalium.protocol.frames import (
     FrameType,
     Kind,
     StatusReport,
-    Times,
     VerdictRecord,
     kinds_of,
 )
 from kalium.protocol.limits import (
+    FORM,
     FRAME_BYTES_MAX,
     ID_MAX,
     INT_MAX,
     INT_MIN,
     ITEMS_MAX,
     PREFIX_BYTES,
-    PROTOCOL,
     STEP_HEX,
     TEXT_BYTES_MAX,
 )
@@ -87,7 +88,7 @@ def encode(frame_id: int, frame: Frame) -> bytes:
     payload: bytes = _PACKER.pack(document)
     if len(payload) > FRAME_BYTES_MAX:
         raise ProtocolError("oversize", f"{shape.frame_type.name} of {len(payload)} bytes, at most {FRAME_BYTES_MAX}")
-    return _PREFIX.pack(MAGIC, PROTOCOL, shape.frame_type, frame_id, len(payload)) + payload
+    return _PREFIX.pack(MAGIC, FORM, shape.frame_type, frame_id, len(payload)) + payload
 
 
 def decode(data: bytes) -> tuple[int, Frame]:
@@ -161,7 +162,7 @@ class FrameReader:
             return None
         magic, version, type_number, frame_id, length = _PREFIX.unpack_from(self._buffer, self._taken)
         frame_type = _TYPES.get(type_number)
-        if magic != MAGIC or version != PROTOCOL or frame_type is None:
+        if magic != MAGIC or version != FORM or frame_type is None:
             _check_prefix(bytes(self._buffer[self._taken : self._taken + PREFIX_BYTES]))
             raise AssertionError("unreachable: the check above refuses this prefix")
         if length > FRAME_BYTES_MAX:
@@ -179,8 +180,8 @@ def _check_prefix(prefix: bytes) -> None:
     """Raise ProtocolError when the bytes of a prefix that are here, up to all of them, cannot begin a frame."""
     if not MAGIC.startswith(prefix[:2]):
         raise ProtocolError("bad_magic", "the stream does not continue with a frame")
-    if len(prefix) > 2 and prefix[2] != PROTOCOL:
-        raise ProtocolError("bad_version", f"version {prefix[2]}, this is {PROTOCOL}")
+    if len(prefix) > 2 and prefix[2] != FORM:
+        raise ProtocolError("bad_version", f"version {prefix[2]}, this is {FORM}")
     if len(prefix) > 3 and prefix[3] not in _TYPES:
         raise ProtocolError("unknown_type", f"type {prefix[3]}")
 
@@ -310,9 +311,6 @@ def _check_map_of(check_each: Callable[[str, Any], None]) -> Callable[[str, Any]
     return check
 
 
-_COLUMNS = frozenset({Kind.TEXTS, Kind.INTS, Kind.SPANS})
-
-
 class _Shape:
     """One class of `frames` as the wire has it: names in order, and what each value may be."""
 
@@ -327,8 +325,8 @@ class _Shape:
         self._checks = tuple((name, _CHECKS[kind]) for name, kind in kinds.items() if kind not in (Kind.TEXT, Kind.INT, *_INNER))
         self._maps = frozenset(name for name, kind in kinds.items() if kind in (Kind.NAMES, Kind.POLICIES, Kind.VERSIONS))
         self._inner = tuple((name, _INNER[kind]) for name, kind in kinds.items() if kind in _INNER)
-        self._columns = tuple(name for name, kind in kinds.items() if kind in _COLUMNS) if cls is Times else ()
-        self._has_origin = set(ORIGIN) < set(self.names) and frame_type in (FrameType.START, FrameType.INVOKE, FrameType.END)
+        self._columns = COLUMNS.get(cls, ())
+        self._has_origin = set(ORIGIN) < set(self.names) and frame_type in (FrameType.START, FrameType.INVOKE, FrameType.END, FrameType.FINISH)
 
     def document(self, value: Any) -> dict[str, Any]:
         """The fields of `value` in the order of the wire, the keys of maps too."""
@@ -374,6 +372,7 @@ _CHECKS: Mapping[Kind, Callable[[str, Any], None]] = {
     Kind.TEXT: _check_text,
     Kind.STEP: _check_step,
     Kind.OUTCOME: _check_one_of(OUTCOMES),
+    Kind.FAIL_MODE: _check_one_of(FAIL_MODES),
     Kind.REASON: _check_one_of(frozenset(reason.value for reason in Reason)),
     Kind.EVENT: _check_one_of(frozenset({EVENT_VERDICT})),
     Kind.BOOL: _check_bool,

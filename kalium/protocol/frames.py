@@ -1,6 +1,6 @@
 """Everything that can be said on the wire: one frozen class a shape, whose fields carry the kind of their value.
 
-Numbers, names and meanings are those of docs/reference/protocol.md. START, INVOKE and END have two shapes each: as the guard
+Numbers, names and meanings are those of docs/reference/protocol.md. START, INVOKE, END and FINISH have two shapes each: as the guard
 sends them, and with what the agent knows about the instance added. A frame's class is compared by identity, never by
 `isinstance`, because the second shape inherits from the first only to list the fields once. Lists that arrive are tuples.
 """
@@ -11,7 +11,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
-from kalium.protocol.limits import PROTOCOL
+from kalium.protocol.limits import PROTOCOLS
 
 
 class FrameType(enum.IntEnum):
@@ -28,16 +28,26 @@ class FrameType(enum.IntEnum):
     LEASE = 9
     NAMES = 10
     TIMES = 11
+    FINISH = 12
+    MODE = 13
     AGENT_HELLO = 20
     CONTROLLER_WELCOME = 21
     REGISTER = 22
     UNREGISTER = 23
     STATUS = 24
     STATUS_ANSWER = 25
+    PING = 26
+    PONG = 27
+    REPORT = 28
 
 
 # Neither asks nor answers, so their id is 0; every other frame belongs to a question and its id is not.
-WITHOUT_ID = frozenset({FrameType.END, FrameType.VERDICT, FrameType.POLICY, FrameType.LEASE, FrameType.NAMES, FrameType.TIMES, FrameType.UNREGISTER})
+WITHOUT_ID = frozenset(
+    {
+        FrameType.END, FrameType.VERDICT, FrameType.POLICY, FrameType.LEASE, FrameType.NAMES, FrameType.TIMES, FrameType.MODE,
+        FrameType.UNREGISTER, FrameType.REPORT,
+    }
+)  # fmt: skip
 
 
 class Kind(enum.Enum):
@@ -46,6 +56,7 @@ class Kind(enum.Enum):
     TEXT = "str"  # at most TEXT_BYTES_MAX bytes of UTF-8
     STEP = "step"  # a text of STEP_HEX lower-case hexadecimal digits
     OUTCOME = "outcome"  # a text out of OUTCOMES
+    FAIL_MODE = "fail mode"  # a text out of FAIL_MODES
     REASON = "reason"  # a text out of kalium.policy.message.Reason
     EVENT = "event"  # the text EVENT_VERDICT
     BOOL = "bool"
@@ -62,12 +73,14 @@ class Kind(enum.Enum):
 
 
 OUTCOMES = frozenset({"answered", "closed", "timeout"})
+FAIL_MODES = frozenset({"", "deny", "allow", "last_known"})  # "" when the controller decided, or did not have to
 EVENT_VERDICT = "verdict"
 SPAN_ABSENT = -1
 
 TEXT = {"kind": Kind.TEXT}
 STEP = {"kind": Kind.STEP}
 OUTCOME = {"kind": Kind.OUTCOME}
+FAIL_MODE = {"kind": Kind.FAIL_MODE}
 REASON = {"kind": Kind.REASON}
 EVENT = {"kind": Kind.EVENT}
 BOOL = {"kind": Kind.BOOL}
@@ -90,7 +103,7 @@ class Hello:
     container: str = field(metadata=TEXT)
     app: str = field(metadata=TEXT)
     function: str = field(metadata=TEXT)
-    proto: int = field(default=PROTOCOL, metadata=INT)
+    protos: Sequence[int] = field(default=PROTOCOLS, metadata=INTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +112,7 @@ class Welcome:
 
     ok: bool = field(metadata=BOOL)
     reason: str = field(default="", metadata=TEXT)
+    proto: int = field(default=0, metadata=INT)  # the version that both speak
     policy: bytes = field(default=b"", metadata=BIN)
     lease_ms: int = field(default=0, metadata=INT)
     names: Mapping[str, Sequence[str]] = field(default_factory=dict, metadata=NAMES)
@@ -129,13 +143,20 @@ class InstanceStart(Start):
 
 @dataclass(frozen=True, slots=True)
 class Invoke:
-    """Guard -> agent: may this invocation call `callee` now?"""
+    """Guard -> agent: may this invocation call `callee` now?
+
+    `asynchronous`: by the gateway's queue; `callback` is the function that its result goes to, "" for none. `retry`: the same
+    edge once more, because the connection of the last one ended without a byte of an answer.
+    """
 
     step: str = field(metadata=STEP)
     call: str = field(metadata=TEXT)
     invocation: str = field(metadata=TEXT)
     callee: str = field(metadata=TEXT)
     version: int = field(metadata=INT)
+    asynchronous: bool = field(default=False, metadata=BOOL, kw_only=True)
+    callback: str = field(default="", metadata=TEXT, kw_only=True)
+    retry: bool = field(default=False, metadata=BOOL, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +170,11 @@ class InstanceInvoke(Invoke):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The answer to START, INVOKE and REGISTER. `detail` is for people."""
+    """The answer to START, INVOKE, FINISH and REGISTER. `detail` is for people.
+
+    `callback` is the token of the callback that an INVOKE asked for. `hold`, in the grant of a START: the last byte of the
+    invocation's answer waits until its FINISH is answered, because a join of its caller needs it.
+    """
 
     allowed: bool = field(metadata=BOOL)
     reason: str = field(metadata=REASON)
@@ -158,6 +183,8 @@ class Answer:
     token: str = field(default="", metadata=TEXT)
     expected: Sequence[str] = field(default=(), metadata=TEXTS)
     detail: str = field(default="", metadata=TEXT)
+    callback: str = field(default="", metadata=TEXT)
+    hold: bool = field(default=False, metadata=BOOL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +203,32 @@ class InstanceEnd(End):
     instance: str = field(metadata=TEXT)
     app: str = field(metadata=TEXT)
     function: str = field(metadata=TEXT)
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Guard -> agent: an END that is answered; what a START with `hold` ends by."""
+
+    call: str = field(metadata=TEXT)
+    invocation: str = field(metadata=TEXT)
+    outcome: str = field(metadata=OUTCOME)
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceFinish(Finish):
+    """Agent -> controller: a FINISH with the identity that the agent holds for the guard's connection."""
+
+    instance: str = field(metadata=TEXT)
+    app: str = field(metadata=TEXT)
+    function: str = field(metadata=TEXT)
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """Guard -> agent: the mode that is in force in the sandbox, and by which version; told whenever either changes."""
+
+    mode: str = field(metadata=TEXT)
+    version: int = field(metadata=INT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +251,7 @@ class VerdictRecord:
     judging: str = field(metadata=TEXT)
     latency_us: int = field(metadata=INT)
     event: str = field(default=EVENT_VERDICT, metadata=EVENT)
+    fail_mode: str = field(default="", metadata=FAIL_MODE)  # by which an app edge was decided without the controller
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,10 +302,11 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class AgentHello:
-    """Agent -> controller: the first frame of an agent's connection."""
+    """Agent -> controller: the first frame of an agent's connection. `run` is drawn anew at each start of the agent."""
 
     node: str = field(metadata=TEXT)
-    proto: int = field(default=PROTOCOL, metadata=INT)
+    run: str = field(metadata=STEP)
+    protos: Sequence[int] = field(default=PROTOCOLS, metadata=INTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +315,8 @@ class ControllerWelcome:
 
     ok: bool = field(metadata=BOOL)
     reason: str = field(default="", metadata=TEXT)
+    proto: int = field(default=0, metadata=INT)  # the version that both speak
+    controller: str = field(default="", metadata=TEXT)  # the name of who answers
     lease_ms: int = field(default=0, metadata=INT)
     policies: Mapping[str, bytes] = field(default_factory=dict, metadata=POLICIES)
 
@@ -282,18 +339,69 @@ class Unregister:
 
 
 @dataclass(frozen=True, slots=True)
+class Ping:
+    """Agent -> controller: are you there? Told when nothing else was heard for a while."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """Controller -> agent, with the id of its PING."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Agent -> controller: what its node runs, and what it has counted since its start.
+
+    The lists are equally long: `count` instances of `function` whose guards say that `mode` is in force by `version`; the mode of
+    an instance without a guard is "none". Keys of the maps are an app and a reason or fail mode, with a space between.
+    `audit_seq` and `audit_hash` are those of the last line of the agent's audit log.
+    """
+
+    audit_seq: int = field(metadata=INT)
+    audit_hash: str = field(metadata=TEXT)
+    app: Sequence[str] = field(default=(), metadata=TEXTS)
+    function: Sequence[str] = field(default=(), metadata=TEXTS)
+    mode: Sequence[str] = field(default=(), metadata=TEXTS)
+    version: Sequence[int] = field(default=(), metadata=INTS)
+    count: Sequence[int] = field(default=(), metadata=INTS)
+    denied: Mapping[str, int] = field(default_factory=dict, metadata=VERSIONS)
+    would_deny: Mapping[str, int] = field(default_factory=dict, metadata=VERSIONS)
+    fail_modes: Mapping[str, int] = field(default_factory=dict, metadata=VERSIONS)
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """Any client with a certificate of the site -> controller: what do you hold?"""
 
 
 @dataclass(frozen=True, slots=True)
 class StatusReport:
-    """What a controller holds: the version of each app's newest policy, and how many agents, calls and invocations."""
+    """What a controller holds: the version of each app's newest policy, and how many agents, calls and invocations.
+
+    `controllers` are the names of all that share its store. The lists from `node` to `count` are equally long, one row for each
+    node, function, mode and version: what the agents reported last; `asked` is the mode that the newest policy wants, "" when it
+    has no such function. `denied`, `would_deny` and `fail_modes` are sums of the agents' reports; `evicted` counts by reason.
+    """
 
     policies: Mapping[str, int] = field(metadata=VERSIONS)
     agents: int = field(metadata=INT)
     calls: int = field(metadata=INT)
     invocations: int = field(metadata=INT)
+    controller: str = field(default="", metadata=TEXT)
+    controllers: Sequence[str] = field(default=(), metadata=TEXTS)
+    store: str = field(default="", metadata=TEXT)  # memory or redis
+    started_ms: int = field(default=0, metadata=INT)  # since 1970
+    node: Sequence[str] = field(default=(), metadata=TEXTS)
+    app: Sequence[str] = field(default=(), metadata=TEXTS)
+    function: Sequence[str] = field(default=(), metadata=TEXTS)
+    asked: Sequence[str] = field(default=(), metadata=TEXTS)
+    mode: Sequence[str] = field(default=(), metadata=TEXTS)
+    version: Sequence[int] = field(default=(), metadata=INTS)
+    count: Sequence[int] = field(default=(), metadata=INTS)
+    denied: Mapping[str, int] = field(default_factory=dict, metadata=VERSIONS)
+    would_deny: Mapping[str, int] = field(default_factory=dict, metadata=VERSIONS)
+    fail_modes: Mapping[str, int] = field(default_factory=dict, metadata=VERSIONS)
+    evicted: Mapping[str, int] = field(default_factory=dict, metadata=VERSIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,8 +413,15 @@ class StatusAnswer:
 
 Frame = (
     Hello | Welcome | Start | Invoke | Answer | End | Verdict | Policy | Lease | Names | Times
-    | AgentHello | ControllerWelcome | Register | Unregister | Status | StatusAnswer
+    | Finish | Mode | AgentHello | ControllerWelcome | Register | Unregister | Status | StatusAnswer | Ping | Pong | Report
 )  # fmt: skip
+
+# Lists of one shape that are equally long: a table, column by column.
+COLUMNS: Mapping[type, tuple[str, ...]] = {
+    Times: ("bytes", "controller", "event", "invocation", "kind", "local", "open", "record", "reseal", "total"),
+    Report: ("app", "count", "function", "mode", "version"),
+    StatusReport: ("app", "asked", "count", "function", "mode", "node", "version"),
+}
 
 # A shape with these fields is refused when all of them are empty: it would be a second spelling of the first shape.
 ORIGIN = ("instance", "app", "function")
@@ -324,12 +439,17 @@ SHAPES: Mapping[FrameType, tuple[type[Frame], ...]] = {
     FrameType.LEASE: (Lease,),
     FrameType.NAMES: (Names,),
     FrameType.TIMES: (Times,),
+    FrameType.FINISH: (Finish, InstanceFinish),
+    FrameType.MODE: (Mode,),
     FrameType.AGENT_HELLO: (AgentHello,),
     FrameType.CONTROLLER_WELCOME: (ControllerWelcome,),
     FrameType.REGISTER: (Register,),
     FrameType.UNREGISTER: (Unregister,),
     FrameType.STATUS: (Status,),
     FrameType.STATUS_ANSWER: (StatusAnswer,),
+    FrameType.PING: (Ping,),
+    FrameType.PONG: (Pong,),
+    FrameType.REPORT: (Report,),
 }
 
 

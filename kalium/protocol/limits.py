@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-PROTOCOL = 1  # in the prefix of each frame and in HELLO and AGENT_HELLO
+FORM = 1  # of frames, in the prefix of each: how bytes are cut
+PROTOCOLS = (2,)  # of the messages: what this side speaks, in HELLO and AGENT_HELLO. The highest that both speak is taken
 
 PREFIX_BYTES = 12
 FRAME_BYTES_MAX = 1024 * 1024  # of a payload: a signed policy fits, and one peer cannot ask for more memory than this
@@ -21,6 +22,7 @@ TOKEN_HEX = 32
 CALL_HEX = 32
 
 QUESTIONS_MAX = 4096  # open ones of one connection; beyond it the connection is closed, it does not queue
+PROTOCOLS_MAX = 16  # versions that a hello may list
 HELLO_TIMEOUT_MS = 10_000  # a connection that has not said who it is by then is closed
 LEASE_MS = 60_000  # what one LEASE is worth
 LEASE_EVERY_MS = 20_000

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kalium.protocol.codec import FrameReader, ProtocolError, encode
@@ -23,16 +23,20 @@ from kalium.protocol.frames import (
     ControllerWelcome,
     Frame,
     InstanceEnd,
+    InstanceFinish,
     InstanceInvoke,
     InstanceStart,
     Lease,
+    Ping,
     Policy,
+    Pong,
     Register,
+    Report,
     Status,
     StatusAnswer,
     Unregister,
 )
-from kalium.protocol.limits import HELLO_TIMEOUT_MS, ID_MAX, PROTOCOL, QUESTIONS_MAX
+from kalium.protocol.limits import HELLO_TIMEOUT_MS, ID_MAX, PROTOCOLS, PROTOCOLS_MAX, QUESTIONS_MAX
 
 NS_PER_MS = 1_000_000
 
@@ -74,6 +78,9 @@ CONTROLLER_TRANSITIONS: Mapping[SessionState, Mapping[type[Frame], SessionState]
         InstanceStart: SessionState.SERVING,
         InstanceInvoke: SessionState.SERVING,
         InstanceEnd: SessionState.SERVING,
+        InstanceFinish: SessionState.SERVING,
+        Ping: SessionState.SERVING,
+        Report: SessionState.SERVING,
         Status: SessionState.SERVING,
     },
     SessionState.CLOSED: {},
@@ -89,6 +96,7 @@ AGENT_TRANSITIONS: Mapping[SessionState, Mapping[type[Frame], SessionState]] = {
         Answer: SessionState.SERVING,
         Policy: SessionState.SERVING,
         Lease: SessionState.SERVING,
+        Pong: SessionState.SERVING,
         StatusAnswer: SessionState.SERVING,
     },
     SessionState.CLOSED: {},
@@ -100,6 +108,8 @@ ANSWERS: Mapping[type[Frame], type[Frame]] = {
     Register: Answer,
     InstanceStart: Answer,
     InstanceInvoke: Answer,
+    InstanceFinish: Answer,
+    Ping: Pong,
     Status: StatusAnswer,
 }
 
@@ -110,6 +120,11 @@ class Event:
 
     id: int
     frame: Frame
+
+
+def negotiated(theirs: Sequence[int]) -> int:
+    """The highest version of the messages that both sides speak; 0 when there is none."""
+    return max(set(theirs[:PROTOCOLS_MAX]) & set(PROTOCOLS), default=0)
 
 
 class LocalError(Exception):
@@ -242,7 +257,7 @@ class AgentSession(_Session):
             self.close(CloseReason.TOO_MANY_QUESTIONS, f"more than {QUESTIONS_MAX} are open")
             return False
         self._open[frame_id] = type(frame)
-        if type(frame) is AgentHello and frame.proto != PROTOCOL:
+        if type(frame) is AgentHello and not negotiated(frame.protos):
             self.answer(frame_id, ControllerWelcome(False, "unsupported_protocol"))
             return False
         return True
@@ -268,7 +283,7 @@ class ControllerSession(_Session):
         self._open[self._last_id] = type(question)
         return self._last_id
 
-    def tell(self, message: Unregister | InstanceEnd) -> None:
+    def tell(self, message: Unregister | InstanceEnd | Report) -> None:
         """Send what has no answer."""
         self._send(0, message)
 

@@ -12,7 +12,9 @@ from kalium.policy.message import Reason
 from kalium.protocol import limits
 from kalium.protocol.codec import FrameReader, ProtocolError, decode, encode
 from kalium.protocol.frames import (
+    COLUMNS,
     EVENT_VERDICT,
+    FAIL_MODES,
     OUTCOMES,
     SHAPES,
     SPAN_ABSENT,
@@ -27,7 +29,6 @@ from kalium.protocol.frames import (
     Policy,
     Status,
     StatusReport,
-    Times,
     Unregister,
     VerdictRecord,
     kinds_of,
@@ -41,6 +42,7 @@ VALUES: dict[Kind, st.SearchStrategy[Any]] = {
     Kind.TEXT: TEXTS,
     Kind.STEP: st.text("0123456789abcdef", min_size=limits.STEP_HEX, max_size=limits.STEP_HEX),
     Kind.OUTCOME: st.sampled_from(sorted(OUTCOMES)),
+    Kind.FAIL_MODE: st.sampled_from(sorted(FAIL_MODES)),
     Kind.REASON: st.sampled_from([reason.value for reason in Reason]),
     Kind.EVENT: st.just(EVENT_VERDICT),
     Kind.BOOL: st.booleans(),
@@ -55,8 +57,16 @@ VALUES: dict[Kind, st.SearchStrategy[Any]] = {
 }
 
 
+def as_a_table(value: Any) -> Any:
+    """`value` with the columns of its table cut to one length."""
+    columns = {name: getattr(value, name) for name in COLUMNS[type(value)]}
+    shortest = min(map(len, columns.values()))
+    return dataclasses.replace(value, **{name: each[:shortest] for name, each in columns.items()})
+
+
 def shape(cls: type[Any]) -> st.SearchStrategy[Any]:
-    return st.builds(cls, **{name: VALUES[kind] for name, kind in kinds_of(cls).items()})
+    built = st.builds(cls, **{name: VALUES[kind] for name, kind in kinds_of(cls).items()})
+    return built.map(as_a_table) if cls in COLUMNS else built
 
 
 VALUES[Kind.RECORD] = shape(VerdictRecord)
@@ -68,10 +78,6 @@ def frames_with_ids(draw: st.DrawFn) -> tuple[int, Frame]:
     """Any frame that may be said, with an id that it may have."""
     frame_type = draw(st.sampled_from(FrameType))
     frame = draw(shape(draw(st.sampled_from(SHAPES[frame_type]))))
-    if isinstance(frame, Times):  # its lists have to be equally long
-        lists = {name: getattr(frame, name) for name in kinds_of(Times) if name != "dropped"}
-        shortest = min(map(len, lists.values()))
-        frame = dataclasses.replace(frame, **{name: values[:shortest] for name, values in lists.items()})
     if getattr(frame, "instance", "there") == "" and hasattr(frame, "function"):
         frame = dataclasses.replace(frame, instance="c")  # an origin may not be empty
     return 0 if frame_type in WITHOUT_ID else draw(st.integers(1, limits.ID_MAX)), frame

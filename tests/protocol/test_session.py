@@ -45,6 +45,7 @@ END = InstanceEnd("call", "invocation", "answered", *ORIGIN)
 REGISTER = Register(*ORIGIN, "image")
 REPORT = StatusReport({"shop": 1}, 1, 0, 0)
 GRANTED = Answer(True, "allowed", "call", "invocation")
+RUN = "00f1e2d3c4b5a697"
 WELCOME = ControllerWelcome(True, lease_ms=60_000, policies={"shop": b"signed"})
 
 
@@ -77,8 +78,8 @@ class Link:
 def welcomed(*, piece: int = 1 << 20) -> Link:
     """A link whose agent has been welcomed."""
     link = Link(piece=piece)
-    hello = link.agent.ask(AgentHello("node0"))
-    assert link.to_controller() == [Event(hello, AgentHello("node0"))]
+    hello = link.agent.ask(AgentHello("node0", RUN))
+    assert link.to_controller() == [Event(hello, AgentHello("node0", RUN))]
     link.controller.answer(hello, WELCOME)
     assert link.to_agent() == [Event(hello, WELCOME)]
     return link
@@ -123,14 +124,14 @@ def test_anybody_with_a_certificate_may_ask_for_the_status_without_a_hello() -> 
 def test_an_agent_need_not_wait_for_its_welcome() -> None:
     """A reconnecting agent registers its instances in the same write as its hello."""
     link = Link()
-    hello, register = link.agent.ask(AgentHello("node0")), link.agent.ask(REGISTER)
+    hello, register = link.agent.ask(AgentHello("node0", RUN)), link.agent.ask(REGISTER)
 
-    assert link.to_controller() == [Event(hello, AgentHello("node0")), Event(register, REGISTER)]
+    assert link.to_controller() == [Event(hello, AgentHello("node0", RUN)), Event(register, REGISTER)]
 
 
 def test_a_welcome_that_says_no_ends_both_sides_and_is_still_delivered() -> None:
     link = Link()
-    hello = link.agent.ask(AgentHello("node0"))
+    hello = link.agent.ask(AgentHello("node0", RUN))
     link.to_controller()
 
     link.controller.answer(hello, ControllerWelcome(False, "too_many_agents"))
@@ -142,7 +143,7 @@ def test_a_welcome_that_says_no_ends_both_sides_and_is_still_delivered() -> None
 
 def test_an_agent_of_another_protocol_is_told_so() -> None:
     link = Link()
-    link.agent.ask(AgentHello("node0", proto=2))
+    link.agent.ask(AgentHello("node0", RUN, protos=(1, 3)))
 
     assert link.to_controller() == []
     link.to_agent()
@@ -159,7 +160,7 @@ EVERY_QUESTION_OR_MESSAGE: list[tuple[int, Frame]] = [
     (1, GRANTED),
     (0, Lease(1)),
     (0, Policy("shop", b"")),
-    (1, AgentHello("node0")),
+    (1, AgentHello("node0", RUN)),
     (1, WELCOME),
     (1, REGISTER),
     (0, Unregister("c1")),
@@ -183,10 +184,10 @@ def test_a_controller_takes_what_its_table_lists_and_closes_on_the_rest(state: S
         assert (session.events(), session.state, session.close_reason) == ([Event(frame_id, frame)], after, None)
 
 
-@pytest.mark.parametrize("frame", [GRANTED, Lease(1), AgentHello("node0"), REGISTER, Status()], ids=lambda frame: type(frame).__name__)
+@pytest.mark.parametrize("frame", [GRANTED, Lease(1), AgentHello("node0", RUN), REGISTER, Status()], ids=lambda frame: type(frame).__name__)
 def test_an_agent_takes_nothing_from_a_controller_that_has_not_welcomed_it(frame: Frame) -> None:
     session = ControllerSession()
-    session.ask(AgentHello("node0"))
+    session.ask(AgentHello("node0", RUN))
 
     session.receive_data(encode(0 if type(frame) is Lease else 1, frame), now_ns=0)
 
@@ -297,7 +298,7 @@ def test_a_hello_that_comes_too_late_is_not_taken() -> None:
     """Even when the shell's timer is late: the bytes themselves carry the time."""
     session = AgentSession(now_ns=0)
 
-    session.receive_data(encode(1, AgentHello("node0")), now_ns=limits.HELLO_TIMEOUT_MS * NS_PER_MS)
+    session.receive_data(encode(1, AgentHello("node0", RUN)), now_ns=limits.HELLO_TIMEOUT_MS * NS_PER_MS)
 
     assert (session.events(), session.close_reason) == ([], "hello_timeout")
 

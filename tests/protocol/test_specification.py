@@ -84,6 +84,7 @@ def test_the_limits_are_those_of_the_code() -> None:
         "elements of any list or map": f"{limits.ITEMS_MAX:,}",
         "a signed policy": f"{limits.ENVELOPE_BYTES_MAX:,}",
         "all policies in one CONTROLLER_WELCOME": f"{limits.APPS_BYTES_MAX:,}",
+        "versions that a hello lists": f"{limits.PROTOCOLS_MAX}",
         "open questions of one connection": f"{limits.QUESTIONS_MAX:,}",
         "wait for the AGENT_HELLO": f"{limits.HELLO_TIMEOUT_MS:,}",
         "what one LEASE is worth": f"{limits.LEASE_MS:,}",

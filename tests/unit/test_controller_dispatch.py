@@ -27,6 +27,7 @@ from kalium.protocol.frames import (
 )
 from kalium.protocol.session import CloseReason, ControllerSession
 
+RUN = "00f1e2d3c4b5a697"
 FRONT = ("c-front", "shop", "front")
 STOCK = ("c-stock", "shop", "stock")
 
@@ -73,7 +74,7 @@ class Agent:
         site.agents[key] = self
         site.dispatcher.connected(key, subject=subject, address=f"{key}:1", now_ns=site.now_ns)
         if hello:
-            self.ask(AgentHello(node))
+            self.ask(AgentHello(node, RUN))
 
     def ask(self, *questions: Frame) -> Frame | None:
         """Send questions in one write, and return the last thing heard."""
@@ -107,7 +108,7 @@ def test_an_agent_is_welcomed_with_every_policy_and_a_lease() -> None:
 
     agent = Agent(site, "a")
 
-    assert agent.heard == [ControllerWelcome(True, lease_ms=limits.LEASE_MS, policies={"other": b"signed other", "shop": b"signed 1"})]
+    assert agent.heard == [ControllerWelcome(True, proto=2, lease_ms=limits.LEASE_MS, policies={"other": b"signed other", "shop": b"signed 1"})]
     assert site.events("agent_connected") == [{"event": "agent_connected", "node": "node0", "subject": "agent", "peer": "a:1"}]
 
 
@@ -218,7 +219,7 @@ def test_one_agent_too_many_is_told_so_and_what_it_sent_behind_its_hello_is_not_
     Agent(site, "a", node="node0")
     late = Agent(site, "b", node="node1", hello=False)
 
-    late.ask(AgentHello("node1"), Register(*FRONT, "image"))
+    late.ask(AgentHello("node1", RUN), Register(*FRONT, "image"))
 
     assert (late.session.close_reason, late.session.close_detail) == ("refused", "too_many_agents")
     assert not late.is_connected

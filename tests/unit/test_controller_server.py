@@ -52,6 +52,7 @@ from kalium.protocol.session import ControllerSession, Event
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 20.0
+RUN = "00f1e2d3c4b5a697"
 FRONT = ("c-front", "shop", "front")
 STOCK = ("c-stock", "shop", "stock")
 
@@ -164,7 +165,7 @@ class Agent:
         self.pushed: list[Frame] = []
 
     def hello(self, node: str = "node0") -> ControllerWelcome:
-        return cast(ControllerWelcome, self.ask(AgentHello(node)))
+        return cast(ControllerWelcome, self.ask(AgentHello(node, RUN)))
 
     def ask(self, question: Frame) -> Frame:
         """Send a question and return its answer; what comes in between is in `pushed`."""
@@ -565,7 +566,7 @@ class Shell:
         controller = Controller(log=lambda event, **fields: lines.append({"event": event, **fields}))
         transport = Transport(Connection(controller, "127.0.0.1:1"))
         session = ControllerSession()
-        session.ask(AgentHello("node0"))
+        session.ask(AgentHello("node0", RUN))
         transport.connection.data_received(session.data_to_send())
         return cls(controller, transport, lines)
 
@@ -592,7 +593,7 @@ def test_leases_are_renewed_while_an_agent_is_connected(monkeypatch: pytest.Monk
         shell = Shell.with_agent()
         renewing = asyncio.create_task(shell.controller.renew_leases())
         agent = ControllerSession()
-        agent.ask(AgentHello("node0"))
+        agent.ask(AgentHello("node0", RUN))
         heard: list[Frame] = []
         while len(heard) < 3:
             await asyncio.sleep(0.001)

@@ -24,7 +24,7 @@ import msgpack  # type: ignore[import-untyped]  # noqa: E402
 
 from kalium.protocol import frames  # noqa: E402  # the path has to be set first
 from kalium.protocol.codec import ERROR_CODES, encode  # noqa: E402
-from kalium.protocol.frames import SHAPES, FrameType  # noqa: E402
+from kalium.protocol.frames import SHAPES, WITHOUT_ID, FrameType  # noqa: E402
 from kalium.protocol.limits import FRAME_BYTES_MAX, INT_MAX, INT_MIN, ITEMS_MAX, TEXT_BYTES_MAX  # noqa: E402
 
 FRAMES_JSON = Path(__file__).with_name("frames.json")
@@ -71,6 +71,38 @@ TIMES = frames.Times(
 )
 
 
+REPORT = frames.Report(
+    audit_seq=12,
+    audit_hash="7d" * 32,
+    app=["hello-retail", "hello-retail"],
+    function=["product-photos-master", "product-photos-3-receive"],
+    mode=["enforce", "none"],
+    version=[7, 0],
+    count=[2, 1],
+    denied={"hello-retail out_of_order": 3},
+    fail_modes={"hello-retail allow": 1},
+)
+REPORT_OF_A_CONTROLLER = frames.StatusReport(
+    {"hello-retail-strict": 1, "hello-retail": 7},
+    1,
+    2,
+    3,
+    controller="controller-0",
+    controllers=["controller-0", "controller-1"],
+    store="redis",
+    started_ms=1_793_000_000_000,
+    node=["node0"],
+    app=["hello-retail"],
+    function=["product-photos-master"],
+    asked=["enforce"],
+    mode=["enforce"],
+    version=[7],
+    count=[2],
+    denied={"hello-retail out_of_order": 3},
+    evicted={"timeout": 1},
+)
+
+
 def good() -> Iterator[tuple[str, int, frames.Frame]]:
     """Name, id and frame of everything that has to be understood."""
     yield "hello", 1, frames.Hello(CONTAINER, "hello-retail", "product-photos-3-receive")
@@ -98,10 +130,18 @@ def good() -> Iterator[tuple[str, int, frames.Frame]]:
     yield "answer_that_grants_an_invoke", 4, frames.Answer(True, "allowed", CALL, INVOCATION, TOKEN)
     denial = frames.Answer(False, "edge_not_allowed", expected=["invoke product-photos-4-success @line 30"], detail="not the next one")
     yield "answer_that_denies", 4, denial
+    yield "answer_that_grants_a_callback", 4, frames.Answer(True, "allowed", CALL, INVOCATION, TOKEN, callback=TOKEN[::-1])
+    yield "answer_that_holds", 2, frames.Answer(True, "allowed", CALL, INVOCATION, hold=True)
+    yield "invoke_by_the_queue", 4, frames.Invoke(STEP, CALL, INVOCATION, "resize", 7, asynchronous=True, callback="collect")
+    yield "invoke_once_more", 4, frames.InstanceInvoke(STEP, CALL, INVOCATION, "resize", 7, **ORIGIN, retry=True)
     yield "end_of_the_guard", 0, frames.End(CALL, INVOCATION, "answered")
     yield "end_by_close", 0, frames.End(CALL, INVOCATION, "closed")
     yield "end_of_the_agent", 0, frames.InstanceEnd(CALL, INVOCATION, "timeout", **ORIGIN)
+    yield "finish_of_the_guard", 8, frames.Finish(CALL, INVOCATION, "answered")
+    yield "finish_of_the_agent", 8, frames.InstanceFinish(CALL, INVOCATION, "answered", **ORIGIN)
+    yield "mode", 0, frames.Mode("enforce", 7)
     yield "verdict", 0, frames.Verdict(RECORD)
+    yield "verdict_under_a_fail_mode", 0, frames.Verdict(replace(RECORD, allowed=True, reason="allowed", fail_mode="last_known"))
     yield "verdict_of_many_states", 0, frames.Verdict(replace(RECORD, states=list(range(300)), expected=[]))
     yield "policy", 0, frames.Policy("hello-retail", ENVELOPE)
     yield "lease", 0, frames.Lease(60_000)
@@ -109,13 +149,19 @@ def good() -> Iterator[tuple[str, int, frames.Frame]]:
     yield "names_of_nobody", 0, frames.Names({})
     yield "times", 0, TIMES
     yield "times_of_nothing_but_losses", 0, frames.Times(dropped=3)
-    yield "agent_hello", 1, frames.AgentHello("node0")
+    yield "agent_hello", 1, frames.AgentHello("node0", STEP)
     yield "controller_welcome", 1, frames.ControllerWelcome(True, lease_ms=60_000, policies={"b": ENVELOPE, "a": ENVELOPE})
     yield "controller_welcome_refused", 1, frames.ControllerWelcome(False, "unsupported_protocol")
     yield "register", 5, frames.Register(CONTAINER, "hello-retail", "product-photos-master", "localhost/kalium/master:1")
     yield "unregister", 0, frames.Unregister(CONTAINER)
     yield "status", 6, frames.Status()
-    yield "status_answer", 6, frames.StatusAnswer(frames.StatusReport({"hello-retail-strict": 1, "hello-retail": 7}, 1, 2, 3))
+    yield "status_answer", 6, frames.StatusAnswer(REPORT_OF_A_CONTROLLER)
+    yield "status_answer_of_nothing", 6, frames.StatusAnswer(frames.StatusReport({}, 0, 0, 0))
+    yield "ping", 7, frames.Ping()
+    yield "pong", 7, frames.Pong()
+    yield "report", 0, REPORT
+    yield "report_of_nothing", 0, frames.Report(0, "")
+    yield "agent_hello_of_many_versions", 1, frames.AgentHello("node0", STEP, protos=list(range(300)))
     for number in (0, 127, 128, 255, 256, 65_535, 65_536, 2**32 - 1, 2**32, INT_MAX):
         yield f"int_{number}", 0, frames.Lease(number)
     for number in (-1, -32, -33, -128, -129, -32_768, -32_769, -(2**31), -(2**31) - 1, INT_MIN):
@@ -161,16 +207,20 @@ def names(value: bytes) -> bytes:
 
 def status_answer(**changed: bytes) -> bytes:
     """A STATUS_ANSWER whose report has the fields `changed` or added."""
-    report = {"agents": b"\x01", "calls": b"\x02", "invocations": b"\x03", "policies": b"\x80", **changed}
-    return framed(FrameType.STATUS_ANSWER, 6, raw_map((text("status"), raw_map(*((text(name), report[name]) for name in sorted(report))))))
+    return framed(FrameType.STATUS_ANSWER, 6, b"\x81" + text("status") + changed_map(frames.StatusAnswer(REPORT_OF_A_CONTROLLER), "status", changed))
 
 
 def verdict(**changed: bytes) -> bytes:
     """A VERDICT whose record has the fields `changed` or added."""
-    whole = encode(0, frames.Verdict(RECORD))[12:]
-    record = {**msgpack.unpackb(whole)["record"], **changed}
-    packed = b"".join(msgpack.packb(name) + (value if name in changed else msgpack.packb(value)) for name, value in sorted(record.items()))
-    return framed(FrameType.VERDICT, 0, b"\x81" + text("record") + b"\xde" + struct.pack(">H", len(record)) + packed)
+    return framed(FrameType.VERDICT, 0, b"\x81" + text("record") + changed_map(frames.Verdict(RECORD), "record", changed))
+
+
+def changed_map(frame: frames.Frame, name: str, changed: Mapping[str, bytes]) -> bytes:
+    """The map of 16 fields or more that is the only field of `frame`, with raw values in the place of some or added to it."""
+    frame_id = 0 if type_of(frame) in WITHOUT_ID else 1
+    inner = {**msgpack.unpackb(encode(frame_id, frame)[12:])[name], **changed}
+    packed = b"".join(msgpack.packb(key) + (value if key in changed else msgpack.packb(value)) for key, value in sorted(inner.items()))
+    return b"\xde" + struct.pack(">H", len(inner)) + packed
 
 
 def times(**changed: bytes) -> bytes:
@@ -199,7 +249,7 @@ def refused() -> Iterator[tuple[str, str, bytes]]:
     yield "version_0", "bad_version", framed(FrameType.LEASE, 0, good_lease[12:], version=0)
     yield "version_2", "bad_version", framed(FrameType.LEASE, 0, good_lease[12:], version=2)
     yield "type_0", "unknown_type", framed(0, 0, b"\x80")
-    yield "type_12", "unknown_type", framed(12, 0, b"\x80")
+    yield "type_14", "unknown_type", framed(14, 0, b"\x80")
     yield "type_255", "unknown_type", framed(255, 0, b"\x80")
     yield "one_byte_too_large", "oversize", framed(FrameType.LEASE, 0, b"", length=FRAME_BYTES_MAX + 1)
     yield "as_large_as_the_field", "oversize", framed(FrameType.LEASE, 0, b"", length=2**32 - 1)
@@ -274,6 +324,11 @@ def refused() -> Iterator[tuple[str, str, bytes]]:
     yield "times_of_two_kinds", "out_of_range", times(kind=b"\x92" + text("a") + text("b"))
     yield "times_with_an_id", "bad_id", framed(FrameType.TIMES, 1, times()[12:])
     yield "span_that_is_a_text", "wrong_type", times(local=b"\x91" + text("1"))
+    yield "fail_mode_of_its_own", "out_of_range", verdict(fail_mode=text("maybe"))
+    yield "report_with_columns_of_two_lengths", "out_of_range", status_answer(count=b"\x90")
+    yield "run_of_15_digits", "out_of_range", framed(FrameType.AGENT_HELLO, 1, encode(1, frames.AgentHello("n", STEP))[12:-17] + text(STEP[:15]))
+    yield "ping_with_a_field", "unknown_field", framed(FrameType.PING, 1, raw_map((text("now"), b"\x01")))
+    yield "finish_without_an_id", "bad_id", framed(FrameType.FINISH, 0, encode(1, frames.Finish("c", "i", "closed"))[12:])
     yield "step_in_upper_case", "out_of_range", start(step=text(STEP.upper()))
     yield "step_of_15_digits", "out_of_range", start(step=text(STEP[:15]))
     yield "outcome_of_its_own", "out_of_range", framed(

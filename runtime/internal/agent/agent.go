@@ -3,6 +3,8 @@ package agent
 import (
 	"context"
 	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -65,7 +67,7 @@ func run(ctx context.Context, config *Config, log *slog.Logger, reopen <-chan os
 	if a.versions, err = openVersions(config.StateDir); err != nil {
 		return err
 	}
-	a.link = &link{config: config, hooks: a, log: log}
+	a.link = &link{config: config, runID: newRun(), hooks: a, log: log}
 	a.names = newNames(config.Names, resolve, log, a.namesChanged)
 	a.verdicts, err = openVerdictLog(config.VerdictLog, config.Node, a.verdictsFailed, func() { log.Warn(eventVerdictsWell) })
 	if err != nil {
@@ -93,6 +95,13 @@ func run(ctx context.Context, config *Config, log *slog.Logger, reopen <-chan os
 	parts.Wait()
 	log.Info(eventStopped, keyNode, config.Node)
 	return errors.Join(os.Remove(config.GuardSocket), os.Remove(config.RegisterSocket))
+}
+
+// newRun names this start of the agent, so that a controller can tell a second agent of the same name from the same one.
+func newRun() string {
+	var raw [frame.StepBytes / 2]byte
+	rand.Read(raw[:]) // never fails, see its documentation
+	return hex.EncodeToString(raw[:])
 }
 
 // listen makes a socket that only its owner can use. One that is left over from a run that was killed is replaced; one

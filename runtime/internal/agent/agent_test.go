@@ -61,7 +61,7 @@ func TestWhatIsNoHelloEndsTheConnection(t *testing.T) {
 	s.register("c1", "pay")
 	for name, m := range map[string]frame.Message{
 		"a start":          &frame.Start{Step: step},
-		"another protocol": &frame.Hello{Proto: 2, Container: "c1", App: "shop", Function: "pay"},
+		"another protocol": &frame.Hello{Protos: []int{1}, Container: "c1", App: "shop", Function: "pay"},
 	} {
 		g := s.dialGuard()
 		g.send(1, m)
@@ -158,7 +158,7 @@ func TestFramesOfTheOtherDirectionCloseAGuard(t *testing.T) {
 		g.expectClosed()
 	}
 	for i, m := range []frame.Message{
-		&frame.Hello{Proto: 1, Container: "d0"}, &frame.Answer{Reason: "allowed"}, &frame.Register{Instance: "x"}, &frame.Status{}, &frame.Welcome{OK: true},
+		&frame.Hello{Protos: frame.Protos(), Container: "d0"}, &frame.Answer{Reason: "allowed"}, &frame.Register{Instance: "x"}, &frame.Status{}, &frame.Welcome{OK: true},
 	} {
 		g := s.guard(fmt.Sprint("d", i), "pay")
 		g.send(3, m)

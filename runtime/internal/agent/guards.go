@@ -20,6 +20,7 @@ type guard struct {
 	conn     *net.UnixConn
 	sender   sender
 	identity frame.Identity
+	protos   []int // that the guard speaks
 
 	mu   sync.Mutex
 	open map[uint32]struct{} // guarded by mu; ids of questions without an answer
@@ -85,9 +86,10 @@ func (a *Agent) welcome(g *guard, reader *frameReader) error {
 	if !ok {
 		return fmt.Errorf("a frame of type %d in place of the hello", m.Type())
 	}
-	if hello.Proto != frame.Proto {
-		return fmt.Errorf("protocol %d, not %d", hello.Proto, frame.Proto)
+	if frame.Negotiated(hello.Protos) == 0 {
+		return fmt.Errorf("protocols %v, not %v", hello.Protos, frame.Protos())
 	}
+	g.protos = hello.Protos
 	g.identity = frame.Identity{Instance: hello.Container, App: hello.App, Function: hello.Function}
 	if reason := a.admitInTime(g, id); reason != "" {
 		err := fmt.Errorf("refused: %s", reason)
@@ -172,7 +174,7 @@ func (a *Agent) admit(g *guard, id uint32) (reason policy.Reason, news <-chan st
 		return policy.ReasonUnknownFunction, nil
 	}
 	welcome := &frame.Welcome{
-		OK: true, Policy: held.envelope, LeaseMS: a.leaseLeft(), Names: a.names.of(held.hosts),
+		OK: true, Proto: frame.Negotiated(g.protos), Policy: held.envelope, LeaseMS: a.leaseLeft(), Names: a.names.of(held.hosts),
 		Port: a.config.Incoming.Port, Sources: a.config.Incoming.Sources, HealthPath: a.config.Incoming.HealthPath,
 		Roots: a.roots(function.Terminate),
 	}

@@ -30,6 +30,7 @@ type linkHooks interface {
 // link keeps one connection to the controller, and makes a new one whenever it ends.
 type link struct {
 	config *Config
+	runID  string // of this start of the agent
 	hooks  linkHooks
 	log    *slog.Logger
 
@@ -157,7 +158,7 @@ func (l *link) dial(ctx context.Context) (net.Conn, error) {
 
 func (l *link) hello(c *linkConn, reader *frameReader) (*frame.ControllerWelcome, error) {
 	const helloID = 1
-	data, err := frame.Append(nil, helloID, &frame.AgentHello{Proto: frame.Proto, Node: l.config.Node})
+	data, err := frame.Append(nil, helloID, &frame.AgentHello{Protos: frame.Protos(), Node: l.config.Node, Run: l.runID})
 	if err != nil {
 		return nil, err
 	}
@@ -175,6 +176,9 @@ func (l *link) hello(c *linkConn, reader *frameReader) (*frame.ControllerWelcome
 	welcome, ok := m.(*frame.ControllerWelcome)
 	if !ok || id != helloID {
 		return nil, fmt.Errorf("a frame of type %d in place of the welcome", m.Type())
+	}
+	if welcome.OK && frame.Negotiated([]int{welcome.Proto}) == 0 {
+		return nil, fmt.Errorf("the controller chose protocol %d, which this agent did not offer", welcome.Proto)
 	}
 	if !welcome.OK {
 		return nil, fmt.Errorf("the controller refuses this agent: %s", policy.Printable(welcome.Reason, logTextMax))

@@ -401,7 +401,7 @@ func (c *fakeController) serve(conn net.Conn) {
 		switch m := m.(type) {
 		case *frame.AgentHello:
 			c.received <- received{id, m, conn}
-			c.send(conn, id, &frame.ControllerWelcome{OK: true, LeaseMS: c.leaseMS, Policies: c.policies})
+			c.send(conn, id, &frame.ControllerWelcome{OK: true, Proto: 2, LeaseMS: c.leaseMS, Policies: c.policies})
 		case *frame.Register:
 			reason, refused := c.refuse[m.Function]
 			if !refused {
@@ -470,7 +470,7 @@ func (s *site) dialGuard() *fakeGuard {
 func (s *site) hello(container, app, function string) (*fakeGuard, *frame.Welcome) {
 	s.t.Helper()
 	g := s.dialGuard()
-	g.send(1, &frame.Hello{Proto: 1, Container: container, App: app, Function: function})
+	g.send(1, &frame.Hello{Protos: frame.Protos(), Container: container, App: app, Function: function})
 	id, m := g.receive()
 	welcome, ok := m.(*frame.Welcome)
 	if !ok || id != 1 {

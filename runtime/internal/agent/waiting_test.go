@@ -14,7 +14,7 @@ func (s *site) early(container, function string) *fakeGuard {
 	s.t.Helper()
 	before := strings.Count(s.log.String(), eventGuardWaits)
 	g := s.dialGuard()
-	g.send(1, &frame.Hello{Proto: 1, Container: container, App: "shop", Function: function})
+	g.send(1, &frame.Hello{Protos: frame.Protos(), Container: container, App: "shop", Function: function})
 	s.until("the hello waits", func() bool { return strings.Count(s.log.String(), eventGuardWaits) > before })
 	return g
 }

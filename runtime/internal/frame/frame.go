@@ -16,6 +16,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 
 	"kalium.dev/kalium/runtime/internal/policy"
 )
@@ -23,13 +24,29 @@ import (
 // Bounds of the wire. kalium/protocol has the same ones.
 const (
 	Version       = 1 // of the frame's form
-	Proto         = 1 // of the messages; stated in Hello and AgentHello
 	HeaderBytes   = 12
 	FrameBytesMax = 1 << 20 // of the payload
 	TextBytesMax  = 512     // of every str
 	ItemsMax      = 4096    // of every array and map: the states of a function are at most so many
 	StepBytes     = 16
 )
+
+// protosMax bounds the versions that a hello may list.
+const protosMax = 16
+
+// Protos are the versions of the messages that this side speaks. The highest that both speak is taken.
+func Protos() []int { return []int{2} }
+
+// Negotiated is the highest version that both sides speak; 0 when there is none.
+func Negotiated(theirs []int) int {
+	highest := 0
+	for _, own := range Protos() {
+		if own > highest && slices.Contains(theirs[:min(len(theirs), protosMax)], own) {
+			highest = own
+		}
+	}
+	return highest
+}
 
 // ErrShort means that the front of the stream is the beginning of a frame: ask again with more bytes.
 var ErrShort = errors.New("frame: more bytes are needed")

@@ -16,7 +16,7 @@ func samples() []Message {
 	identity := Identity{Instance: "c0ffee", App: "hello-retail", Function: "product-photos-1-assign"}
 	step := "0123456789abcdef"
 	return []Message{
-		&Hello{Proto: 1, Container: "c0ffee", App: "hello-retail", Function: "product-photos-1-assign"},
+		&Hello{Protos: []int{2, 300}, Container: "c0ffee", App: "hello-retail", Function: "product-photos-1-assign"},
 		&Welcome{
 			OK: true, Policy: []byte("envelope"), LeaseMS: 60000, Port: 8080, HealthPath: "/_/health",
 			Names: map[string][]string{"gateway": {"10.137.0.1"}, "database": {"10.137.0.1", "10.137.0.2"}}, Sources: []string{"10.137.0.1/32"},
@@ -42,12 +42,26 @@ func samples() []Message {
 			Dropped: 2, Invocation: []string{"i", ""}, Kind: []string{"https", "off"}, Bytes: []int{1024, 0}, Record: []int{210, -1},
 			Open: []int{1500, -1}, Event: []int{2600, -1}, Local: []int{400, -1}, Controller: []int{-1, -1}, Total: []int{9000, 1 << 40}, Reseal: []int{1300, -1},
 		},
-		&AgentHello{Proto: 1, Node: "node-0"},
+		&AgentHello{Protos: []int{2}, Node: "node-0", Run: step},
 		&ControllerWelcome{OK: true, LeaseMS: 60000, Policies: map[string][]byte{"a": bytes.Repeat([]byte{1}, 70000), "b": {}}},
 		&Register{Instance: "c0ffee", App: "hello-retail", Function: "f", Image: "localhost/kalium/f:1"},
 		&Unregister{Instance: "c0ffee"},
 		&Status{},
-		&StatusAnswer{Status: StatusReport{Policies: map[string]int{"hello-retail": 3}, Agents: 1, Calls: -33, Invocations: 1 << 40}},
+		&StatusAnswer{Status: StatusReport{
+			Policies: map[string]int{"hello-retail": 3}, Agents: 1, Calls: -33, Invocations: 1 << 40, Controller: "c0", Controllers: []string{"c0"},
+			Store: "memory", StartedMS: 1, Node: []string{"n"}, App: []string{"a"}, Function: []string{"f"}, Asked: []string{"enforce"},
+			Mode: []string{"none"}, Version: []int{0}, Count: []int{3}, Denied: map[string]int{"a out_of_order": 2}, WouldDeny: map[string]int{},
+			FailModes: map[string]int{}, Evicted: map[string]int{"timeout": 1},
+		}},
+		&Finish{Call: "c", Invocation: "i", Outcome: "answered"},
+		&Finish{Call: "c", Invocation: "i", Outcome: "closed", Identity: identity},
+		&Mode{Mode: "enforce", Version: 7},
+		&Ping{},
+		&Pong{},
+		&Report{
+			AuditSeq: 9, AuditHash: "ab", App: []string{"a"}, Function: []string{"f"}, Mode: []string{"enforce"}, Version: []int{7}, Count: []int{1},
+			Denied: map[string]int{"a bad_token": 1}, WouldDeny: map[string]int{}, FailModes: map[string]int{"a allow": 4},
+		},
 	}
 }
 
@@ -178,7 +192,7 @@ func TestWhatIsNotCanonicalIsRefused(t *testing.T) {
 		{"another magic", []byte("KX"), "byte 1 of a frame"},
 		{"another version", []byte{'K', 'L', 2}, "byte 2 of a frame"},
 		{"type 0", []byte{'K', 'L', 1, 0}, "type 0 is unknown"},
-		{"type between the hops", []byte{'K', 'L', 1, 12}, "type 12 is unknown"},
+		{"type between the hops", []byte{'K', 'L', 1, 14}, "type 14 is unknown"},
 		{"a length beyond the bound", []byte{'K', 'L', 1, 9, 0, 0, 0, 0, 0, 16, 0, 1}, "1048577 bytes"},
 		{"a question without an id", raw(TypeStatus, 0, "80"), "id 0"},
 		{"an id on a message without an answer", raw(TypeLease, 1, "81"+leaseMS+"01"), "id 1"},

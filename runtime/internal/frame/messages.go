@@ -22,12 +22,17 @@ const (
 	TypeLease             Type = 9
 	TypeNames             Type = 10
 	TypeTimes             Type = 11
+	TypeFinish            Type = 12
+	TypeMode              Type = 13
 	TypeAgentHello        Type = 20
 	TypeControllerWelcome Type = 21
 	TypeRegister          Type = 22
 	TypeUnregister        Type = 23
 	TypeStatus            Type = 24
 	TypeStatusAnswer      Type = 25
+	TypePing              Type = 26
+	TypePong              Type = 27
+	TypeReport            Type = 28
 )
 
 // Message is one of the structs below.
@@ -39,7 +44,7 @@ type Message interface {
 // Hello opens a guard's session. What it says is compared with the registration of the instance and then forgotten.
 // Its id comes back in the Welcome.
 type Hello struct {
-	Proto     int // Proto
+	Protos    []int // that the guard speaks
 	Container string
 	App       string
 	Function  string
@@ -49,6 +54,7 @@ type Hello struct {
 type Welcome struct {
 	OK         bool
 	Reason     string // "" when OK
+	Proto      int    // the version that both speak
 	Policy     []byte // signed envelope
 	LeaseMS    int
 	Names      map[string][]string // host -> IPv4 addresses
@@ -81,10 +87,15 @@ type Invoke struct {
 	Invocation string
 	Callee     string
 	Version    int
-	Identity   Identity
+	// Asynchronous: by the gateway's queue; Callback is the function that its result goes to, "" for none. Retry: the
+	// same edge once more, because the connection of the last one ended without a byte of an answer.
+	Asynchronous bool
+	Callback     string
+	Retry        bool
+	Identity     Identity
 }
 
-// Answer answers Start, Invoke and Register with the same id.
+// Answer answers Start, Invoke, Finish and Register with the same id.
 type Answer struct {
 	Allowed    bool
 	Reason     string // one of policy.Reasons
@@ -93,6 +104,8 @@ type Answer struct {
 	Token      string // Invoke granted: 32 hexadecimal digits
 	Expected   []string
 	Detail     string // for people
+	Callback   string // Invoke granted: the token of the callback that it asked for
+	Hold       bool   // Start granted: the last byte of the answer waits until Finish is answered
 }
 
 // End says that an invocation is over. It is never answered.
@@ -101,6 +114,20 @@ type End struct {
 	Invocation string
 	Outcome    string // answered, closed or timeout
 	Identity   Identity
+}
+
+// Finish is an End that is answered: what a Start with Hold ends by.
+type Finish struct {
+	Call       string
+	Invocation string
+	Outcome    string // answered, closed or timeout
+	Identity   Identity
+}
+
+// Mode says which mode is in force in the sandbox and by which version, whenever either changes.
+type Mode struct {
+	Mode    string
+	Version int
 }
 
 // Verdict carries one line of the verdict log.
@@ -124,6 +151,7 @@ type VerdictRecord struct {
 	States        []int
 	Judging       string
 	LatencyUS     int
+	FailMode      string // "", or by which an app edge was decided without the controller: deny, allow or last_known
 }
 
 // EventVerdict is the only event of a VerdictRecord.
@@ -164,16 +192,19 @@ func (m *Times) spans() [7][]int {
 
 // AgentHello opens an agent's session.
 type AgentHello struct {
-	Proto int
-	Node  string
+	Node   string
+	Run    string // 16 hexadecimal digits, drawn anew at each start of the agent
+	Protos []int  // that the agent speaks
 }
 
 // ControllerWelcome answers AgentHello with the same id. Policies that do not fit follow as Policy.
 type ControllerWelcome struct {
-	OK       bool
-	Reason   string
-	LeaseMS  int
-	Policies map[string][]byte // app -> signed envelope
+	OK         bool
+	Reason     string
+	Proto      int    // the version that both speak
+	Controller string // the name of who answers
+	LeaseMS    int
+	Policies   map[string][]byte // app -> signed envelope
 }
 
 // Register announces an instance on the agent's node.
@@ -187,18 +218,56 @@ type Register struct {
 // Unregister says that an instance is gone. It is never answered.
 type Unregister struct{ Instance string }
 
+// Ping asks whether the controller is there. It is told when nothing else was heard for a while.
+type Ping struct{}
+
+// Pong answers Ping with the same id.
+type Pong struct{}
+
+// Report says what a node runs, and what its agent has counted since its start. The lists are equally long: Count instances
+// of Function whose guards say that Mode is in force by Version; an instance without a guard has the mode "none". Keys of the
+// maps are an app and a reason or fail mode, with a space between.
+type Report struct {
+	AuditSeq  int    // of the last line of the agent's audit log
+	AuditHash string // likewise
+	App       []string
+	Function  []string
+	Mode      []string
+	Version   []int
+	Count     []int
+	Denied    map[string]int
+	WouldDeny map[string]int
+	FailModes map[string]int
+}
+
 // Status asks the controller for StatusAnswer.
 type Status struct{}
 
 // StatusAnswer answers Status with the same id.
 type StatusAnswer struct{ Status StatusReport }
 
-// StatusReport counts what a controller holds.
+// StatusReport counts what a controller holds. The lists from Node to Count are equally long: what the agents reported last,
+// and in Asked the mode that the newest policy wants.
 type StatusReport struct {
 	Policies    map[string]int // app -> version
 	Agents      int
 	Calls       int
 	Invocations int
+	Controller  string
+	Controllers []string // that share its store
+	Store       string   // memory or redis
+	StartedMS   int      // since 1970
+	Node        []string
+	App         []string
+	Function    []string
+	Asked       []string
+	Mode        []string
+	Version     []int
+	Count       []int
+	Denied      map[string]int
+	WouldDeny   map[string]int
+	FailModes   map[string]int
+	Evicted     map[string]int
 }
 
 // Type implements Message.Type.
@@ -235,6 +304,21 @@ func (*Names) Type() Type { return TypeNames }
 func (*Times) Type() Type { return TypeTimes }
 
 // Type implements Message.Type.
+func (*Finish) Type() Type { return TypeFinish }
+
+// Type implements Message.Type.
+func (*Mode) Type() Type { return TypeMode }
+
+// Type implements Message.Type.
+func (*Ping) Type() Type { return TypePing }
+
+// Type implements Message.Type.
+func (*Pong) Type() Type { return TypePong }
+
+// Type implements Message.Type.
+func (*Report) Type() Type { return TypeReport }
+
+// Type implements Message.Type.
 func (*AgentHello) Type() Type { return TypeAgentHello }
 
 // Type implements Message.Type.
@@ -268,24 +352,29 @@ var kinds = map[Type]struct {
 	TypeLease:             {func() Message { return new(Lease) }, false},
 	TypeNames:             {func() Message { return new(Names) }, false},
 	TypeTimes:             {func() Message { return new(Times) }, false},
+	TypeFinish:            {func() Message { return new(Finish) }, true},
+	TypeMode:              {func() Message { return new(Mode) }, false},
 	TypeAgentHello:        {func() Message { return new(AgentHello) }, true},
 	TypeControllerWelcome: {func() Message { return new(ControllerWelcome) }, true},
 	TypeRegister:          {func() Message { return new(Register) }, true},
 	TypeUnregister:        {func() Message { return new(Unregister) }, false},
 	TypeStatus:            {func() Message { return new(Status) }, true},
 	TypeStatusAnswer:      {func() Message { return new(StatusAnswer) }, true},
+	TypePing:              {func() Message { return new(Ping) }, true},
+	TypePong:              {func() Message { return new(Pong) }, true},
+	TypeReport:            {func() Message { return new(Report) }, false},
 }
 
 // The lists below are sorted by name; TestFieldsAreSorted holds it.
 
 func (m *Hello) fields() []field {
-	return []field{{"app", &m.App}, {"container", &m.Container}, {"function", &m.Function}, {"proto", &m.Proto}}
+	return []field{{"app", &m.App}, {"container", &m.Container}, {"function", &m.Function}, {"protos", &m.Protos}}
 }
 
 func (m *Welcome) fields() []field {
 	return []field{
 		{"health_path", &m.HealthPath}, {"lease_ms", &m.LeaseMS}, {"names", &m.Names}, {"ok", &m.OK},
-		{"policy", &m.Policy}, {"port", &m.Port}, {"reason", &m.Reason}, {"roots", &m.Roots},
+		{"policy", &m.Policy}, {"port", &m.Port}, {"proto", &m.Proto}, {"reason", &m.Reason}, {"roots", &m.Roots},
 		{"sources", &m.Sources},
 	}
 }
@@ -296,14 +385,15 @@ func (m *Start) fields() []field {
 
 func (m *Invoke) fields() []field {
 	return []field{
-		{"call", &m.Call}, {"callee", &m.Callee}, {"invocation", &m.Invocation}, {"step", &m.Step}, {"version", &m.Version},
+		{"asynchronous", &m.Asynchronous}, {"call", &m.Call}, {"callback", &m.Callback}, {"callee", &m.Callee},
+		{"invocation", &m.Invocation}, {"retry", &m.Retry}, {"step", &m.Step}, {"version", &m.Version},
 	}
 }
 
 func (m *Answer) fields() []field {
 	return []field{
-		{"allowed", &m.Allowed}, {"call", &m.Call}, {"detail", &m.Detail}, {"expected", &m.Expected},
-		{"invocation", &m.Invocation}, {"reason", &m.Reason}, {"token", &m.Token},
+		{"allowed", &m.Allowed}, {"call", &m.Call}, {"callback", &m.Callback}, {"detail", &m.Detail}, {"expected", &m.Expected},
+		{"hold", &m.Hold}, {"invocation", &m.Invocation}, {"reason", &m.Reason}, {"token", &m.Token},
 	}
 }
 
@@ -311,12 +401,18 @@ func (m *End) fields() []field {
 	return []field{{"call", &m.Call}, {"invocation", &m.Invocation}, {"outcome", &m.Outcome}}
 }
 
+func (m *Finish) fields() []field {
+	return []field{{"call", &m.Call}, {"invocation", &m.Invocation}, {"outcome", &m.Outcome}}
+}
+
+func (m *Mode) fields() []field { return []field{{"mode", &m.Mode}, {"version", &m.Version}} }
+
 func (m *Verdict) fields() []field { return []field{{"record", &m.Record}} }
 
 func (r *VerdictRecord) fields() []field {
 	return []field{
 		{"allowed", &r.Allowed}, {"call", &r.Call}, {"event", &r.Event}, {"expected", &r.Expected},
-		{"invocation", &r.Invocation}, {"judging", &r.Judging}, {"kind", &r.Kind}, {"latency_us", &r.LatencyUS},
+		{"fail_mode", &r.FailMode}, {"invocation", &r.Invocation}, {"judging", &r.Judging}, {"kind", &r.Kind}, {"latency_us", &r.LatencyUS},
 		{"line", &r.Line}, {"message", &r.Message}, {"mode", &r.Mode}, {"peer", &r.Peer},
 		{"policy_version", &r.PolicyVersion}, {"reason", &r.Reason}, {"states", &r.States}, {"would_deny", &r.WouldDeny},
 	}
@@ -336,10 +432,15 @@ func (m *Times) fields() []field {
 	}
 }
 
-func (m *AgentHello) fields() []field { return []field{{"node", &m.Node}, {"proto", &m.Proto}} }
+func (m *AgentHello) fields() []field {
+	return []field{{"node", &m.Node}, {"protos", &m.Protos}, {"run", &m.Run}}
+}
 
 func (m *ControllerWelcome) fields() []field {
-	return []field{{"lease_ms", &m.LeaseMS}, {"ok", &m.OK}, {"policies", &m.Policies}, {"reason", &m.Reason}}
+	return []field{
+		{"controller", &m.Controller}, {"lease_ms", &m.LeaseMS}, {"ok", &m.OK}, {"policies", &m.Policies}, {"proto", &m.Proto},
+		{"reason", &m.Reason},
+	}
 }
 
 func (m *Register) fields() []field {
@@ -350,11 +451,27 @@ func (m *Unregister) fields() []field { return []field{{"instance", &m.Instance}
 
 func (*Status) fields() []field { return nil }
 
+func (*Ping) fields() []field { return nil }
+
+func (*Pong) fields() []field { return nil }
+
+func (m *Report) fields() []field {
+	return []field{
+		{"app", &m.App}, {"audit_hash", &m.AuditHash}, {"audit_seq", &m.AuditSeq}, {"count", &m.Count}, {"denied", &m.Denied},
+		{"fail_modes", &m.FailModes}, {"function", &m.Function}, {"mode", &m.Mode}, {"version", &m.Version},
+		{"would_deny", &m.WouldDeny},
+	}
+}
+
 func (m *StatusAnswer) fields() []field { return []field{{"status", &m.Status}} }
 
 func (r *StatusReport) fields() []field {
 	return []field{
-		{"agents", &r.Agents}, {"calls", &r.Calls}, {"invocations", &r.Invocations}, {"policies", &r.Policies},
+		{"agents", &r.Agents}, {"app", &r.App}, {"asked", &r.Asked}, {"calls", &r.Calls}, {"controller", &r.Controller},
+		{"controllers", &r.Controllers}, {"count", &r.Count}, {"denied", &r.Denied}, {"evicted", &r.Evicted},
+		{"fail_modes", &r.FailModes}, {"function", &r.Function}, {"invocations", &r.Invocations}, {"mode", &r.Mode},
+		{"node", &r.Node}, {"policies", &r.Policies}, {"started_ms", &r.StartedMS}, {"store", &r.Store},
+		{"version", &r.Version}, {"would_deny", &r.WouldDeny},
 	}
 }
 
@@ -364,6 +481,7 @@ type identified interface{ identity() *Identity }
 func (m *Start) identity() *Identity  { return &m.Identity }
 func (m *Invoke) identity() *Identity { return &m.Identity }
 func (m *End) identity() *Identity    { return &m.Identity }
+func (m *Finish) identity() *Identity { return &m.Identity }
 
 // shapes lists the sets of fields that m may have; the second one, if any, is with the identity.
 func shapes(m Message) [][]field {
@@ -395,12 +513,45 @@ func check(m Message) error {
 		if m.Record.Event != EventVerdict {
 			return broken("event %q of a verdict record", m.Record.Event)
 		}
+		if err := failModeAllowed(m.Record.FailMode); err != nil {
+			return err
+		}
 		return reasonAllowed(m.Record.Reason)
 	case *Times:
 		return timesAllowed(m)
 	case *End:
-		if m.Outcome != "answered" && m.Outcome != "closed" && m.Outcome != "timeout" {
-			return broken("outcome %q", m.Outcome)
+		return outcomeAllowed(m.Outcome)
+	case *Finish:
+		return outcomeAllowed(m.Outcome)
+	case *AgentHello:
+		return stepAllowed(m.Run)
+	case *Report:
+		return equallyLong(len(m.App), len(m.Function), len(m.Mode), len(m.Version), len(m.Count))
+	case *StatusAnswer:
+		r := &m.Status
+		return equallyLong(len(r.Node), len(r.App), len(r.Function), len(r.Asked), len(r.Mode), len(r.Version), len(r.Count))
+	}
+	return nil
+}
+
+func outcomeAllowed(outcome string) error {
+	if outcome != "answered" && outcome != "closed" && outcome != "timeout" {
+		return broken("outcome %q", outcome)
+	}
+	return nil
+}
+
+func failModeAllowed(mode string) error {
+	if mode != "" && mode != "deny" && mode != "allow" && mode != "last_known" {
+		return broken("fail mode %q", mode)
+	}
+	return nil
+}
+
+func equallyLong(lengths ...int) error {
+	for _, n := range lengths {
+		if n != lengths[0] {
+			return broken("columns that are not equally long")
 		}
 	}
 	return nil

@@ -15,6 +15,9 @@ func AppendVerdict(dst []byte, r *VerdictRecord) ([]byte, error) {
 	if !policy.Reason(r.Reason).Known() {
 		return nil, broken("reason %q", r.Reason)
 	}
+	if err := failModeAllowed(r.FailMode); err != nil {
+		return nil, err
+	}
 	begin := len(dst)
 	dst = append(dst, 'K', 'L', Version, byte(TypeVerdict))
 	dst = binary.BigEndian.AppendUint32(dst, 0)
@@ -22,7 +25,7 @@ func AppendVerdict(dst []byte, r *VerdictRecord) ([]byte, error) {
 	w := writer{dst: dst}
 	w.count(1, codeFixMap, codeMap16)
 	w.text("record")
-	w.count(16, codeFixMap, codeMap16)
+	w.count(17, codeFixMap, codeMap16)
 	w.flag("allowed", r.Allowed)
 	w.field("call", r.Call)
 	w.field("event", r.Event)
@@ -31,6 +34,7 @@ func AppendVerdict(dst []byte, r *VerdictRecord) ([]byte, error) {
 	for _, text := range r.Expected {
 		w.text(text)
 	}
+	w.field("fail_mode", r.FailMode)
 	w.field("invocation", r.Invocation)
 	w.field("judging", r.Judging)
 	w.field("kind", r.Kind)

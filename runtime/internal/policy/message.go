@@ -41,6 +41,8 @@ const (
 	ReasonNoKey                 Reason = "no_key"
 	ReasonRetired               Reason = "retired"
 	ReasonRateBound             Reason = "rate_bound"
+	ReasonUnknownState          Reason = "unknown_state"
+	ReasonOverloaded            Reason = "overloaded"
 )
 
 var reasons = [...]Reason{
@@ -49,7 +51,7 @@ var reasons = [...]Reason{
 	ReasonLeaseExpired, ReasonControllerUnavailable, ReasonNotAnEntry, ReasonBadToken, ReasonUnknownCall,
 	ReasonEdgeNotAllowed, ReasonUnknownFunction, ReasonNameNotListed, ReasonSNIMismatch, ReasonGatewayRule,
 	ReasonIncomingNotDeclared, ReasonReentrant, ReasonUnregistered, ReasonPolicyMismatch,
-	ReasonNoKey, ReasonRetired, ReasonRateBound,
+	ReasonNoKey, ReasonRetired, ReasonRateBound, ReasonUnknownState, ReasonOverloaded,
 }
 
 // Reasons returns the closed set.

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -59,7 +60,7 @@ func TestAPodIsWhatItsUIDSays(t *testing.T) {
 
 	hello, err := identify()
 
-	if err != nil || *hello != (frame.Hello{Proto: frame.Proto, Container: podUID, App: "shop", Function: "buyer"}) {
+	if err != nil || !reflect.DeepEqual(*hello, frame.Hello{Protos: frame.Protos(), Container: podUID, App: "shop", Function: "buyer"}) {
 		t.Errorf("%+v, %v", hello, err)
 	}
 	if !isPause(sandboxID) || isPause(ours) {
@@ -179,7 +180,7 @@ func TestARefusalIsInTheLogOfTheEngine(t *testing.T) {
 }
 
 func TestAPodWaitsForTheAnswerOfItsAgent(t *testing.T) {
-	hello := &frame.Hello{Proto: frame.Proto, Container: podUID, App: "shop", Function: "buyer"}
+	hello := &frame.Hello{Protos: frame.Protos(), Container: podUID, App: "shop", Function: "buyer"}
 	encode := func(m frame.Message) []byte {
 		b, err := frame.Append(nil, helloID, m)
 		if err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -46,7 +47,7 @@ func TestThePauseContainerHasNoInternetSockets(t *testing.T) {
 	if connections, _ := r.state(); connections != 0 || !strings.Contains(got, "connect: EACCES") {
 		t.Errorf("%d connections, the pause container said %s", connections, got)
 	}
-	if len(s.hellos) != 1 || s.hellos[0] != (frame.Hello{Proto: frame.Proto, Container: podUID, App: guardtest.App, Function: guardtest.Function}) {
+	if len(s.hellos) != 1 || !reflect.DeepEqual(s.hellos[0], frame.Hello{Protos: frame.Protos(), Container: podUID, App: guardtest.App, Function: guardtest.Function}) {
 		t.Errorf("hellos %+v", s.hellos)
 	}
 	if d := s.denials(); len(d) != 0 {

@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"strings"
 	"sync"
@@ -451,7 +452,7 @@ func TestTheAgentHearsWhoTheSandboxIs(t *testing.T) {
 	s := newSite(t)
 	s.run("calls", true)()
 
-	if len(s.hellos) != 1 || s.hellos[0] != (frame.Hello{Proto: frame.Proto, Container: s.id, App: guardtest.App, Function: guardtest.Function}) {
+	if len(s.hellos) != 1 || !reflect.DeepEqual(s.hellos[0], frame.Hello{Protos: frame.Protos(), Container: s.id, App: guardtest.App, Function: guardtest.Function}) {
 		t.Errorf("hellos %+v", s.hellos)
 	}
 }

@@ -126,7 +126,7 @@ func identify() (*frame.Hello, error) {
 		return nil, failed("runtime.start", "say who the sandbox is", "a command that starts none", "use create or run")
 	}
 	hello := &frame.Hello{
-		Proto: frame.Proto, Container: started.instance(),
+		Protos: frame.Protos(), Container: started.instance(),
 		App: started.spec.Annotations[annotationApp], Function: started.spec.Annotations[annotationFunction],
 	}
 	if hello.App == "" || hello.Function == "" {

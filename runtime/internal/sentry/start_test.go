@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -167,7 +168,7 @@ func TestIdentityComesFromTheBundleAndTheCommandLine(t *testing.T) {
 		hello, err := identify()
 
 		if len(annotations) == 2 {
-			if err != nil || *hello != (frame.Hello{Proto: frame.Proto, Container: "id7", App: "shop", Function: "buyer"}) {
+			if err != nil || !reflect.DeepEqual(*hello, frame.Hello{Protos: frame.Protos(), Container: "id7", App: "shop", Function: "buyer"}) {
 				t.Errorf("%+v, %v", hello, err)
 			}
 		} else if err == nil {
