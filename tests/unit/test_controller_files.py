@@ -12,7 +12,7 @@ from controller_samples import compiled
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from kalium.controller import tls
-from kalium.controller.config import Config, TlsFiles, load
+from kalium.controller.config import AuditFiles, Config, Listen, Store, TlsFiles, load
 from kalium.controller.store import FILES_MAX, PolicyDirectory
 from kalium.errors import KaliumError
 from kalium.pki import files
@@ -44,6 +44,48 @@ def test_a_configuration_is_read_with_paths_from_its_own_directory(tmp_path: Pat
     )
 
 
+def test_the_optional_keys_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "controller.json"
+    store = {"kind": "redis", "url": "rediss://kalium@store:6380/2", "prefix": "k:", "ca": "store.crt", "password_file": "/etc/kalium/store.password"}
+    audit = {"log": "audit.jsonl", "key": "audit.key", "fsync": "always", "max_mib": 16}
+    path.write_text(json.dumps({**GOOD, "name": "ctl-1", "store": store, "audit": audit, "metrics": {"host": "127.0.0.1", "port": 5001}}))
+
+    config = load(path)
+
+    assert config.name == "ctl-1"
+    assert config.store == Store("redis", "rediss://kalium@store:6380/2", "k:", tmp_path / "store.crt", Path("/etc/kalium/store.password"))
+    assert config.audit == AuditFiles(tmp_path / "audit.jsonl", tmp_path / "audit.key", "always", 16)
+    assert config.metrics == Listen("127.0.0.1", 5001)
+
+
+@pytest.mark.parametrize("store", [{"kind": "memory"}, None])
+def test_what_is_left_out_has_its_default(tmp_path: Path, store: object) -> None:
+    path = tmp_path / "controller.json"
+    path.write_text(json.dumps({**GOOD, "audit": {"log": "a", "key": "k"}} if store is None else {**GOOD, "store": store}))
+
+    config = load(path)
+
+    assert (config.name, config.store, config.metrics) == ("controller", Store("memory"), None)
+    assert config.audit == (AuditFiles(tmp_path / "a", tmp_path / "k", "interval", 64) if store is None else None)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://store", "redis://store:6379/", "redis://user@[::1]:6379/15", "rediss://store", "unix:///run/redis.sock", "unix://user@/run/redis.sock?db=3",
+    ],
+)  # fmt: skip
+def test_a_store_has_one_of_three_kinds_of_address(tmp_path: Path, url: str) -> None:
+    path = tmp_path / "controller.json"
+    path.write_text(json.dumps({**GOOD, "store": {"kind": "redis", "url": url}}))
+
+    assert load(path).store == Store("redis", url)
+
+
+def redis_at(url: object, **more: object) -> str:
+    return json.dumps({**GOOD, "store": {"kind": "redis", "url": url, **more}})
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
@@ -57,6 +99,33 @@ def test_a_configuration_is_read_with_paths_from_its_own_directory(tmp_path: Pat
         (json.dumps({**GOOD, "listen": {"host": "127.0.0.1", "port": True}}), r"listen\.port is not a whole number"),
         (json.dumps({**GOOD, "listen": {"host": "", "port": 1}}), r"listen\.host is not a text"),
         (json.dumps({**GOOD, "operator_key": None}), "operator_key is not a text"),
+        (json.dumps({**GOOD, "name": ""}), "name is not a text"),
+        (json.dumps({**GOOD, "name": "a b"}), "name is not one of letters"),
+        (json.dumps({**GOOD, "name": "-a"}), "name is not one of letters"),
+        (json.dumps({**GOOD, "store": None}), "store is not an object"),
+        (json.dumps({**GOOD, "store": {"kind": "memory", "url": "redis://a"}}), "store has an unknown key url"),
+        (json.dumps({**GOOD, "store": {"kind": "disk", "url": "redis://a"}}), r"store\.kind is neither"),
+        (json.dumps({**GOOD, "store": {"kind": "redis"}}), "store has no key url"),
+        (redis_at(""), r"store\.url is not a text"),
+        (redis_at("http://store"), "is none of redis"),
+        (redis_at("redis://"), "names no host"),
+        (redis_at("redis://store/0?timeout=3"), "names no host, or more"),
+        (redis_at("redis://store/x"), "names no host, or more"),
+        (redis_at("redis://store:x"), "cannot be read"),
+        (redis_at("redis://store#1"), "has a fragment"),
+        (redis_at("unix://store/path"), "is no path of a socket"),
+        (redis_at("redis://user:secret@store"), r"holds a password, which belongs in store\.password_file"),
+        (redis_at("redis://:@store"), "holds a password"),
+        (redis_at("redis://store", ca="ca.crt"), r"store\.ca is given"),
+        (redis_at("redis://store", prefix="{a}"), r"store\.prefix is not"),
+        (redis_at("redis://store", prefix="k" * 65), r"store\.prefix is not"),
+        (redis_at("redis://store", password="secret"), "store has an unknown key password"),
+        (json.dumps({**GOOD, "audit": {"log": "a"}}), "audit has no key key"),
+        (json.dumps({**GOOD, "audit": {"log": "a", "key": "b", "fsync": "often"}}), r"audit\.fsync is not one of"),
+        (json.dumps({**GOOD, "audit": {"log": "a", "key": "b", "max_mib": 0}}), r"audit\.max_mib is not"),
+        (json.dumps({**GOOD, "audit": {"log": "a", "key": "b", "max_mib": True}}), r"audit\.max_mib is not"),
+        (json.dumps({**GOOD, "metrics": {"host": "127.0.0.1"}}), "metrics has no key port"),
+        (json.dumps({**GOOD, "metrics": {"host": "127.0.0.1", "port": -1}}), r"metrics\.port is not a whole number"),
         ("[" * 70_000, "more than 65536 bytes"),
         ("[" * 60_000, "not JSON"),
     ],
