@@ -6,13 +6,16 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"unicode"
 
 	"kalium.dev/kalium/runtime/internal/policy"
 )
@@ -25,7 +28,8 @@ type Config struct {
 	Node           string              `json:"node"`
 	GuardSocket    string              `json:"guard_socket"`
 	RegisterSocket string              `json:"register_socket"`
-	Controller     Controller          `json:"controller"`
+	Controllers    []Controller        `json:"controllers"` // one of them is connected at a time
+	TLS            TLS                 `json:"tls"`
 	OperatorKey    string              `json:"operator_key"`
 	StateDir       string              `json:"state_dir"`
 	VerdictLog     string              `json:"verdict_log"`
@@ -35,18 +39,44 @@ type Config struct {
 	LeaseMS        int                 `json:"lease_ms"`
 	TLSRoots       string              `json:"tls_roots"`     // "": none
 	AdmitWaitMS    int                 `json:"admit_wait_ms"` // 0: a hello before its registration is refused at once
+	Audit          *Audit              `json:"audit"`         // nil: there is no audit log
+	Metrics        *Metrics            `json:"metrics"`       // nil: they are served nowhere
 
 	// peerUID is whose processes may use the sockets: root's. Tests that do not run as root set another one.
 	peerUID uint32
 }
 
-// Controller says where the controller is and how both sides prove who they are.
+// Controller says where a controller is.
 type Controller struct {
 	Address string `json:"address"`
-	Name    string `json:"name"` // in the controller's certificate
-	CA      string `json:"ca"`
-	Cert    string `json:"cert"`
-	Key     string `json:"key"`
+	Name    string `json:"name"` // in its certificate
+}
+
+// TLS says how both sides prove who they are: paths of the site's CA and of the agent's own pair.
+type TLS struct {
+	CA   string `json:"ca"`
+	Cert string `json:"cert"`
+	Key  string `json:"key"`
+}
+
+// Audit says where the audit log is, who signs it and how often it is made durable.
+type Audit struct {
+	Log    string `json:"log"`
+	Key    string `json:"key"`   // of the agent, Ed25519
+	Fsync  string `json:"fsync"` // one of FsyncAlways, FsyncInterval, FsyncNever
+	MaxMiB int    `json:"max_mib"`
+}
+
+// When the audit log is made durable.
+const (
+	FsyncAlways   = "always"
+	FsyncInterval = "interval"
+	FsyncNever    = "never"
+)
+
+// Metrics says at which address of the node they are served.
+type Metrics struct {
+	Listen string `json:"listen"`
 }
 
 // Incoming says on which port and from where invocations reach an instance.
@@ -90,6 +120,9 @@ func readBounded(path string, max int64) ([]byte, error) {
 }
 
 func parseConfig(data []byte) (*Config, error) {
+	if err := checkKeys(json.NewDecoder(bytes.NewReader(data))); err != nil {
+		return nil, fmt.Errorf("not the JSON that is expected: %w", err)
+	}
 	config := &Config{}
 	decoder := json.NewDecoder(bytes.NewReader(data))
 	decoder.DisallowUnknownFields()
@@ -102,28 +135,85 @@ func parseConfig(data []byte) (*Config, error) {
 	return config, config.check()
 }
 
-func (c *Config) check() error {
-	for _, text := range []struct{ name, value string }{
-		{"node", c.Node}, {"controller.name", c.Controller.Name}, {"controller.address", c.Controller.Address},
-	} {
-		if text.value == "" || len(text.value) > nameBytesMax || policy.Printable(text.value, nameBytesMax) != text.value {
-			return fmt.Errorf("%s is %q, not a name of at most %d printable characters", text.name, text.value, nameBytesMax)
+// checkKeys refuses what encoding/json takes although two readers could understand it differently: a field that is there
+// twice, and a field in another spelling of its letters.
+func checkKeys(decoder *json.Decoder) error {
+	token, err := decoder.Token()
+	if err != nil {
+		return err
+	}
+	opened, is := token.(json.Delim)
+	if !is {
+		return nil
+	}
+	seen := map[string]struct{}{}
+	for decoder.More() {
+		if opened == '{' {
+			token, err := decoder.Token()
+			if err != nil {
+				return err
+			}
+			key := token.(string) // the decoder takes nothing else here
+			if strings.ContainsFunc(key, func(r rune) bool { return r > unicode.MaxASCII || unicode.IsUpper(r) }) {
+				return fmt.Errorf("unknown field %q: the names of fields and hosts are in lower case", key)
+			}
+			if _, twice := seen[key]; twice {
+				return fmt.Errorf("the field %q is there twice", key)
+			}
+			seen[key] = struct{}{}
 		}
+		if err := checkKeys(decoder); err != nil {
+			return err
+		}
+	}
+	_, err = decoder.Token()
+	return err
+}
+
+func checkText(name, value string) error {
+	if value == "" || len(value) > nameBytesMax || policy.Printable(value, nameBytesMax) != value {
+		return fmt.Errorf("%s is %q, not a name of at most %d printable characters", name, value, nameBytesMax)
+	}
+	return nil
+}
+
+func checkPath(name, value string) error {
+	if !filepath.IsAbs(value) {
+		return fmt.Errorf("%s is %q, not an absolute path", name, value)
+	}
+	return nil
+}
+
+func (c *Config) check() error {
+	if err := checkText("node", c.Node); err != nil {
+		return err
 	}
 	for _, path := range []struct{ name, value string }{
-		{"guard_socket", c.GuardSocket}, {"register_socket", c.RegisterSocket}, {"controller.ca", c.Controller.CA},
-		{"controller.cert", c.Controller.Cert}, {"controller.key", c.Controller.Key}, {"operator_key", c.OperatorKey},
+		{"guard_socket", c.GuardSocket}, {"register_socket", c.RegisterSocket}, {"tls.ca", c.TLS.CA},
+		{"tls.cert", c.TLS.Cert}, {"tls.key", c.TLS.Key}, {"operator_key", c.OperatorKey},
 		{"state_dir", c.StateDir}, {"verdict_log", c.VerdictLog}, {"timing_log", c.TimingLog},
 	} {
-		if !filepath.IsAbs(path.value) {
-			return fmt.Errorf("%s is %q, not an absolute path", path.name, path.value)
+		if err := checkPath(path.name, path.value); err != nil {
+			return err
 		}
 	}
-	if c.TLSRoots != "" && !filepath.IsAbs(c.TLSRoots) {
-		return fmt.Errorf("tls_roots is %q, not an absolute path", c.TLSRoots)
+	if c.TLSRoots != "" {
+		if err := checkPath("tls_roots", c.TLSRoots); err != nil {
+			return err
+		}
 	}
-	if _, _, err := net.SplitHostPort(c.Controller.Address); err != nil {
-		return fmt.Errorf("controller.address is %q, not host:port", c.Controller.Address)
+	if err := checkControllers(c.Controllers); err != nil {
+		return err
+	}
+	if c.Audit != nil {
+		if err := c.Audit.check(); err != nil {
+			return err
+		}
+	}
+	if c.Metrics != nil {
+		if err := c.Metrics.check(); err != nil {
+			return err
+		}
 	}
 	if c.LeaseMS < 1 || c.LeaseMS > leaseMSMax {
 		return fmt.Errorf("lease_ms is %d, not from 1 to %d", c.LeaseMS, leaseMSMax)
@@ -145,6 +235,53 @@ func (c *Config) check() error {
 		}
 	}
 	return c.Incoming.check()
+}
+
+func checkControllers(controllers []Controller) error {
+	if len(controllers) == 0 || len(controllers) > controllersMax {
+		return fmt.Errorf("controllers has %d entries, not from 1 to %d", len(controllers), controllersMax)
+	}
+	for i, controller := range controllers {
+		field := fmt.Sprintf("controllers[%d]", i)
+		if err := errors.Join(checkText(field+".address", controller.Address), checkText(field+".name", controller.Name)); err != nil {
+			return err
+		}
+		host, port, err := net.SplitHostPort(controller.Address)
+		if err != nil || host == "" || !isPort(port) {
+			return fmt.Errorf("%s.address is %q, not host:port", field, controller.Address)
+		}
+		for _, before := range controllers[:i] {
+			if before.Address == controller.Address {
+				return fmt.Errorf("%s.address is %q, which an entry before it has", field, controller.Address)
+			}
+		}
+	}
+	return nil
+}
+
+func isPort(text string) bool {
+	port, err := strconv.ParseUint(text, 10, 16)
+	return err == nil && port > 0
+}
+
+func (a *Audit) check() error {
+	if err := errors.Join(checkPath("audit.log", a.Log), checkPath("audit.key", a.Key)); err != nil {
+		return err
+	}
+	if a.Fsync != FsyncAlways && a.Fsync != FsyncInterval && a.Fsync != FsyncNever {
+		return fmt.Errorf("audit.fsync is %q, not one of %s, %s and %s", a.Fsync, FsyncAlways, FsyncInterval, FsyncNever)
+	}
+	if a.MaxMiB < 1 || a.MaxMiB > auditMiBMax {
+		return fmt.Errorf("audit.max_mib is %d, not from 1 to %d", a.MaxMiB, auditMiBMax)
+	}
+	return nil
+}
+
+func (m *Metrics) check() error {
+	if address, err := netip.ParseAddrPort(m.Listen); err != nil || address.Port() == 0 {
+		return fmt.Errorf("metrics.listen is %q, not address:port like 127.0.0.1:5002", m.Listen)
+	}
+	return nil
 }
 
 func (i *Incoming) check() error {

@@ -13,9 +13,11 @@ import (
 )
 
 const goodConfig = `{"node":"node-0","guard_socket":"/run/kalium/guard.sock","register_socket":"/run/kalium/register.sock",
-"controller":{"address":"127.0.0.1:5000","name":"controller","ca":"/e/ca","cert":"/e/crt","key":"/e/key"},
+"controllers":[{"address":"127.0.0.1:5000","name":"controller-0"},{"address":"other:5000","name":"controller-1"}],
+"tls":{"ca":"/e/ca","cert":"/e/crt","key":"/e/key"},
 "operator_key":"/e/pub","state_dir":"/s","verdict_log":"/l","timing_log":"/t","names":{"gateway":["10.137.0.1"]},
-"incoming":{"port":8080,"sources":["10.137.0.1/32"],"health_path":"/_/health"},"lease_ms":60000}`
+"incoming":{"port":8080,"sources":["10.137.0.1/32"],"health_path":"/_/health"},"lease_ms":60000,
+"audit":{"log":"/a","key":"/e/audit","fsync":"interval","max_mib":64},"metrics":{"listen":"127.0.0.1:5002"}}`
 
 func TestTheConfigurationIsRead(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "agent.json")
@@ -25,7 +27,8 @@ func TestTheConfigurationIsRead(t *testing.T) {
 
 	config, err := LoadConfig(path)
 
-	if err != nil || config.Node != "node-0" || config.Controller.Name != "controller" || config.Incoming.Port != 8080 || config.peerUID != 0 {
+	if err != nil || config.Node != "node-0" || config.Controllers[1].Name != "controller-1" || config.TLS.Key != "/e/key" ||
+		config.Audit.MaxMiB != 64 || config.Metrics.Listen != "127.0.0.1:5002" || config.Incoming.Port != 8080 || config.peerUID != 0 {
 		t.Errorf("%#v, %v", config, err)
 	}
 }
@@ -36,9 +39,28 @@ func TestAConfigurationThatIsNotMeantIsRefused(t *testing.T) {
 		"an unknown field inside":      {`"port":`, `"ports":1,"port":`, `unknown field "ports"`},
 		"no node":                      {`"node":"node-0",`, ``, "node is"},
 		"a relative path":              {`"/run/kalium/guard.sock"`, `"guard.sock"`, "guard_socket is"},
-		"an address without a port":    {`127.0.0.1:5000`, `127.0.0.1`, "controller.address is"},
-		"a controller without a name":  {`"name":"controller"`, `"name":""`, "controller.name is"},
-		"a name in upper case":         {`"gateway"`, `"Gateway"`, "names has"},
+		"a field in other letters":     {`"node":`, `"Node":`, `unknown field "Node"`},
+		"a letter that folds":          {`"lease_ms"`, `"lea\u017fe_ms"`, "unknown field"},
+		"a field twice":                {`"node":`, `"node":"x","node":`, `"node" is there twice`},
+		"a field inside twice":         {`"port":`, `"port":1,"port":`, `"port" is there twice`},
+		"the controller of old":        {`"controllers":[`, `"controller":{},"controllers":[`, `unknown field "controller"`},
+		"no controller":                {`[{"address":"127.0.0.1:5000","name":"controller-0"},{"address":"other:5000","name":"controller-1"}]`, `[]`, "controllers has 0 entries"},
+		"nine controllers":             {`{"address":"other`, strings.Repeat(`{"address":"x:1","name":"x"},`, 7) + `{"address":"other`, "controllers has 9 entries"},
+		"an address without a port":    {`127.0.0.1:5000`, `127.0.0.1`, "controllers[0].address is"},
+		"an address without a host":    {`other:5000`, `:5000`, "controllers[1].address is"},
+		"a port that is none":          {`other:5000`, `other:0`, "controllers[1].address is"},
+		"an address twice":             {`other:5000`, `127.0.0.1:5000`, "which an entry before it has"},
+		"a controller without a name":  {`"name":"controller-1"`, `"name":""`, "controllers[1].name is"},
+		"no tls":                       {`"tls":{"ca":"/e/ca","cert":"/e/crt","key":"/e/key"},`, ``, "tls.ca is"},
+		"a relative key":               {`"/e/key"`, `"key"`, "tls.key is"},
+		"an audit log of nobody":       {`"key":"/e/audit",`, ``, "audit.key is"},
+		"an audit log nowhere":         {`"/a"`, `"a"`, "audit.log is"},
+		"another fsync":                {`"interval"`, `"sometimes"`, "audit.fsync is"},
+		"no size of the audit log":     {`,"max_mib":64`, ``, "audit.max_mib is 0"},
+		"metrics at a name":            {`"127.0.0.1:5002"`, `"localhost:5002"`, "metrics.listen is"},
+		"metrics without a port":       {`"127.0.0.1:5002"`, `"127.0.0.1"`, "metrics.listen is"},
+		"a name in upper case":         {`"gateway"`, `"Gateway"`, `unknown field "Gateway": the names of fields and hosts`},
+		"a name with a final dot":      {`"gateway"`, `"gateway."`, "names has"},
 		"a name without an address":    {`["10.137.0.1"]}`, `[]}`, "names.gateway has 0 addresses"},
 		"an address that is none":      {`["10.137.0.1"]}`, `["10.137.0"]}`, "not an IPv4 address"},
 		"an IPv6 address":              {`["10.137.0.1"]}`, `["::1"]}`, "not an IPv4 address"},
@@ -53,7 +75,9 @@ func TestAConfigurationThatIsNotMeantIsRefused(t *testing.T) {
 		"a negative wait":              {`"lease_ms"`, `"admit_wait_ms":-1,"lease_ms"`, "admit_wait_ms is -1"},
 		"a wait of a minute":           {`"lease_ms"`, `"admit_wait_ms":60000,"lease_ms"`, "admit_wait_ms is 60000"},
 		"a text for a number":          {`60000`, `"60000"`, "cannot unmarshal"},
-		"bytes behind it":              {`"lease_ms":60000}`, `"lease_ms":60000} {}`, "bytes follow"},
+		"bytes behind it":              {`:5002"}}`, `:5002"}} {}`, "bytes follow"},
+		"JSON that is cut":             {`:5002"}}`, `:5002"}`, "not the JSON"},
+		"nothing but a list":           {goodConfig, `[]`, "not the JSON"},
 	} {
 		changed := strings.Replace(goodConfig, c.old, c.new, 1)
 		if changed == goodConfig {
@@ -65,6 +89,17 @@ func TestAConfigurationThatIsNotMeantIsRefused(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), c.text) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+func TestAuditAndMetricsMayBeLeftOut(t *testing.T) {
+	short := strings.Replace(goodConfig, `,
+"audit":{"log":"/a","key":"/e/audit","fsync":"interval","max_mib":64},"metrics":{"listen":"127.0.0.1:5002"}`, ``, 1)
+
+	config, err := parseConfig([]byte(short))
+
+	if err != nil || config.Audit != nil || config.Metrics != nil {
+		t.Errorf("%#v, %v", config, err)
 	}
 }
 

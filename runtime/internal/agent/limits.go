@@ -12,6 +12,8 @@ const (
 	rootsBytesMax    = 512 * 1024 // of trust roots: they fit a frame beside a policy of half a frame
 	versionsBytesMax = 1 << 20
 	appsMax          = 256 // apps with a policy
+	controllersMax   = 8
+	auditMiBMax      = 64 * 1024 // of the audit log, before it is rotated
 
 	instancesMax      = 1024 // registrations of the node
 	guardsMax         = 1200 // connections on the guard socket; one an instance, and room for those before their hello

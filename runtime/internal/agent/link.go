@@ -65,9 +65,9 @@ func (l *link) run(ctx context.Context) {
 		}
 		if welcomed {
 			delay = backoffMin
-			l.log.Warn(eventControllerLost, keyAddress, l.config.Controller.Address, keyError, err)
+			l.log.Warn(eventControllerLost, keyAddress, l.config.Controllers[0].Address, keyError, err)
 		} else if delay == backoffMin || delay == backoffMax { // the first failure, and then one every two seconds
-			l.log.Warn(eventControllerAway, keyAddress, l.config.Controller.Address, keyError, err)
+			l.log.Warn(eventControllerAway, keyAddress, l.config.Controllers[0].Address, keyError, err)
 		}
 		// A random part, so that the agents of a site do not come back in step.
 		wait := time.NewTimer(delay/2 + rand.N(delay/2))
@@ -102,7 +102,7 @@ func (l *link) session(ctx context.Context) (welcomed bool, err error) {
 	l.set(c)
 	defer l.set(nil) // before c.end: new questions are refused at once, and then the open ones are answered
 	l.hooks.opened(c)
-	l.log.Info(eventControllerUp, keyAddress, l.config.Controller.Address)
+	l.log.Info(eventControllerUp, keyAddress, l.config.Controllers[0].Address)
 	watched := make(chan struct{})
 	defer close(watched)
 	go c.watch(watched)
@@ -135,16 +135,16 @@ func (l *link) current() *linkConn {
 
 // dial reads the certificates each time, so that new ones come into force without a restart.
 func (l *link) dial(ctx context.Context) (net.Conn, error) {
-	controller := l.config.Controller
-	authority, err := readBounded(controller.CA, configBytesMax)
+	controller, files := l.config.Controllers[0], l.config.TLS
+	authority, err := readBounded(files.CA, configBytesMax)
 	if err != nil {
 		return nil, err
 	}
 	roots := x509.NewCertPool()
 	if !roots.AppendCertsFromPEM(authority) {
-		return nil, fmt.Errorf("%s holds no certificate", controller.CA)
+		return nil, fmt.Errorf("%s holds no certificate", files.CA)
 	}
-	own, err := tls.LoadX509KeyPair(controller.Cert, controller.Key)
+	own, err := tls.LoadX509KeyPair(files.Cert, files.Key)
 	if err != nil {
 		return nil, err
 	}

@@ -99,9 +99,8 @@ func newSite(t *testing.T) *site {
 	s.controller = newFakeController(t, s.ca, "controller")
 	s.config = &Config{
 		Node: "node-0", GuardSocket: dir + "/guard.sock", RegisterSocket: dir + "/register.sock",
-		Controller: Controller{
-			Address: s.controller.address, Name: "controller", CA: dir + "/ca.crt", Cert: dir + "/agent.crt", Key: dir + "/agent.key",
-		},
+		Controllers: []Controller{{Address: s.controller.address, Name: "controller"}},
+		TLS:         TLS{CA: dir + "/ca.crt", Cert: dir + "/agent.crt", Key: dir + "/agent.key"},
 		OperatorKey: dir + "/operator.pub", StateDir: dir + "/state", VerdictLog: dir + "/verdicts.jsonl",
 		TimingLog: dir + "/timings.jsonl",
 		Names:     map[string][]string{"gateway": {"10.137.0.1"}},

@@ -39,7 +39,7 @@ func Status(config *Config, out io.Writer, asJSON bool) error {
 	}
 	if !*answer.Controller {
 		return &Error{
-			Code: "agent.controller_away", Attempted: "cannot call the agent well", Found: "it has no connection to the controller at " + config.Controller.Address,
+			Code: "agent.controller_away", Attempted: "cannot call the agent well", Found: "it has no connection to the controller at " + config.Controllers[0].Address,
 			Next: "see why with `supervisorctl status kalium-controller` and in the agent's log", Exit: ExitNo,
 		}
 	}
