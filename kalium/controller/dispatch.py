@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kalium.controller.audit import AuditLog, NoAudit
 from kalium.controller.log import LogLine
 from kalium.controller.state import AgentKey, Evicted, State
 from kalium.policy.automaton import CompiledPolicy
+from kalium.policy.message import Reason
 from kalium.protocol.frames import (
     AgentHello,
     Answer,
@@ -31,6 +33,8 @@ from kalium.protocol.frames import (
 from kalium.protocol.limits import APPS_BYTES_MAX, LEASE_MS
 from kalium.protocol.session import AgentSession, CloseReason, SessionState, negotiated
 
+# Not `controller_unavailable`: no fail mode may let a step pass that could not be put on record.
+_UNWRITABLE = Answer(False, Reason.OVERLOADED.value, detail="the controller's audit log cannot be written")
 _QUIET = (CloseReason.END_OF_STREAM.value, CloseReason.LOST.value)
 
 
@@ -56,9 +60,10 @@ class _Peer:
 class Dispatcher:
     """The controller without its sockets. `now_ns` is of the clock that State uses."""
 
-    def __init__(self, state: State, *, log: LogLine) -> None:
+    def __init__(self, state: State, *, log: LogLine, audit: AuditLog | None = None) -> None:
         self._state = state
         self._log = log
+        self._audit: AuditLog = NoAudit() if audit is None else audit
         self._peers: dict[AgentKey, _Peer] = {}
         self._touched: dict[AgentKey, None] = {}
         self._handlers: Mapping[type[Frame], Callable[[AgentKey, _Peer, int, Any, int], None]] = {
@@ -204,7 +209,7 @@ class Dispatcher:
         self._log_evicted(self._state.unregister(key, said.instance))
 
     def _start(self, key: AgentKey, peer: _Peer, frame_id: int, said: InstanceStart, now_ns: int) -> None:
-        answer = self._state.start(key, said, now_ns=now_ns)
+        answer = self._state.start(key, said, now_ns=now_ns) if self._audit.healthy else _UNWRITABLE
         if not answer.allowed:
             self._log_denied(
                 answer, question="start", instance=said.instance, app=said.app, function=said.function, label=said.label, version=said.version
@@ -212,7 +217,7 @@ class Dispatcher:
         peer.session.answer(frame_id, answer)
 
     def _invoke(self, key: AgentKey, peer: _Peer, frame_id: int, said: InstanceInvoke, now_ns: int) -> None:
-        answer = self._state.invoke(key, said, now_ns=now_ns)
+        answer = self._state.invoke(key, said, now_ns=now_ns) if self._audit.healthy else _UNWRITABLE
         if not answer.allowed:
             self._log_denied(
                 answer,

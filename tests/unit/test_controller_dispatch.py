@@ -5,6 +5,7 @@ from typing import Any
 
 from controller_samples import counting_mint, policy
 
+from kalium.controller.audit import NoAudit
 from kalium.controller.dispatch import Dispatcher
 from kalium.controller.limits import LIMITS
 from kalium.controller.state import NS_PER_MS, State
@@ -38,8 +39,11 @@ class Site:
     def __init__(self, *, limits: Any = LIMITS) -> None:
         self.now_ms = 0
         self.lines: list[dict[str, Any]] = []
+        self.audit = NoAudit()
         self.dispatcher = Dispatcher(
-            State(mint=counting_mint(), limits=limits), log=lambda event, **fields: self.lines.append({"event": event, **fields})
+            State(mint=counting_mint(), limits=limits),
+            log=lambda event, **fields: self.lines.append({"event": event, **fields}),
+            audit=self.audit,
         )
         self.dispatcher.install(policy(), b"signed 1", now_ns=0)
         self.agents: dict[str, Agent] = {}
@@ -175,6 +179,22 @@ def test_a_denial_is_logged_with_what_a_person_needs_and_never_a_token() -> None
     assert (register["question"], register["reason"], register["function"]) == ("register", "unknown_function", "nobody")
     assert token
     assert token not in str(site.lines)
+
+
+def test_no_step_is_taken_while_nothing_can_be_put_on_record() -> None:
+    """The reason is one that no fail mode forgives, and the call goes on where it stood."""
+    site = Site()
+    agent = Agent(site, "a")
+    agent.ask(Register(*FRONT, "image"))
+    front = agent.start(FRONT)
+
+    site.audit.healthy = False
+    refused = (agent.start(FRONT, step="2" * 16), agent.invoke(front, "stock", step="3" * 16))
+    site.audit.healthy = True
+    later = agent.invoke(front, "stock", step="4" * 16)
+
+    assert [(answer.allowed, answer.reason) for answer in refused] == [(False, "overloaded")] * 2
+    assert later.allowed
 
 
 def test_a_new_policy_goes_to_every_agent_and_an_old_one_to_none() -> None:
