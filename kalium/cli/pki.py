@@ -1,4 +1,4 @@
-"""`kalium pki`: the site's CA, its certificates, and the operator's signing key. Every verb may be repeated."""
+"""`kalium pki`: the site's CA, its certificates, and the keys that sign policies and audit logs. Every verb may be repeated."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 
 from kalium.errors import EXIT_DONE, EXIT_NO
 from kalium.pki import files
+from kalium.pki.authority import DAYS, Role
 from kalium.pki.files import Outcome
 
-DAYS = 365
 EXAMPLES = """\
 examples:
   kalium pki init --dir /etc/kalium/pki
-  kalium pki issue --dir /etc/kalium/pki --name controller --san DNS:controller --san IP:127.0.0.1 --days 365
+  kalium pki issue --dir /etc/kalium/pki --role controller --name controller --san DNS:controller --san IP:127.0.0.1
+  kalium pki issue --dir /etc/kalium/pki --role agent --name agent-node1 --identity node1 --days 30
   kalium pki operator-key --dir /etc/kalium/operator
   kalium pki operator-key --dir /etc/kalium/operator --print-raw
+  kalium pki audit-key --dir /etc/kalium/audit --name agent
   kalium pki show --dir /etc/kalium/pki
 
 The first word of what a verb prints is `changed` or `unchanged`.
@@ -43,14 +45,20 @@ def register(subparsers: Any) -> None:
 
     dry_run(verb("init", run_init, "make the CA; renew it under its own key when less than 30 days remain"))
 
-    parser = verb("issue", run_issue, "issue a certificate for servers and clients; renew it when less than 30 days remain")
+    parser = verb("issue", run_issue, "issue a certificate; renew it when less than 30 days, or less than a third, of it remain")
+    parser.add_argument("--role", required=True, type=Role, choices=tuple(Role), metavar="|".join(Role), help="what its owner is to the others")
     parser.add_argument("--name", required=True, help="the common name, and the name of the two files")
+    parser.add_argument("--identity", default="", metavar="NAME", help="the node of an agent, the name of a controller or client; default: --name")
     parser.add_argument("--san", action="append", default=[], metavar="DNS:NAME|IP:ADDRESS", help="an alternative name; repeat it; default: DNS:NAME")
-    parser.add_argument("--days", type=int, default=DAYS, help=f"validity; default: {DAYS}")
+    parser.add_argument("--days", type=int, help=f"validity; default: {', '.join(f'{days} for role {role.value}' for role, days in DAYS.items())}")
     dry_run(parser)
 
     parser = verb("operator-key", run_operator_key, "make the key that signs policies; one that is there is never replaced")
     parser.add_argument("--print-raw", action="store_true", help="make nothing; print the base64 of the raw public key")
+    dry_run(parser)
+
+    parser = verb("audit-key", run_audit_key, "make a key that signs an audit log; one that is there is never replaced")
+    parser.add_argument("--name", required=True, help="the name of the two files")
     dry_run(parser)
 
     parser = verb("show", run_show, "list the certificates; exit 1 when one of them cannot be used")
@@ -64,8 +72,17 @@ def run_init(arguments: argparse.Namespace) -> int:
 
 def run_issue(arguments: argparse.Namespace) -> int:
     """Issue or renew a certificate."""
-    sans = tuple(arguments.san)
-    return _report(files.issue(arguments.dir, arguments.name, sans, days=arguments.days, now=_now(), dry_run=arguments.dry_run))
+    outcome = files.issue(
+        arguments.dir,
+        arguments.name,
+        tuple(arguments.san),
+        role=arguments.role,
+        identity=arguments.identity,
+        days=DAYS[arguments.role] if arguments.days is None else arguments.days,
+        now=_now(),
+        dry_run=arguments.dry_run,
+    )
+    return _report(outcome)
 
 
 def run_operator_key(arguments: argparse.Namespace) -> int:
@@ -76,6 +93,11 @@ def run_operator_key(arguments: argparse.Namespace) -> int:
     return _report(files.operator_key(arguments.dir, dry_run=arguments.dry_run))
 
 
+def run_audit_key(arguments: argparse.Namespace) -> int:
+    """Make a key that signs an audit log."""
+    return _report(files.audit_key(arguments.dir, arguments.name, dry_run=arguments.dry_run))
+
+
 def run_show(arguments: argparse.Namespace) -> int:
     """List the certificates."""
     shown = files.show(arguments.dir, now=_now())
@@ -84,7 +106,8 @@ def run_show(arguments: argparse.Namespace) -> int:
     else:
         for each in shown:
             names = f" ({', '.join(each.names)})" if each.names else ""
-            print(f"{each.file}: {each.subject}{names}, until {each.not_after:%Y-%m-%d}{': ' + each.fault if each.fault else ''}")
+            role = f", {each.role}{f' {each.identity}' if each.identity else ''}" if each.role else ""
+            print(f"{each.file}: {each.subject}{role}{names}, until {each.not_after:%Y-%m-%d %H:%M} UTC{': ' + each.fault if each.fault else ''}")
     return EXIT_NO if any(each.fault for each in shown) else EXIT_DONE
 
 

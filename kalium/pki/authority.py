@@ -6,8 +6,10 @@ enough for OpenSSL's X509_V_FLAG_X509_STRICT. Time comes in as an argument.
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -17,7 +19,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_pem_private_key
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from kalium.errors import EXIT_USAGE, KaliumError
 
@@ -26,8 +28,29 @@ RENEW_DAYS = 30  # a certificate is renewed when less of it remains
 DAYS_MAX = 825  # what public CAs allow at most for a certificate that is not a CA's
 BACKDATED = timedelta(minutes=5)  # hosts' clocks differ
 NAME_LENGTH_MAX = 64  # of a common name, RFC 5280 ub-common-name
+IDENTITY_LENGTH_MAX = 253  # of a host's name, RFC 1035
+SCHEME = "kalium"  # of the URI that says who a certificate's owner is to the other parts
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+
+
+class Role(str, enum.Enum):
+    """What the owner of a certificate is to the others. All but servers have a URI kalium://ROLE/IDENTITY among their names."""
+
+    AGENT = "agent"
+    CONTROLLER = "controller"
+    CLIENT = "client"  # of a controller: asks for its status and no more
+    SERVER = "server"  # anything that only serves; nothing of Kalium takes it for a peer
+
+
+USES: Mapping[Role, tuple[ObjectIdentifier, ...]] = {
+    Role.AGENT: (ExtendedKeyUsageOID.CLIENT_AUTH,),
+    Role.CONTROLLER: (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH),  # its status is asked for with its own
+    Role.CLIENT: (ExtendedKeyUsageOID.CLIENT_AUTH,),
+    Role.SERVER: (ExtendedKeyUsageOID.SERVER_AUTH,),
+}
+# There is no list of revoked certificates: one that was stolen is good until it ends, so those that open doors here end soon.
+DAYS: Mapping[Role, int] = {Role.AGENT: 7, Role.CONTROLLER: 7, Role.CLIENT: 7, Role.SERVER: 365}
 
 
 @dataclass(frozen=True)
@@ -76,24 +99,30 @@ def new_ca(*, now: datetime, key: ec.EllipticCurvePrivateKey | None = None) -> I
     return Identity(certificate, key)
 
 
-def issue(ca: Identity, name: str, sans: tuple[str, ...], *, days: int, now: datetime) -> Identity:
-    """A certificate for `name`, as client and as server, with a key of its own; never valid longer than the CA.
+def issue(ca: Identity, name: str, sans: tuple[str, ...], *, role: Role, days: int, now: datetime, identity: str = "") -> Identity:
+    """A certificate for `name` with a key of its own, never valid longer than the CA. Without `identity` the URI's is `name`.
 
     Raises:
         KaliumError: pki.usage, a name or a number that cannot be.
     """
-    _check_name(name)
+    check_name("--name", name, NAME_LENGTH_MAX)
+    check_name("--identity", identity or name, IDENTITY_LENGTH_MAX)
+    if name == "ca":
+        raise _usage_error(f"--name {name}", "its files would be the CA's", "use another name")
     if not 1 <= days <= DAYS_MAX:
         raise _usage_error(f"--days {days}", f"it is not from 1 to {DAYS_MAX}", "give a number of days from that range")
     key = ec.generate_private_key(ec.SECP256R1())
     until = min(now + timedelta(days=days), ca.certificate.not_valid_after_utc)
     authority = ca.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    names = general_names(name, sans)
+    if role is not Role.SERVER:
+        names.append(x509.UniformResourceIdentifier(f"{SCHEME}://{role.value}/{identity or name}"))
     certificate = (
         _builder(_subject(name), ca.certificate.subject, key, now=now, until=until)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(is_ca=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName(general_names(name, sans)), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(USES[role]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(authority), critical=False)
         .sign(ca.key, hashes.SHA256())
     )
@@ -118,20 +147,41 @@ def general_names(name: str, sans: tuple[str, ...]) -> list[x509.GeneralName]:
     return found
 
 
-def why_not_good(identity: Identity, ca: Identity, name: str, sans: tuple[str, ...], *, now: datetime) -> str:
-    """Why a certificate has to be issued anew; "" when it is still what was asked for, and for long enough."""
-    certificate = identity.certificate
-    if not is_issued_by(certificate, ca.certificate):
-        return "another CA issued it"
-    if certificate.subject != _subject(name):
-        return "it is for another name"
+def names_of(certificate: x509.Certificate) -> list[x509.GeneralName]:
+    """All alternative names; none for a certificate without the extension."""
     try:
-        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
     except x509.ExtensionNotFound:
-        return "it has no alternative names"
-    if list(found) != general_names(name, sans):
+        return []
+
+
+def role_of(certificate: x509.Certificate) -> tuple[Role, str] | None:
+    """Role and identity as the URI says and the uses confirm; ("server", "") without one; None for what `issue` never makes."""
+    uris = [str(name.value) for name in names_of(certificate) if isinstance(name, x509.UniformResourceIdentifier)]
+    try:
+        uses = tuple(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+    except x509.ExtensionNotFound:
+        return None
+    for role in Role:
+        start = f"{SCHEME}://{role.value}/"
+        if uses == USES[role] and role is not Role.SERVER and len(uris) == 1 and uris[0].startswith(start):
+            return role, uris[0].removeprefix(start)
+    return (Role.SERVER, "") if uses == USES[Role.SERVER] and not uris else None
+
+
+def why_not_good(found: Identity, wanted: Identity, ca: Identity, *, days: int, now: datetime) -> str:
+    """Why `found` has to give way to `wanted`, which `issue` has just made; "" when it says the same, and for long enough."""
+    if not is_issued_by(found.certificate, ca.certificate):
+        return "another CA issued it"
+    if found.certificate.subject != wanted.certificate.subject:
+        return "it is for another name"
+    if role_of(found.certificate) != role_of(wanted.certificate):
+        return "its role is another"
+    if names_of(found.certificate) != names_of(wanted.certificate):
         return "its alternative names are others"
-    return why_expiring(certificate, now=now)
+    if lifetime_of(found.certificate) > timedelta(days=days) + BACKDATED:
+        return f"it is valid for more than {days} days"
+    return why_expiring(found.certificate, now=now)
 
 
 def is_issued_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
@@ -143,15 +193,19 @@ def is_issued_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
     return True
 
 
+def lifetime_of(certificate: x509.Certificate) -> timedelta:
+    """From the first moment of its validity to the last."""
+    return certificate.not_valid_after_utc - certificate.not_valid_before_utc
+
+
 def why_expiring(certificate: x509.Certificate, *, now: datetime) -> str:
     """Why the validity of a certificate is not enough any more; "" when it is.
 
     One made for less than 90 days is renewed in its last third: otherwise one of 30 days would be renewed by every run.
     """
-    lifetime = certificate.not_valid_after_utc - certificate.not_valid_before_utc
     if now < certificate.not_valid_before_utc:
         return "it is not valid yet"
-    if certificate.not_valid_after_utc - now < min(timedelta(days=RENEW_DAYS), lifetime / 3):
+    if certificate.not_valid_after_utc - now < min(timedelta(days=RENEW_DAYS), lifetime_of(certificate) / 3):
         return f"it expires on {certificate.not_valid_after_utc:%Y-%m-%d}"
     return ""
 
@@ -187,12 +241,11 @@ def _subject(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 
-def _check_name(name: str) -> None:
-    """A name becomes a file's name too."""
-    if len(name) > NAME_LENGTH_MAX or _NAME.fullmatch(name) is None or name == "ca":
-        raise _usage_error(
-            f"--name {name}", "it cannot be the name of a certificate", f"use up to {NAME_LENGTH_MAX} letters, digits, dots and dashes"
-        )
+def check_name(option: str, name: str, length_max: int) -> None:
+    """Raise KaliumError pki.usage for a name that cannot be a file's, or a part of a URI without escapes."""
+    if len(name) > length_max or _NAME.fullmatch(name) is None:
+        found = "it cannot be the name of a certificate"
+        raise _usage_error(f"{option} {name}", found, f"use up to {length_max} letters, digits, dots and dashes")
 
 
 def _public_der(key: CertificatePublicKeyTypes | ec.EllipticCurvePublicKey) -> bytes:

@@ -1,4 +1,4 @@
-"""The PKI of a site in a directory: ca.crt, ca.key, NAME.crt, NAME.key, operator.key, operator.pub.
+"""The PKI of a site in a directory: ca.crt, ca.key, NAME.crt, NAME.key, and keys that sign: operator.key, operator.pub.
 
 Private files are 0600 and never there in part. A key is written before its certificate; a run that was cut between the two
 leaves a pair that does not fit, and the next one makes both anew.
@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from kalium.errors import KaliumError
 from kalium.pki import authority
-from kalium.pki.authority import Identity
+from kalium.pki.authority import Identity, Role
 
 PRIVATE, PUBLIC = 0o600, 0o644
 READABLE_FOR_OTHERS = "the key's file was readable for others"
@@ -47,6 +47,8 @@ class Shown:
 
     file: str
     subject: str
+    role: str  # "ca" for a CA, and "" for a certificate that has none of ours
+    identity: str
     names: tuple[str, ...]
     not_after: datetime
     fault: str
@@ -68,13 +70,16 @@ def init(directory: Path, *, now: datetime, dry_run: bool = False) -> Outcome:
     return Outcome(certificate, why or _closed_to_others(key, dry_run=dry_run))
 
 
-def issue(directory: Path, name: str, sans: tuple[str, ...], *, days: int, now: datetime, dry_run: bool = False) -> Outcome:
+def issue(
+    directory: Path, name: str, sans: tuple[str, ...], *, role: Role, days: int, now: datetime, identity: str = "", dry_run: bool = False
+) -> Outcome:
     """Issue NAME.crt and NAME.key, unless they are what is asked for and valid for long enough."""
     ca = _load_ca(directory, now=now)
-    made = authority.issue(ca, name, sans, days=days, now=now)  # before a path is made of the name: it judges the arguments
+    # Before a path is made of the name: it judges the arguments.
+    made = authority.issue(ca, name, sans, role=role, days=days, now=now, identity=identity)
     certificate, key = directory / f"{name}.crt", directory / f"{name}.key"
     found = _identity(certificate, key)
-    why = authority.why_not_good(found, ca, name, sans, now=now) if found is not None else "there is no certificate with its key yet"
+    why = authority.why_not_good(found, made, ca, days=days, now=now) if found is not None else "there is no certificate with its key yet"
     if why and not dry_run:
         _write_identity(made, certificate, key)
     return Outcome(certificate, why or _closed_to_others(key, dry_run=dry_run))
@@ -82,18 +87,58 @@ def issue(directory: Path, name: str, sans: tuple[str, ...], *, days: int, now: 
 
 def operator_key(directory: Path, *, dry_run: bool = False) -> Outcome:
     """Make the operator's signing key, unless there is one. A key that is there is never replaced: policies are signed with it."""
-    private, public = directory / "operator.key", directory / "operator.pub"
+    return _signing_key(_operator(directory), dry_run=dry_run)
+
+
+def audit_key(directory: Path, name: str, *, dry_run: bool = False) -> Outcome:
+    """Make the key NAME.key with which an audit log's heads are signed, and NAME.pub. One that is there is never replaced."""
+    authority.check_name("--name", name, authority.NAME_LENGTH_MAX)
+    what_now = f"run `kalium pki audit-key`, and begin a new log: only the old {name}.pub verifies the one that is there"
+    return _signing_key(_SigningKey(directory, name, "audit_key", "audit key", what_now), dry_run=dry_run)
+
+
+@dataclass(frozen=True)
+class _SigningKey:
+    """An Ed25519 key in a directory: NAME.key and NAME.pub; and what errors say of it."""
+
+    directory: Path
+    name: str
+    code: str
+    called: str
+    what_now: str  # the last step when it is lost
+
+    @property
+    def private(self) -> Path:
+        return self.directory / f"{self.name}.key"
+
+    @property
+    def public(self) -> Path:
+        return self.directory / f"{self.name}.pub"
+
+    def unusable(self, path: Path) -> KaliumError:
+        return KaliumError(
+            f"pki.{self.code}", f"cannot use the {self.called} {path}", "it is not an Ed25519 key in PEM",
+            f"restore {self.name}.key from a copy; or remove {self.name}.key and {self.name}.pub, {self.what_now}",
+        )  # fmt: skip
+
+
+def _operator(directory: Path) -> _SigningKey:
+    return _SigningKey(directory, "operator", "operator_key", "operator's key", "run `kalium pki operator-key`, and sign every policy anew")
+
+
+def _signing_key(wanted: _SigningKey, *, dry_run: bool) -> Outcome:
+    private, public = wanted.private, wanted.public
     if private.exists():
-        key = _operator_private(private)
-        why = "" if public.exists() and _read(public) == _public_pem(key) else "operator.pub was not the key's public half"
+        key = _signing_private(wanted)
+        why = "" if public.exists() and _read(public) == _public_pem(key) else f"{public.name} was not the key's public half"
     elif public.exists():
         raise KaliumError(
-            "pki.operator_key", f"cannot make an operator's key in {directory}", "operator.pub is there without operator.key",
-            "restore operator.key from a copy; or remove operator.pub, run this again, and sign every policy anew",
+            f"pki.{wanted.code}", f"cannot make an {wanted.called} in {wanted.directory}", f"{public.name} is there without {private.name}",
+            f"restore {private.name} from a copy; or remove {public.name}, {wanted.what_now}",
         )  # fmt: skip
     else:
         key = Ed25519PrivateKey.generate()
-        why = "there is no operator's key yet"
+        why = f"there is no {wanted.called} yet"
     if why and not dry_run:
         if not private.exists():
             _write(private, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), PRIVATE)
@@ -103,13 +148,13 @@ def operator_key(directory: Path, *, dry_run: bool = False) -> Outcome:
 
 def operator_raw(directory: Path) -> str:
     """The operator's public key as the runtime is given it: the base64 of its 32 bytes."""
-    path = directory / "operator.pub"
+    wanted = _operator(directory)
     try:
-        key = load_pem_public_key(_read(path))
+        key = load_pem_public_key(_read(wanted.public))
     except ValueError as error:
-        raise _no_operator_key(path) from error
+        raise wanted.unusable(wanted.public) from error
     if not isinstance(key, Ed25519PublicKey):
-        raise _no_operator_key(path)
+        raise wanted.unusable(wanted.public)
     return base64.b64encode(key.public_bytes_raw()).decode("ascii")
 
 
@@ -121,24 +166,24 @@ def show(directory: Path, *, now: datetime) -> list[Shown]:
 
 
 def _shown(path: Path, certificate: x509.Certificate, ca: x509.Certificate, now: datetime) -> Shown:
-    names = [
-        str(name.value)
-        for extension in certificate.extensions
-        if isinstance(extension.value, x509.SubjectAlternativeName)
-        for name in extension.value
-    ]
+    is_ca = path.name == "ca.crt"
+    role = authority.role_of(certificate)
+    names = [str(name.value) for name in authority.names_of(certificate)]
     key = path.with_suffix(".key")
     if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
         fault = "not valid now"
     elif not authority.is_issued_by(certificate, ca):
         fault = "another CA issued it"
+    elif role is None and not is_ca:
+        fault = "it has no role: issue it anew"
     elif _identity(path, key) is None:
         fault = f"{key.name} is not its key"
     elif _has_other_mode(key):
         fault = f"{key.name} is readable for others"
     else:
         fault = ""
-    return Shown(path.name, certificate.subject.rfc4514_string(), tuple(names), certificate.not_valid_after_utc, fault)
+    called, identity = (role[0].value, role[1]) if role is not None else ("ca" if is_ca else "", "")
+    return Shown(path.name, certificate.subject.rfc4514_string(), called, identity, tuple(names), certificate.not_valid_after_utc, fault)
 
 
 def _load_ca(directory: Path, *, now: datetime) -> Identity:
@@ -173,21 +218,14 @@ def _certificate(path: Path) -> x509.Certificate:
         ) from error
 
 
-def _operator_private(path: Path) -> Ed25519PrivateKey:
+def _signing_private(wanted: _SigningKey) -> Ed25519PrivateKey:
     try:
-        key = load_pem_private_key(_read(path), password=None)
+        key = load_pem_private_key(_read(wanted.private), password=None)
     except (ValueError, TypeError) as error:
-        raise _no_operator_key(path) from error
+        raise wanted.unusable(wanted.private) from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise _no_operator_key(path)
+        raise wanted.unusable(wanted.private)
     return key
-
-
-def _no_operator_key(path: Path) -> KaliumError:
-    return KaliumError(
-        "pki.operator_key", f"cannot use the operator's key {path}", "it is not an Ed25519 key in PEM",
-        "restore it from a copy; or remove operator.key and operator.pub, run `kalium pki operator-key`, and sign every policy anew",
-    )  # fmt: skip
 
 
 def _public_pem(key: Ed25519PrivateKey) -> bytes:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from kalium.pki.authority import Identity, issue, new_ca
+from kalium.pki.authority import Identity, Role, issue, new_ca
 
 PROGRAMS = ("etcd", "kube-apiserver", "kubectl")
 READY_SECONDS_MAX = 60.0
@@ -80,7 +80,7 @@ class Cluster:
 
 def _member(authority: Identity, user: str, group: str) -> Identity:
     """A certificate whose organization is a group, as kubeadm makes them."""
-    made = issue(authority, "client", ("DNS:client",), days=1, now=datetime.now(timezone.utc))
+    made = issue(authority, "client", ("DNS:client",), role=Role.CLIENT, days=1, now=datetime.now(timezone.utc))
     builder = x509.CertificateBuilder(
         issuer_name=authority.certificate.subject,
         subject_name=x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, group), x509.NameAttribute(NameOID.COMMON_NAME, user)]),
@@ -97,7 +97,7 @@ def _member(authority: Identity, user: str, group: str) -> Identity:
 def running(programs: Path, folder: Path) -> Iterator[Cluster]:
     """Start both, and end both, whatever happens."""
     authority = new_ca(now=datetime.now(timezone.utc))
-    server = issue(authority, "server", ("IP:127.0.0.1", "DNS:kubernetes"), days=1, now=datetime.now(timezone.utc))
+    server = issue(authority, "server", ("IP:127.0.0.1", "DNS:kubernetes"), role=Role.SERVER, days=1, now=datetime.now(timezone.utc))
     for name, content in (("ca.crt", authority.certificate_pem()), ("server.crt", server.certificate_pem()), ("server.key", server.key_pem())):
         (folder / name).write_bytes(content)
     clients, peers, port = _free_ports(3)

@@ -174,7 +174,7 @@ class Suite:
         for address in (*NAMES.values(), STRANGER[0]):
             lab.world.address(int(address.rsplit(".", 1)[1]))
         pki = lab.folder / "pki"
-        lab.kalium("pki", "issue", "--dir", str(pki), "--name", "tls.test")
+        lab.kalium("pki", "issue", "--dir", str(pki), "--role", "server", "--name", "tls.test")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(pki / "tls.test.crt", pki / "tls.test.key")
         self.database = stack.enter_context(MariaDB(lab, NAMES["database.test"], "database.test"))

@@ -212,8 +212,8 @@ class Lab:
     def _keys(self) -> None:
         pki = str(self.folder / "pki")
         self.kalium("pki", "init", "--dir", pki)
-        self.kalium("pki", "issue", "--dir", pki, "--name", "controller", "--san", "DNS:controller")
-        self.kalium("pki", "issue", "--dir", pki, "--name", "agent", "--san", "DNS:lab")
+        self.kalium("pki", "issue", "--dir", pki, "--role", "controller", "--name", "controller", "--san", "DNS:controller")
+        self.kalium("pki", "issue", "--dir", pki, "--role", "agent", "--name", "agent", "--identity", "lab", "--san", "DNS:lab")
         self.kalium("pki", "operator-key", "--dir", pki)
         raw = self.kalium("pki", "operator-key", "--dir", pki, "--print-raw").strip()
         assert len(base64.b64decode(raw)) == 32

@@ -55,7 +55,7 @@ class Server:
     def certificate(self, name: str) -> tuple[str, str]:
         """A certificate of the lab's CA for `name`: paths of certificate and key."""
         pki = self.lab.folder / "pki"
-        self.lab.kalium("pki", "issue", "--dir", str(pki), "--name", name)
+        self.lab.kalium("pki", "issue", "--dir", str(pki), "--role", "server", "--name", name)
         return str(pki / f"{name}.crt"), str(pki / f"{name}.key")
 
 

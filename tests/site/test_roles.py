@@ -183,7 +183,7 @@ def test_the_controller_answers_who_has_a_certificate_of_the_site(standing: Stan
 def test_the_controller_refuses_a_certificate_of_another_site(standing: Standing) -> None:
     """The certificate is right in everything but who signed it."""
     other = standing.folder / "other-pki"
-    for words in (("init",), ("issue", "--name", "agent")):
+    for words in (("init",), ("issue", "--role", "client", "--name", "agent")):
         made = [sys.executable, "-m", "kalium.cli.main", "pki", words[0], "--dir", str(other), *words[1:]]
         subprocess.run(made, cwd=ROOT, check=True, capture_output=True, timeout=60)
 

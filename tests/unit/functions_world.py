@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from kalium.builder.stack import read_stack
-from kalium.pki.authority import issue, new_ca
+from kalium.pki.authority import Role, issue, new_ca
 
 ROOT = Path(__file__).resolve().parents[2]
 STACK = ROOT / "functions" / "stack.yml"
@@ -95,7 +95,7 @@ class ImageWorld(ThreadingHTTPServer):
         self.paths: list[str] = []
         self.connections = 0
         now = datetime.now(timezone.utc)
-        identity = issue(new_ca(now=now), "images", ("IP:127.0.0.1",), days=1, now=now)
+        identity = issue(new_ca(now=now), "images", ("IP:127.0.0.1",), role=Role.SERVER, days=1, now=now)
         (folder / "images.pem").write_bytes(identity.certificate_pem() + identity.key_pem())
         self.settings = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.settings.load_cert_chain(folder / "images.pem")

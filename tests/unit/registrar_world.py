@@ -13,7 +13,7 @@ from typing import Any
 
 from aiohttp import web
 
-from kalium.pki.authority import issue, new_ca
+from kalium.pki.authority import Role, issue, new_ca
 from kalium.registrar.admission import Place
 from kalium.registrar.config import Config
 
@@ -160,8 +160,9 @@ async def serving(api: FakeApi, folder: Path) -> AsyncIterator[Path]:
     """Serve `api` over TLS with client certificates; gives the kubeconfig of one that it knows."""
     authority = new_ca(now=datetime.now(timezone.utc))
     files = {}
-    for name in ("server", "client"):
-        identity = issue(authority, name, ("IP:127.0.0.1",), days=1, now=datetime.now(timezone.utc))
+    for role in (Role.SERVER, Role.CLIENT):
+        name = role.value
+        identity = issue(authority, name, ("IP:127.0.0.1",), role=role, days=1, now=datetime.now(timezone.utc))
         files[name] = (folder / f"{name}.crt", folder / f"{name}.key")
         files[name][0].write_bytes(identity.certificate_pem())
         files[name][1].write_bytes(identity.key_pem())

@@ -16,6 +16,7 @@ from kalium.controller.config import AuditFiles, Config, Listen, Store, TlsFiles
 from kalium.controller.store import FILES_MAX, PolicyDirectory
 from kalium.errors import KaliumError
 from kalium.pki import files
+from kalium.pki.authority import Role
 from kalium.policy.envelope import sign
 from kalium.protocol.limits import ENVELOPE_BYTES_MAX
 
@@ -152,7 +153,7 @@ def test_a_configuration_that_is_away_is_refused(tmp_path: Path) -> None:
 def pki(tmp_path: Path) -> TlsFiles:
     """A CA and a certificate for 365 days from NOW."""
     files.init(tmp_path, now=NOW)
-    files.issue(tmp_path, "controller", (), days=365, now=NOW)
+    files.issue(tmp_path, "controller", (), role=Role.CONTROLLER, days=365, now=NOW)
     return TlsFiles(tmp_path / "ca.crt", tmp_path / "controller.crt", tmp_path / "controller.key")
 
 
@@ -160,7 +161,7 @@ def other(pki: TlsFiles, name: str) -> bytes:
     """The file of that name from another PKI."""
     directory = pki.ca.parent / "other"
     files.init(directory, now=NOW)
-    files.issue(directory, "controller", (), days=365, now=NOW)
+    files.issue(directory, "controller", (), role=Role.CONTROLLER, days=365, now=NOW)
     return (directory / name).read_bytes()
 
 

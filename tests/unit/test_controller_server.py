@@ -32,6 +32,7 @@ from kalium.controller.config import load
 from kalium.controller.server import Connection, Controller, Door
 from kalium.errors import KaliumError
 from kalium.pki import files
+from kalium.pki.authority import Role
 from kalium.policy.envelope import sign
 from kalium.protocol.frames import (
     AgentHello,
@@ -82,8 +83,8 @@ class Site:
             self._environment["PYTHONPATH"] = f"{path / 'without'}:{ROOT}"
         (path / "policies").mkdir()
         files.init(path, now=self.now)
-        for name in ("controller", "agent"):
-            files.issue(path, name, ("DNS:controller", "IP:127.0.0.1"), days=365, now=self.now)
+        self.issue("controller", role=Role.CONTROLLER)
+        self.issue("agent", identity="node0")
         files.operator_key(path)
         key = load_pem_private_key((path / "operator.key").read_bytes(), None)
         assert isinstance(key, Ed25519PrivateKey)
@@ -92,6 +93,13 @@ class Site:
         with socket.create_server(("127.0.0.1", 0)) as listener:  # a port that is free, and stays so on loopback
             self.port = listener.getsockname()[1]
         self.configure()
+
+    def issue(
+        self, name: str, *, role: Role = Role.AGENT, identity: str = "", days: int = 7, now: datetime | None = None, directory: Path | None = None
+    ) -> None:
+        """Issue the certificate `name` in the site's PKI or another one."""
+        sans = ("DNS:controller", "IP:127.0.0.1")
+        files.issue(directory or self.path, name, sans, role=role, identity=identity, days=days, now=now or self.now)
 
     def configure(self, **changed: Any) -> None:
         document = {
@@ -257,7 +265,7 @@ def test_a_certificate_of_another_ca_gets_nothing(site: Site, any_loop: str) -> 
     """Everything about it is right but who signed it."""
     other = site.path / "other"
     files.init(other, now=site.now)
-    files.issue(other, "agent", ("DNS:controller", "IP:127.0.0.1"), days=365, now=site.now)
+    site.issue("agent", identity="node0", directory=other)
     site.start()
 
     with pytest.raises((ssl.SSLError, ConnectionError)):
@@ -269,7 +277,7 @@ def test_a_certificate_of_another_ca_gets_nothing(site: Site, any_loop: str) -> 
 
 
 def test_an_expired_certificate_gets_nothing(site: Site) -> None:
-    files.issue(site.path, "late", (), days=1, now=site.now - timedelta(days=2))
+    site.issue("late", identity="node0", days=1, now=site.now - timedelta(days=2))
     site.start()
 
     with pytest.raises((ssl.SSLError, ConnectionError)):
@@ -395,7 +403,7 @@ def test_a_renewed_certificate_is_taken_without_a_restart(site: Site, any_loop: 
     before = agent.connection.getpeercert(binary_form=True)
     (site.path / "controller.crt").unlink()
 
-    files.issue(site.path, "controller", ("DNS:controller", "IP:127.0.0.1"), days=365, now=site.now)
+    site.issue("controller", role=Role.CONTROLLER)
     until(lambda: site.events("certificate_loaded"), "the new certificate")
 
     assert Agent(site).connection.getpeercert(binary_form=True) != before
@@ -462,7 +470,7 @@ def test_no_token_and_no_key_is_ever_in_the_log(site: Site) -> None:
         (lambda site, busy: (site.path / "controller.key").unlink(), "error[controller.tls]: cannot use"),
         (lambda site, busy: site.config.unlink(), "error[controller.config]: cannot read the configuration"),
         (
-            lambda site, busy: files.issue(site.path, "controller", ("DNS:x",), days=1, now=site.now - timedelta(days=2)),
+            lambda site, busy: site.issue("controller", role=Role.CONTROLLER, days=1, now=site.now - timedelta(days=2)),
             "error[controller.tls]: cannot use",
         ),
     ],
@@ -506,7 +514,7 @@ def test_the_status_of_a_controller_with_another_ca_is_an_error(site: Site, caps
     site.start()
     other = site.path / "other"
     files.init(other, now=site.now)
-    files.issue(other, "controller", ("DNS:controller", "IP:127.0.0.1"), days=365, now=site.now)
+    site.issue("controller", role=Role.CONTROLLER, directory=other)
     site.configure(tls={"ca": "other/ca.crt", "cert": "other/controller.crt", "key": "other/controller.key"})
     capsys.readouterr()
 

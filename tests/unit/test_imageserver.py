@@ -37,7 +37,7 @@ from kalium.imageserver.certificate import Certificate
 from kalium.imageserver.check import check
 from kalium.imageserver.config import Config, load
 from kalium.imageserver.server import ImageServer, file_at
-from kalium.pki.authority import Identity, issue, new_ca
+from kalium.pki.authority import Identity, Role, issue, new_ca
 
 NOW = datetime.now(timezone.utc)
 AUTHORITY = new_ca(now=NOW)
@@ -46,11 +46,11 @@ IMAGE = bytes(range(256)) * 64
 
 
 def identity(name: str, *, days: int = 10, since: datetime = NOW) -> Identity:
-    return issue(AUTHORITY, name, ("DNS:images.kalium.test",), days=days, now=since)
+    return issue(AUTHORITY, name, ("DNS:images.kalium.test",), role=Role.SERVER, days=days, now=since)
 
 
 def expired() -> Identity:
-    return issue(new_ca(now=NOW - timedelta(days=30)), "images", ("DNS:images.kalium.test",), days=5, now=NOW - timedelta(days=20))
+    return issue(new_ca(now=NOW - timedelta(days=30)), "images", ("DNS:images.kalium.test",), role=Role.SERVER, days=5, now=NOW - timedelta(days=20))
 
 
 def put(config: Config, new: Identity) -> None:

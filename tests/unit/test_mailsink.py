@@ -29,7 +29,7 @@ from kalium.mailsink import server
 from kalium.mailsink.check import check
 from kalium.mailsink.config import Config, load
 from kalium.mailsink.server import Maildir, MailSink
-from kalium.pki.authority import issue, new_ca
+from kalium.pki.authority import Role, issue, new_ca
 
 MAIL = "Subject: photos wanted\r\n\r\nDear abcd,\r\n.\r\nMerchantA\r\n"
 
@@ -72,7 +72,7 @@ def running(config: Config) -> Iterator[Running]:
 
 def with_tls(config: Config, folder: Path) -> Config:
     now = datetime.now(timezone.utc)
-    identity = issue(new_ca(now=now), "mail", ("DNS:mail",), days=5, now=now)
+    identity = issue(new_ca(now=now), "mail", ("DNS:mail",), role=Role.SERVER, days=5, now=now)
     (folder / "cert.pem").write_bytes(identity.certificate_pem())
     (folder / "key.pem").write_bytes(identity.key_pem())
     return replace(config, certificate=folder / "cert.pem", key=folder / "key.pem")

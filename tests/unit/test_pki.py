@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key, load_pem_public_key
 
 from kalium.cli.main import main
 from kalium.errors import KaliumError
-from kalium.pki import files
+from kalium.pki import authority, files
+from kalium.pki.authority import DAYS, USES, Role, role_of
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
 SANS = ("DNS:controller", "IP:127.0.0.1")
@@ -29,9 +31,18 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "pki"
 
 
-def issue(directory: Path, *, name: str = "controller", sans: tuple[str, ...] = SANS, days: int = 365, now: datetime = NOW) -> str:
+def issue(
+    directory: Path,
+    *,
+    name: str = "controller",
+    sans: tuple[str, ...] = SANS,
+    role: Role = Role.CONTROLLER,
+    identity: str = "",
+    days: int = 365,
+    now: datetime = NOW,
+) -> str:
     """Issue, and return why anything changed."""
-    return files.issue(directory, name, sans, days=days, now=now).why
+    return files.issue(directory, name, sans, role=role, identity=identity, days=days, now=now).why
 
 
 def certificate(path: Path) -> x509.Certificate:
@@ -55,20 +66,75 @@ def test_a_second_run_changes_nothing(directory: Path) -> None:
     assert set(before) == {"ca.crt", "ca.key", "controller.crt", "controller.key", "operator.key", "operator.pub"}
 
 
-def test_a_certificate_is_for_both_ends_of_a_connection(directory: Path) -> None:
-    issue(directory)
+SERVES, ASKS = "1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.2"  # serverAuth and clientAuth, RFC 5280 4.2.1.12
+
+
+@pytest.mark.parametrize(
+    ("role", "uses", "uris"),
+    [
+        (Role.AGENT, [ASKS], ["kalium://agent/node1"]),
+        (Role.CONTROLLER, [SERVES, ASKS], ["kalium://controller/node1"]),
+        (Role.CLIENT, [ASKS], ["kalium://client/node1"]),
+        (Role.SERVER, [SERVES], []),
+    ],
+)
+def test_a_certificate_says_what_its_owner_is_and_nothing_else(directory: Path, role: Role, uses: list[str], uris: list[str]) -> None:
+    issue(directory, role=role, identity="node1", days=7)
     found = certificate(directory / "controller.crt")
 
     usage = found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
 
-    assert [each.dotted_string for each in usage] == ["1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.2"]
-    assert (names.get_values_for_type(x509.DNSName), [str(each) for each in names.get_values_for_type(x509.IPAddress)]) == (
-        ["controller"],
-        ["127.0.0.1"],
-    )
-    assert found.not_valid_after_utc == NOW + timedelta(days=365)
+    assert [each.dotted_string for each in usage] == uses
+    assert names.get_values_for_type(x509.UniformResourceIdentifier) == uris
+    assert names.get_values_for_type(x509.DNSName) == ["controller"]
+    assert [str(each) for each in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
+    assert role_of(found) == ((role, "") if role is Role.SERVER else (role, "node1"))
+    assert found.not_valid_after_utc == NOW + timedelta(days=7)
     assert certificate(directory / "ca.crt").not_valid_after_utc == NOW + timedelta(days=3650)
+
+
+def test_without_an_identity_it_is_the_name(directory: Path) -> None:
+    issue(directory, name="node1", role=Role.AGENT)
+
+    assert role_of(certificate(directory / "node1.crt")) == (Role.AGENT, "node1")
+
+
+def test_a_pair_of_a_site_that_knew_no_roles_is_issued_anew(directory: Path) -> None:
+    """It had both uses, no URI, and a year."""
+    issue(directory)
+    ca = authority.read((directory / "ca.crt").read_bytes(), (directory / "ca.key").read_bytes())
+    assert ca is not None
+    key = ec.generate_private_key(ec.SECP256R1())
+    old = (
+        x509.CertificateBuilder()
+        .subject_name(certificate(directory / "controller.crt").subject)
+        .issuer_name(ca.certificate.subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(NOW)
+        .not_valid_after(NOW + timedelta(days=7))
+        .add_extension(x509.ExtendedKeyUsage(USES[Role.CONTROLLER]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(authority.general_names("controller", SANS)), critical=False)
+        .sign(ca.key, hashes.SHA256())
+    )
+    for suffix, data in (("crt", authority.Identity(old, key).certificate_pem()), ("key", authority.Identity(old, key).key_pem())):
+        damage(directory, f"controller.{suffix}", data)
+    assert [each.fault for each in files.show(directory, now=NOW)] == ["", "it has no role: issue it anew"]
+
+    assert issue(directory, days=7) == "its role is another"
+
+    assert issue(directory, days=7) == ""
+
+
+def test_another_role_identity_or_shorter_life_means_another_certificate(directory: Path) -> None:
+    issue(directory, role=Role.AGENT, days=7)
+
+    assert issue(directory, role=Role.CLIENT, days=7) == "its role is another"
+    assert issue(directory, role=Role.CLIENT, identity="node1", days=7) == "its role is another"
+    assert issue(directory, role=Role.CLIENT, identity="node1", days=30) == ""
+    assert issue(directory, role=Role.CLIENT, identity="node1", days=2) == "it is valid for more than 2 days"
+    assert issue(directory, role=Role.CLIENT, identity="node1", days=2) == ""
 
 
 def test_openssl_takes_the_chain_in_its_strictest_mood(tmp_path: Path) -> None:
@@ -76,12 +142,13 @@ def test_openssl_takes_the_chain_in_its_strictest_mood(tmp_path: Path) -> None:
     files.init(tmp_path, now=datetime.now(timezone.utc))
     issue(tmp_path, now=datetime.now(timezone.utc))
     contexts = []
-    for protocol in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT):
+    issue(tmp_path, name="node1", role=Role.AGENT, now=datetime.now(timezone.utc))
+    for protocol, name in ((ssl.PROTOCOL_TLS_SERVER, "controller"), (ssl.PROTOCOL_TLS_CLIENT, "node1")):
         context = ssl.SSLContext(protocol)
         context.verify_mode = ssl.CERT_REQUIRED
         context.verify_flags |= ssl.VERIFY_X509_STRICT
         context.load_verify_locations(tmp_path / "ca.crt")
-        context.load_cert_chain(tmp_path / "controller.crt", tmp_path / "controller.key")
+        context.load_cert_chain(tmp_path / f"{name}.crt", tmp_path / f"{name}.key")
         contexts.append(context)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     server = contexts[0].wrap_bio(to_server, to_client, server_side=True)
@@ -93,8 +160,8 @@ def test_openssl_takes_the_chain_in_its_strictest_mood(tmp_path: Path) -> None:
         except ssl.SSLWantReadError:
             continue
 
-    assert server.getpeercert() is not None
-    assert client.getpeercert() is not None
+    for end, identity in ((server, "kalium://agent/node1"), (client, "kalium://controller/controller")):
+        assert ("URI", identity) in (end.getpeercert() or {})["subjectAltName"]
 
 
 def test_no_private_file_is_readable_for_others_whatever_the_umask(tmp_path: Path) -> None:
@@ -217,7 +284,7 @@ def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path: Path) -> None:
     files.init(tmp_path, now=NOW)
     before = contents(tmp_path)
 
-    assert files.issue(tmp_path, "agent", (), days=365, now=NOW, dry_run=True).why
+    assert files.issue(tmp_path, "agent", (), role=Role.AGENT, days=365, now=NOW, dry_run=True).why
 
     assert contents(tmp_path) == before
 
@@ -251,6 +318,8 @@ def rsa_key() -> bytes:
         ("ca.crt", b"not PEM", "init"),
         ("ca.key", b"", "issue"),
         ("operator.key", b"not PEM", "operator-key"),
+        ("node1.key", b"not PEM", "audit-key"),
+        ("node1.key", b"rsa", "audit-key"),
         ("operator.key", b"rsa", "operator-key"),
         ("operator.pub", b"not PEM", "raw"),
     ],
@@ -258,19 +327,21 @@ def rsa_key() -> bytes:
 def test_what_a_person_must_not_lose_is_never_replaced(directory: Path, broken: str, data: bytes, command: str) -> None:
     """A damaged CA or operator's key is an error with the way out, not a reason to make another."""
     files.operator_key(directory)
+    files.audit_key(directory, "node1")
     damage(directory, broken, rsa_key() if data == b"rsa" else data)
     before = contents(directory)
     commands: dict[str, Callable[[], object]] = {
         "init": lambda: files.init(directory, now=NOW),
-        "issue": lambda: files.issue(directory, "agent", (), days=365, now=NOW),
+        "issue": lambda: files.issue(directory, "agent", (), role=Role.AGENT, days=365, now=NOW),
         "operator-key": lambda: files.operator_key(directory),
+        "audit-key": lambda: files.audit_key(directory, "node1"),
         "raw": lambda: files.operator_raw(directory),
     }
 
     with pytest.raises(KaliumError) as refusal:
         commands[command]()
 
-    assert refusal.value.code in ("pki.ca", "pki.operator_key")
+    assert refusal.value.code in ("pki.ca", "pki.operator_key", "pki.audit_key")
     assert refusal.value.exit_code == 3
     assert contents(directory) == before
 
@@ -281,6 +352,25 @@ def test_a_public_half_without_its_key_is_not_replaced(tmp_path: Path) -> None:
 
     with pytest.raises(KaliumError, match=r"operator\.pub is there without operator\.key"):
         files.operator_key(tmp_path)
+
+
+def test_the_key_of_an_audit_log_is_made_once(tmp_path: Path) -> None:
+    """Every later run, by whatever the site has become, leaves the key by which the log so far is verified."""
+    assert files.audit_key(tmp_path, "node1", dry_run=True).why == "there is no audit key yet"
+    assert contents(tmp_path) == {}
+    assert files.audit_key(tmp_path, "node1").why
+    before = contents(tmp_path)
+
+    assert files.audit_key(tmp_path, "node1").why == ""
+
+    key = load_pem_private_key(before["node1.key"], None)
+    load_pem_public_key(before["node1.pub"]).verify(key.sign(b"head"), b"head")  # type: ignore[union-attr, call-arg]  # Ed25519, or this raises
+    assert contents(tmp_path) == before
+    assert set(before) == {"node1.key", "node1.pub"}
+    assert {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in before} == {"node1.key": 0o600, "node1.pub": 0o644}
+    (tmp_path / "node1.key").unlink()
+    with pytest.raises(KaliumError, match=r"node1\.pub is there without node1\.key"):
+        files.audit_key(tmp_path, "node1")
 
 
 def test_an_expired_ca_issues_nothing(directory: Path) -> None:
@@ -304,6 +394,7 @@ def test_an_expired_ca_issues_nothing(directory: Path) -> None:
         ("agent", (), 0),
         ("agent", (), -5),
         ("agent", (), 100_000),
+        ("agent", ("URI:kalium://controller/a",), 7),
     ],
 )
 def test_arguments_that_cannot_be_are_wrong_usage_and_write_nothing(directory: Path, name: str, sans: tuple[str, ...], days: int) -> None:
@@ -314,6 +405,12 @@ def test_arguments_that_cannot_be_are_wrong_usage_and_write_nothing(directory: P
 
     assert (refusal.value.code, refusal.value.exit_code) == ("pki.usage", 2)
     assert contents(directory) == before
+
+
+@pytest.mark.parametrize("identity", ["a/b", "../a", "a b", "a" * 254, "node\n", "%61"])
+def test_an_identity_cannot_say_more_than_a_name(directory: Path, identity: str) -> None:
+    with pytest.raises(KaliumError, match="it cannot be the name of a certificate"):
+        issue(directory, role=Role.AGENT, identity=identity)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +443,9 @@ def test_show_says_what_cannot_be_used(directory: Path, change: Callable[[Path],
     ca, controller = files.show(directory, now=NOW)
 
     assert (ca.file, ca.fault) == ("ca.crt", "")
-    assert (controller.file, controller.names, controller.fault) == ("controller.crt", ("controller", "127.0.0.1"), fault)
+    assert (ca.role, controller.role, controller.identity) == ("ca", "controller", "controller")
+    assert (controller.file, controller.fault) == ("controller.crt", fault)
+    assert controller.names == ("controller", "127.0.0.1", "kalium://controller/controller")
 
 
 def test_show_names_strangers_and_the_expired(directory: Path, tmp_path: Path) -> None:
@@ -369,24 +468,28 @@ def test_the_command_says_changed_and_then_unchanged(tmp_path: Path, capsys: pyt
     """Ansible reads the first word."""
     commands = [
         ["init", "--dir", str(tmp_path)],
-        ["issue", "--dir", str(tmp_path), "--name", "controller", "--san", "DNS:controller", "--san", "IP:127.0.0.1", "--days", "365"],
+        ["issue", "--dir", str(tmp_path), "--role", "controller", "--name", "controller", "--san", "DNS:controller", "--san", "IP:127.0.0.1"],
+        ["issue", "--dir", str(tmp_path), "--role", "agent", "--name", "agent-node1", "--identity", "node1"],
         ["operator-key", "--dir", str(tmp_path)],
+        ["audit-key", "--dir", str(tmp_path), "--name", "node1"],
     ]
 
     codes = [main(["pki", *command]) for command in commands * 2]
     words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
 
-    assert codes == [0] * 6
-    assert words == ["changed"] * 3 + ["unchanged"] * 3
+    assert codes == [0] * 10
+    assert words == ["changed"] * 5 + ["unchanged"] * 5
     assert main(["pki", "operator-key", "--dir", str(tmp_path), "--print-raw"]) == 0
     assert len(base64.b64decode(capsys.readouterr().out.strip())) == 32
     assert main(["pki", "show", "--dir", str(tmp_path)]) == 0
+    assert "agent-node1.crt: CN=agent-node1, agent node1 (agent-node1, kalium://agent/node1), until " in capsys.readouterr().out
+    assert DAYS[Role.AGENT] == (certificate(tmp_path / "agent-node1.crt").not_valid_after_utc - datetime.now(timezone.utc)).days + 1
     (tmp_path / "controller.key").unlink()
     assert main(["pki", "show", "--dir", str(tmp_path), "--output", "json"]) == 1
 
 
 def test_the_command_tells_what_to_do_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["pki", "issue", "--dir", str(tmp_path), "--name", "agent"]) == 3
+    assert main(["pki", "issue", "--dir", str(tmp_path), "--role", "agent", "--name", "agent"]) == 3
 
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("error[pki.ca]: cannot issue with the CA")
