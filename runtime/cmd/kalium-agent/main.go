@@ -9,7 +9,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 
 	"kalium.dev/kalium/runtime/internal/agent"
@@ -61,7 +60,7 @@ func run(arguments []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "error[agent.usage]: cannot run: an argument that is not known\nnext: see `kalium-agent --help`\n")
 		return agent.ExitUsage
 	case showVersion:
-		fmt.Fprintln(stdout, "kalium-agent", version())
+		fmt.Fprintln(stdout, "kalium-agent", agent.Version())
 		return agent.ExitDone
 	}
 	if err := act(verb, *config, output == "json", stdout, stderr); err != nil {
@@ -89,21 +88,4 @@ func act(verb, path string, asJSON bool, stdout, stderr io.Writer) error {
 	signal.Notify(reopen, syscall.SIGHUP)
 	defer signal.Stop(reopen)
 	return agent.Serve(ctx, config, stderr, reopen)
-}
-
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	revision, modified := info.Main.Version, ""
-	for _, setting := range info.Settings {
-		switch {
-		case setting.Key == "vcs.revision":
-			revision = setting.Value
-		case setting.Key == "vcs.modified" && setting.Value == "true":
-			modified = " modified"
-		}
-	}
-	return revision + modified
 }

@@ -31,6 +31,7 @@ type Agent struct {
 	timings  *timingLog
 	names    *names
 	link     *link
+	metrics  *metrics
 
 	// mu guards the tables. Nothing under it waits: guards are written to without blocking, the controller never.
 	mu        sync.Mutex
@@ -57,7 +58,9 @@ func Serve(ctx context.Context, config *Config, log io.Writer, reopen <-chan os.
 }
 
 func run(ctx context.Context, config *Config, log *slog.Logger, reopen <-chan os.Signal, resolve lookup) (err error) {
-	a := &Agent{config: config, log: log, policies: map[string]*held{}, instances: map[string]*instance{}, admitted: make(chan struct{}), stopping: ctx.Done()}
+	counted := &metrics{}
+	log = slog.New(countingHandler{log.Handler(), counted})
+	a := &Agent{config: config, log: log, metrics: counted, policies: map[string]*held{}, instances: map[string]*instance{}, admitted: make(chan struct{}), stopping: ctx.Done()}
 	if err := config.checkRoots(); err != nil {
 		return err
 	}
@@ -85,12 +88,21 @@ func run(ctx context.Context, config *Config, log *slog.Logger, reopen <-chan os
 	if err != nil {
 		return errors.Join(err, guards.Close(), os.Remove(config.GuardSocket))
 	}
+	var monitored net.Listener
+	if config.Metrics != nil {
+		if monitored, err = listenMonitor(config.Metrics.Listen); err != nil {
+			return errors.Join(err, guards.Close(), registrations.Close(), os.Remove(config.GuardSocket), os.Remove(config.RegisterSocket))
+		}
+	}
 	var parts sync.WaitGroup
 	parts.Go(func() { a.accept(ctx, config.GuardSocket, guards, guardsMax, a.serveGuard) })
 	parts.Go(func() { a.accept(ctx, config.RegisterSocket, registrations, registerConnsMax, a.serveRegister) })
 	parts.Go(func() { a.link.run(ctx) })
 	parts.Go(func() { a.names.run(ctx) })
 	parts.Go(func() { a.reopenVerdicts(ctx, reopen) })
+	if monitored != nil {
+		parts.Go(func() { a.monitor(ctx, monitored) })
+	}
 	log.Info(eventStarted, keyNode, config.Node)
 	parts.Wait()
 	log.Info(eventStopped, keyNode, config.Node)

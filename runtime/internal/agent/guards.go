@@ -237,7 +237,9 @@ func (a *Agent) listen(g *guard, reader *frameReader) error {
 		case *frame.End:
 			err = a.ended(g, m)
 		case *frame.Verdict:
-			err = a.verdicts.add(&g.identity, &m.Record)
+			if err = a.verdicts.add(&g.identity, &m.Record); err == nil {
+				a.metrics.verdict(g.identity.App, &m.Record)
+			}
 		case *frame.Times:
 			a.timings.add(&g.identity, m)
 		default:
@@ -272,7 +274,9 @@ func (a *Agent) question(g *guard, id uint32, m frame.Message, identity *frame.I
 		// Not the controller's fault, so not a reason that a policy may forgive.
 		return g.answer(id, denial(policy.ReasonHeldTooLong, fmt.Sprintf("%d questions of this instance are open", guardQuestionsMax)))
 	}
+	since := time.Now()
 	reply := func(answer *frame.Answer) {
+		a.metrics.answered(m, time.Since(since))
 		g.mu.Lock()
 		delete(g.open, id)
 		g.mu.Unlock()

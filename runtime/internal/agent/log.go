@@ -33,7 +33,20 @@ const (
 	eventTimingsFailed     = "timings.failed"
 	eventNameFailed        = "name.failed"
 	eventEndDropped        = "end.dropped"
+	eventMonitorFailed     = "metrics.failed"
+	eventMonitorListens    = "metrics.listening"
 )
+
+// loggedEvents are all of them: each is counted, and its series begins with 0.
+var loggedEvents = [...]string{
+	eventStarted, eventStopped, eventControllerUp, eventControllerLost,
+	eventControllerAway, eventPolicyAccepted, eventPolicyRefused, eventRoots,
+	eventGuardWaits, eventGuardWelcome, eventGuardRefused, eventGuardClosed,
+	eventGuardsDropped, eventInstanceAdded, eventInstanceRefused, eventInstanceGone,
+	eventRegisterClosed, eventConnectionRefused, eventVerdictsFailed, eventVerdictsWell,
+	eventVerdictsReopened, eventTimingsFailed, eventNameFailed, eventEndDropped,
+	eventMonitorFailed, eventMonitorListens,
+}
 
 // Keys of its fields.
 const (
