@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kalium.controller.audit import AuditLog, NoAudit
+from kalium.controller.calls import Deferred, Evicted
+from kalium.controller.identity import PeerIdentity
 from kalium.controller.log import LogLine
-from kalium.controller.state import AgentKey, Evicted, State
+from kalium.controller.registry import AgentKey, DuplicateAgent
+from kalium.controller.state import State
 from kalium.policy.automaton import CompiledPolicy
 from kalium.policy.message import Reason
 from kalium.protocol.frames import (
@@ -21,11 +24,15 @@ from kalium.protocol.frames import (
     ControllerWelcome,
     Frame,
     InstanceEnd,
+    InstanceFinish,
     InstanceInvoke,
     InstanceStart,
     Lease,
+    Ping,
     Policy,
+    Pong,
     Register,
+    Report,
     Status,
     StatusAnswer,
     Unregister,
@@ -35,6 +42,7 @@ from kalium.protocol.session import AgentSession, CloseReason, SessionState, neg
 
 # Not `controller_unavailable`: no fail mode may let a step pass that could not be put on record.
 _UNWRITABLE = Answer(False, Reason.OVERLOADED.value, detail="the controller's audit log cannot be written")
+_Step = InstanceStart | InstanceInvoke | InstanceFinish
 _QUIET = (CloseReason.END_OF_STREAM.value, CloseReason.LOST.value)
 
 
@@ -49,10 +57,10 @@ class Outgoing:
 
 @dataclass
 class _Peer:
-    """One connection: its session, and who is at the other end."""
+    """One connection: its session, and who is at the other end. `node` is "" until the agent has said hello."""
 
     session: AgentSession
-    subject: str
+    identity: PeerIdentity
     address: str
     node: str = ""
 
@@ -62,6 +70,7 @@ class Dispatcher:
 
     def __init__(self, state: State, *, log: LogLine, audit: AuditLog | None = None) -> None:
         self._state = state
+        self._registry = state.registry
         self._log = log
         self._audit: AuditLog = NoAudit() if audit is None else audit
         self._peers: dict[AgentKey, _Peer] = {}
@@ -73,17 +82,22 @@ class Dispatcher:
             InstanceStart: self._start,
             InstanceInvoke: self._invoke,
             InstanceEnd: self._end,
+            InstanceFinish: self._finish,
+            Ping: self._ping,
+            Report: self._report,
             Status: self._status,
         }
+        state.on_evicted = self._log_evicted
 
-    def connected(self, key: AgentKey, *, subject: str, address: str, now_ns: int) -> None:
-        """A peer has proven that it is `subject`."""
-        self._peers[key] = _Peer(AgentSession(now_ns=now_ns), subject, address)
+    def connected(self, key: AgentKey, *, identity: PeerIdentity, address: str, now_ns: int) -> None:
+        """A peer has proven that it is `identity`."""
+        self._peers[key] = _Peer(AgentSession(now_ns=now_ns), identity, address)
 
     def received(self, key: AgentKey, data: bytes, *, now_ns: int) -> None:
         """Bytes of a peer. What a peer says whose connection we are closing is not heard."""
         peer = self._peers.get(key)
         if peer is not None:
+            self._registry.heard(key, now_ns=now_ns)
             peer.session.receive_data(data, now_ns=now_ns)
             self._work(key, peer, now_ns)
 
@@ -111,7 +125,7 @@ class Dispatcher:
     def _forget(self, key: AgentKey, peer: _Peer, now_ns: int) -> None:
         del self._peers[key]
         self._touched.pop(key, None)
-        self._state.agent_gone(key, now_ns=now_ns)
+        self._registry.agent_gone(key, now_ns=now_ns)
         if not peer.node and peer.session.close_reason in _QUIET:
             return  # a client that asked for the status, as readiness checks do all the time
         self._log(
@@ -119,13 +133,13 @@ class Dispatcher:
             reason=peer.session.close_reason,
             detail=peer.session.close_detail,
             node=peer.node,
-            subject=peer.subject,
+            subject=peer.identity.name,
             peer=peer.address,
         )
 
     def install(self, policy: CompiledPolicy, envelope: bytes, *, now_ns: int) -> bool:
-        """Take a verified policy and push it to every agent. As State.install, which raises KaliumError for an old version."""
-        is_new = self._state.install(policy, envelope, now_ns=now_ns)
+        """Take a verified policy and push it to every agent. As Registry.install, which raises KaliumError for an old version."""
+        is_new = self._registry.install(policy, envelope, now_ns=now_ns)
         if is_new:
             self._push(Policy(policy.app, envelope))
         return is_new
@@ -140,8 +154,7 @@ class Dispatcher:
             peer.session.expire(now_ns=now_ns)
             if peer.session.close_reason is not None:
                 self._touched[key] = None
-        self._log_evicted(self._state.expire(now_ns=now_ns))
-        return self._state.has_due(now_ns=now_ns)
+        return self._state.expire(now_ns=now_ns)
 
     def outgoing(self, *, now_ns: int) -> Iterator[Outgoing]:
         """What is to be written since the last call. A connection that `is_last` names is closed by the shell behind the data.
@@ -174,81 +187,105 @@ class Dispatcher:
                 self._touched[key] = None
 
     def _hello(self, key: AgentKey, peer: _Peer, frame_id: int, said: AgentHello, now_ns: int) -> None:
-        peer.node = said.node
+        if not peer.identity.is_agent_of(said.node):
+            detail = f"a certificate of {peer.identity.role.value or 'no role'} {peer.identity.name!r} says that it is the agent of {said.node!r}"
+            self._log("connection_refused", reason=CloseReason.WRONG_IDENTITY.value, detail=detail, node=said.node, peer=peer.address)
+            peer.session.close(CloseReason.WRONG_IDENTITY, detail)
+            return
         try:
-            replaced = self._state.agent_hello(key, subject=peer.subject, node=said.node, now_ns=now_ns)
+            replaced = self._registry.agent_hello(key, node=said.node, run=said.run, now_ns=now_ns)
+        except DuplicateAgent as error:
+            self._log("connection_refused", reason="duplicate_agent", detail=str(error), node=said.node, peer=peer.address)
+            peer.session.answer(frame_id, ControllerWelcome(False, "duplicate_agent"))
+            return
         except OverflowError as error:
             self._log("connection_refused", reason="too_many_agents", detail=str(error), node=said.node, peer=peer.address)
             peer.session.answer(frame_id, ControllerWelcome(False, "too_many_agents"))
             return
+        peer.node = said.node
         if replaced is not None:
             self.close(replaced, CloseReason.REPLACED, "the same node has connected again")
         policies, later = self._policies_that_fit()
-        peer.session.answer(frame_id, ControllerWelcome(True, proto=negotiated(said.protos), lease_ms=LEASE_MS, policies=policies))
+        peer.session.answer(
+            frame_id,
+            ControllerWelcome(True, proto=negotiated(said.protos), controller=self._state.name, lease_ms=LEASE_MS, policies=policies),
+        )
         for app, envelope in later.items():
             peer.session.push(Policy(app, envelope))
-        self._log("agent_connected", node=said.node, subject=peer.subject, peer=peer.address)
+        self._log("agent_connected", node=said.node, subject=peer.identity.name, peer=peer.address)
 
     def _policies_that_fit(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
         """The policies that go into a welcome, and those that have to follow it."""
         fitting: dict[str, bytes] = {}
         later: dict[str, bytes] = {}
         room = APPS_BYTES_MAX
-        for app, published in self._state.newest().items():
+        for app, published in self._registry.newest().items():
             room -= len(app.encode()) + len(published.envelope) + 16  # the heads of two msgpack values
             (fitting if room >= 0 else later)[app] = published.envelope
         return fitting, later
 
-    def _register(self, key: AgentKey, peer: _Peer, frame_id: int, said: Register, _now_ns: int) -> None:
-        answer = self._state.register(key, said)
+    def _register(self, key: AgentKey, peer: _Peer, frame_id: int, said: Register, now_ns: int) -> None:
+        answer = self._state.register(key, said, now_ns=now_ns)
         if not answer.allowed:
             self._log_denied(answer, question="register", instance=said.instance, app=said.app, function=said.function, node=peer.node)
         peer.session.answer(frame_id, answer)
 
-    def _unregister(self, key: AgentKey, _peer: _Peer, _frame_id: int, said: Unregister, _now_ns: int) -> None:
-        self._log_evicted(self._state.unregister(key, said.instance))
+    def _unregister(self, key: AgentKey, _peer: _Peer, _frame_id: int, said: Unregister, now_ns: int) -> None:
+        self._state.unregister(key, said.instance, now_ns=now_ns)
 
     def _start(self, key: AgentKey, peer: _Peer, frame_id: int, said: InstanceStart, now_ns: int) -> None:
-        answer = self._state.start(key, said, now_ns=now_ns) if self._audit.healthy else _UNWRITABLE
-        if not answer.allowed:
-            self._log_denied(
-                answer, question="start", instance=said.instance, app=said.app, function=said.function, label=said.label, version=said.version
-            )
-        peer.session.answer(frame_id, answer)
+        self._answer(key, peer, frame_id, said, self._state.start(key, said, now_ns=now_ns) if self._audit.healthy else _UNWRITABLE)
 
     def _invoke(self, key: AgentKey, peer: _Peer, frame_id: int, said: InstanceInvoke, now_ns: int) -> None:
-        answer = self._state.invoke(key, said, now_ns=now_ns) if self._audit.healthy else _UNWRITABLE
-        if not answer.allowed:
-            self._log_denied(
-                answer,
-                question="invoke",
-                instance=said.instance,
-                app=said.app,
-                function=said.function,
-                callee=said.callee,
-                call=said.call,
-                invocation=said.invocation,
-                version=said.version,
-            )
-        peer.session.answer(frame_id, answer)
+        self._answer(key, peer, frame_id, said, self._state.invoke(key, said, now_ns=now_ns) if self._audit.healthy else _UNWRITABLE)
 
-    def _end(self, key: AgentKey, _peer: _Peer, _frame_id: int, said: InstanceEnd, _now_ns: int) -> None:
-        self._state.end(key, said)  # an END for what was evicted before is no news
+    def _finish(self, key: AgentKey, peer: _Peer, frame_id: int, said: InstanceFinish, now_ns: int) -> None:
+        self._answer(key, peer, frame_id, said, self._state.finish(key, said, now_ns=now_ns))
+
+    def _end(self, key: AgentKey, _peer: _Peer, _frame_id: int, said: InstanceEnd, now_ns: int) -> None:
+        self._state.finish(key, said, now_ns=now_ns)  # an END for what was evicted before is no news
+
+    def _answer(self, key: AgentKey, peer: _Peer, frame_id: int, said: _Step, answer: Answer | Deferred[Answer]) -> None:
+        """Answer now, or when the store has."""
+        if isinstance(answer, Deferred):
+            answer.then(lambda late: self._answer(key, peer, frame_id, said, late))
+            return
+        if not answer.allowed:
+            self._log_step_denied(answer, said)
+        if peer.session.close_reason is None:  # whoever asked may be gone by the time that the store answers
+            peer.session.answer(frame_id, answer)
+            self._touched[key] = None
+
+    def _ping(self, _key: AgentKey, peer: _Peer, frame_id: int, _said: Ping, _now_ns: int) -> None:
+        peer.session.answer(frame_id, Pong())
+
+    def _report(self, key: AgentKey, _peer: _Peer, _frame_id: int, said: Report, _now_ns: int) -> None:
+        self._registry.report(key, said)
 
     def _status(self, _key: AgentKey, peer: _Peer, frame_id: int, _said: Status, _now_ns: int) -> None:
         peer.session.answer(frame_id, StatusAnswer(self._state.status()))
 
+    def _log_step_denied(self, answer: Answer, said: _Step) -> None:
+        origin = {"instance": said.instance, "app": said.app, "function": said.function}
+        if type(said) is InstanceStart:
+            self._log_denied(answer, question="start", label=said.label, version=said.version, **origin)
+        elif type(said) is InstanceInvoke:
+            self._log_denied(
+                answer, question="invoke", callee=said.callee, call=said.call, invocation=said.invocation, version=said.version, **origin
+            )
+        elif type(said) is InstanceFinish:
+            self._log_denied(answer, question="finish", call=said.call, invocation=said.invocation, **origin)
+
     def _log_denied(self, answer: Answer, **fields: object) -> None:
         self._log("step_denied", reason=answer.reason, detail=answer.detail, **fields)
 
-    def _log_evicted(self, evicted: list[Evicted]) -> None:
-        for each in evicted:
-            self._log(
-                "invocation_evicted",
-                reason=each.why,
-                app=each.app,
-                function=each.function,
-                call=each.call,
-                invocation=each.invocation,
-                instance=each.instance,
-            )
+    def _log_evicted(self, each: Evicted) -> None:
+        self._log(
+            "invocation_evicted",
+            reason=each.why,
+            app=each.app,
+            function=each.function,
+            call=each.call,
+            invocation=each.invocation,
+            instance=each.instance,
+        )

@@ -9,7 +9,7 @@ from kalium.protocol.limits import LEASE_MS
 
 @dataclass(frozen=True)
 class Limits:
-    """A step beyond a bound of a table is denied with `controller_unavailable` and moves nothing; the other rules are beside each."""
+    """A step beyond a bound of a table is denied with `overloaded` and moves nothing; the other rules are beside each."""
 
     calls: int = 100_000
     invocations_per_call: int = 256
@@ -17,6 +17,7 @@ class Limits:
     invocations_per_instance: int = 256  # so that one instance cannot fill the table of calls alone
     steps_per_invocation: int = 64  # remembered answers; the oldest is forgotten, and asked again it is a new step
     starts_per_instance: int = 64  # the same for the starts of an instance
+    duplicate_heard_ms: int = 3_000  # another run of an agent is refused while this one was heard within this; it pings when idle
     agents: int = 1024  # beyond it the welcome says no
     instances_per_agent: int = 4096
     versions_per_app: int = 8  # beyond it the oldest one is dropped before its drain ends

@@ -18,10 +18,13 @@ from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
 from kalium.controller import tls
+from kalium.controller.calls import MemoryCalls
 from kalium.controller.config import Config
 from kalium.controller.dispatch import Dispatcher
+from kalium.controller.identity import NOBODY, PeerIdentity
 from kalium.controller.limits import LIMITS
 from kalium.controller.log import LogLine
+from kalium.controller.registry import Registry
 from kalium.controller.state import State
 from kalium.controller.store import Found, PolicyDirectory
 from kalium.errors import KaliumError
@@ -51,7 +54,7 @@ class Connection(asyncio.Protocol):
         """The handshake is done."""
         self.transport = transport = cast(asyncio.Transport, transport)  # uvloop's is one without inheriting from it
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
-        self._controller.connected(self, subject=subject_of(transport.get_extra_info("peercert")), address=self._address)
+        self._controller.connected(self, identity=identity_of(transport.get_extra_info("peercert")), address=self._address)
 
     def data_received(self, data: bytes) -> None:
         """Bytes, in any split."""
@@ -73,10 +76,12 @@ class Connection(asyncio.Protocol):
 class Controller:
     """The dispatcher with a clock and its connections."""
 
-    def __init__(self, *, log: LogLine, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(self, *, log: LogLine, name: str = "controller", clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._log = log
         self._clock_ns = clock_ns
-        self._dispatcher = Dispatcher(State(mint=lambda: secrets.token_hex(16)), log=log)
+        registry = Registry()
+        calls = MemoryCalls(held=registry.held, mint=lambda: secrets.token_hex(16))
+        self._dispatcher = Dispatcher(State(registry, calls, name=name, started_ms=time.time_ns() // 1_000_000), log=log)
         self._connections: dict[Connection, None] = {}
         self._all_gone = asyncio.Event()
         self._all_gone.set()
@@ -86,11 +91,11 @@ class Controller:
         """How many are open."""
         return len(self._connections)
 
-    def connected(self, connection: Connection, *, subject: str, address: str) -> None:
+    def connected(self, connection: Connection, *, identity: PeerIdentity, address: str) -> None:
         """As Dispatcher.connected."""
         self._connections[connection] = None
         self._all_gone.clear()
-        self._dispatcher.connected(connection, subject=subject, address=address, now_ns=self._clock_ns())
+        self._dispatcher.connected(connection, identity=identity, address=address, now_ns=self._clock_ns())
 
     def received(self, connection: Connection, data: bytes) -> None:
         """Work, and write what came of it, to whomever."""
@@ -164,10 +169,10 @@ class Controller:
                 asyncio.get_running_loop().call_later(CLOSE_S, connection.transport.abort)
 
 
-def subject_of(certificate: dict[str, Any] | None) -> str:
-    """The common name in what `ssl` makes of a certificate; "" when it has none."""
-    names = [value for part in (certificate or {}).get("subject", ()) for key, value in part if key == "commonName"]
-    return names[0] if names else ""
+def identity_of(certificate: dict[str, Any] | None) -> PeerIdentity:
+    """Whom a certificate, as `ssl` shows it, names by its one URI kalium://ROLE/NAME; nobody when it has none or several."""
+    uris = [value for kind, value in (certificate or {}).get("subjectAltName", ()) if kind == "URI"]
+    return PeerIdentity.parse(uris[0]) if len(uris) == 1 else NOBODY
 
 
 def listen(config: Config) -> socket.socket:
@@ -267,7 +272,7 @@ async def serve(config: Config, *, log: LogLine, ready: Callable[[int], None] = 
     """
     context = tls.server_context(config.tls)
     directory = PolicyDirectory(config.policies_dir, operator_key(config), clock_ns=time.time_ns)
-    controller = Controller(log=log)
+    controller = Controller(log=log, name=config.name)
     with listen(config) as listener:
         for found in await asyncio.to_thread(directory.changes):
             controller.take(found)

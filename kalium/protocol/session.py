@@ -56,6 +56,7 @@ class CloseReason(str, enum.Enum):
     UNEXPECTED_FRAME = "unexpected_frame"  # a frame that has no entry in the table here
     HELLO_TIMEOUT = "hello_timeout"
     REFUSED = "refused"  # the welcome said no
+    WRONG_IDENTITY = "wrong_identity"  # its certificate is not that of an agent of the node that it names
     REPLACED = "replaced"  # the same node has connected again
     UNKNOWN_ID = "unknown_id"  # an answer to nothing that was asked
     ID_IN_USE = "id_in_use"  # a second question with the id of an open one

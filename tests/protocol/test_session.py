@@ -14,11 +14,16 @@ from kalium.protocol.frames import (
     Frame,
     Hello,
     InstanceEnd,
+    InstanceFinish,
     InstanceInvoke,
     InstanceStart,
     Lease,
+    Mode,
+    Ping,
     Policy,
+    Pong,
     Register,
+    Report,
     Start,
     Status,
     StatusAnswer,
@@ -166,6 +171,11 @@ EVERY_QUESTION_OR_MESSAGE: list[tuple[int, Frame]] = [
     (0, Unregister("c1")),
     (1, Status()),
     (1, StatusAnswer(REPORT)),
+    (1, InstanceFinish("call", "invocation", "answered", *ORIGIN)),
+    (0, Mode("enforce", 1)),
+    (1, Ping()),
+    (1, Pong()),
+    (0, Report(0, "")),
 ]
 
 
@@ -199,7 +209,7 @@ def test_the_tables_and_the_answers_fit_together() -> None:
     questions = {frame for taken in CONTROLLER_TRANSITIONS.values() for frame in taken}
     answers = {frame for taken in AGENT_TRANSITIONS.values() for frame in taken}
 
-    assert questions - {Unregister, InstanceEnd} == set(ANSWERS)
+    assert questions - {Unregister, InstanceEnd, Report} == set(ANSWERS)
     assert answers - {Lease, Policy} == set(ANSWERS.values())
     assert CONTROLLER_TRANSITIONS[SessionState.CLOSED] == AGENT_TRANSITIONS[SessionState.CLOSED] == {}
 

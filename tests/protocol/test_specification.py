@@ -112,6 +112,7 @@ def test_the_times_in_the_text_are_those_of_the_code() -> None:
     assert f"| a token | {LIMITS.token_ms // 1000} s |" in TEXT
     assert f"`invocation_timeout_ms` and {LIMITS.invocation_grace_ms // 1000} s" in TEXT
     assert f"| an instance whose agent is away | {LIMITS.agent_gone_ms // 1000} s |" in TEXT
+    assert f"heard there within the last {LIMITS.duplicate_heard_ms // 1000} s" in WORDS
     assert f"drains for {LIMITS.drain_ms // 1000} s" in WORDS
     assert f"the last {LIMITS.steps_per_invocation} steps of an invocation and the last {LIMITS.starts_per_instance} starts" in WORDS
 

@@ -6,11 +6,13 @@ import itertools
 from collections.abc import Callable
 from functools import cache
 
-from kalium.controller.limits import Limits
-from kalium.controller.state import NS_PER_MS, State
+from kalium.controller.calls import Deferred, Evicted, MemoryCalls
+from kalium.controller.limits import LIMITS, Limits
+from kalium.controller.registry import NS_PER_MS, Registry
+from kalium.controller.state import State
 from kalium.policy.automaton import CompiledPolicy
 from kalium.policy.compile import compile_policy
-from kalium.protocol.frames import Answer, InstanceEnd, InstanceInvoke, InstanceStart, Register
+from kalium.protocol.frames import Answer, InstanceEnd, InstanceFinish, InstanceInvoke, InstanceStart, Register
 
 POLICY = """
 schema: kalium/v1
@@ -60,6 +62,21 @@ def counting_mint() -> Callable[[], str]:
     return lambda: f"{next(numbers):032x}"
 
 
+RUN = "00f1e2d3c4b5a697"
+
+
+def state_of(registry: Registry | None = None, *, limits: Limits = LIMITS, mint: Callable[[], str] | None = None, name: str = "controller") -> State:
+    """A controller's state with calls in memory."""
+    registry = registry or Registry(limits=limits)
+    return State(registry, MemoryCalls(held=registry.held, mint=mint or counting_mint(), limits=limits), name=name)
+
+
+def at_once(answer: Answer | Deferred[Answer]) -> Answer:
+    """An answer that has not to be waited for: memory always has one."""
+    assert isinstance(answer, Answer)
+    return answer
+
+
 class Node:
     """An agent with its instances, played by a test against a State. `now_ms` is everybody's clock."""
 
@@ -70,7 +87,7 @@ class Node:
         self.app = app
         self.now_ms = 0
         self._steps = itertools.count(1)
-        state.agent_hello(key, subject="agent", node=node, now_ns=0)
+        state.registry.agent_hello(key, node=node, run=RUN, now_ns=0)
 
     @property
     def now_ns(self) -> int:
@@ -81,21 +98,39 @@ class Node:
         return f"{next(self._steps):016x}"
 
     def register(self, function: str, instance: str = "") -> Answer:
-        return self.state.register(self.key, Register(instance or function, self.app, function, "image"))
+        return self.state.register(self.key, Register(instance or function, self.app, function, "image"), now_ns=self.now_ns)
+
+    def unregister(self, instance: str) -> list[Evicted]:
+        evicted: list[Evicted] = []
+        self.state.on_evicted = evicted.append
+        self.state.unregister(self.key, instance, now_ns=self.now_ns)
+        return evicted
 
     def start(self, function: str, token: str = "", *, instance: str = "", step: str = "", version: int = 0) -> Answer:
         said = InstanceStart(step or self.step(), token, "label", version or self.version, instance or function, self.app, function)
-        return self.state.start(self.key, said, now_ns=self.now_ns)
+        return at_once(self.state.start(self.key, said, now_ns=self.now_ns))
 
     def invoke(self, granted: Answer, function: str, callee: str, *, instance: str = "", step: str = "", version: int = 0) -> Answer:
         said = InstanceInvoke(
             step or self.step(), granted.call, granted.invocation, callee, version or self.version, instance or function, self.app, function
         )
-        return self.state.invoke(self.key, said, now_ns=self.now_ns)
+        return at_once(self.state.invoke(self.key, said, now_ns=self.now_ns))
 
-    def end(self, granted: Answer, function: str, *, instance: str = "") -> bool:
-        said = InstanceEnd(granted.call, granted.invocation, "answered", instance or function, self.app, function)
-        return self.state.end(self.key, said)
+    def end(self, granted: Answer, function: str, *, outcome: str = "answered", instance: str = "") -> bool:
+        said = InstanceEnd(granted.call, granted.invocation, outcome, instance or function, self.app, function)
+        return at_once(self.state.finish(self.key, said, now_ns=self.now_ns)).allowed
+
+    def finish(self, granted: Answer, function: str, *, outcome: str = "answered", instance: str = "") -> Answer:
+        said = InstanceFinish(granted.call, granted.invocation, outcome, instance or function, self.app, function)
+        return at_once(self.state.finish(self.key, said, now_ns=self.now_ns))
+
+    def expire(self) -> list[Evicted]:
+        """What is over now and was evicted."""
+        evicted: list[Evicted] = []
+        self.state.on_evicted = evicted.append
+        while self.state.expire(now_ns=self.now_ns):
+            pass
+        return evicted
 
     def counts(self) -> tuple[int, int]:
         """Live calls and live invocations."""
@@ -105,8 +140,8 @@ class Node:
 
 def site(limits: Limits | None = None, functions: str = "front stock pay mail lists") -> Node:
     """A state with the policy loaded and one agent whose instances are named after their functions."""
-    state = State(mint=counting_mint(), limits=limits or Limits())
-    state.install(policy(), b"signed 1", now_ns=0)
+    state = state_of(limits=limits or LIMITS)
+    state.registry.install(policy(), b"signed 1", now_ns=0)
     node = Node(state)
     for function in functions.split():
         assert node.register(function).allowed

@@ -1,14 +1,19 @@
 """The controller without its sockets: real sessions of agents on one side, the real state on the other, and the log between."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from controller_samples import counting_mint, policy
+import pytest
+from controller_samples import counting_mint, policy, state_of
 
 from kalium.controller.audit import NoAudit
+from kalium.controller.calls import Deferred, Evicted, MemoryCalls
 from kalium.controller.dispatch import Dispatcher
-from kalium.controller.limits import LIMITS
-from kalium.controller.state import NS_PER_MS, State
+from kalium.controller.identity import NOBODY, PeerIdentity, Role
+from kalium.controller.limits import LIMITS, Limits
+from kalium.controller.registry import NS_PER_MS, Instance, Registry
+from kalium.controller.state import State
 from kalium.protocol import limits
 from kalium.protocol.codec import encode
 from kalium.protocol.frames import (
@@ -17,11 +22,15 @@ from kalium.protocol.frames import (
     ControllerWelcome,
     Frame,
     InstanceEnd,
+    InstanceFinish,
     InstanceInvoke,
     InstanceStart,
     Lease,
+    Ping,
     Policy,
+    Pong,
     Register,
+    Report,
     Status,
     StatusAnswer,
     Unregister,
@@ -36,15 +45,12 @@ STOCK = ("c-stock", "shop", "stock")
 class Site:
     """A dispatcher with its log, and agents joined to it by wires that lose nothing."""
 
-    def __init__(self, *, limits: Any = LIMITS) -> None:
+    def __init__(self, *, limits: Limits = LIMITS, state: State | None = None) -> None:
         self.now_ms = 0
+        self.state = state or state_of(limits=limits)
         self.lines: list[dict[str, Any]] = []
         self.audit = NoAudit()
-        self.dispatcher = Dispatcher(
-            State(mint=counting_mint(), limits=limits),
-            log=lambda event, **fields: self.lines.append({"event": event, **fields}),
-            audit=self.audit,
-        )
+        self.dispatcher = Dispatcher(self.state, log=lambda event, **fields: self.lines.append({"event": event, **fields}), audit=self.audit)
         self.dispatcher.install(policy(), b"signed 1", now_ns=0)
         self.agents: dict[str, Agent] = {}
 
@@ -69,16 +75,16 @@ class Site:
 class Agent:
     """An agent at the other end of a wire; `heard` is what the controller has told it."""
 
-    def __init__(self, site: Site, key: str, *, node: str = "node0", subject: str = "agent", hello: bool = True) -> None:
+    def __init__(self, site: Site, key: str, *, node: str = "node0", role: Role = Role.AGENT, run: str = RUN, hello: bool = True) -> None:
         self.site = site
         self.key = key
         self.session = ControllerSession()
         self.heard: list[Frame] = []
         self.is_connected = True
         site.agents[key] = self
-        site.dispatcher.connected(key, subject=subject, address=f"{key}:1", now_ns=site.now_ns)
+        site.dispatcher.connected(key, identity=PeerIdentity(role, node), address=f"{key}:1", now_ns=site.now_ns)
         if hello:
-            self.ask(AgentHello(node, RUN))
+            self.ask(AgentHello(node, run))
 
     def ask(self, *questions: Frame) -> Frame | None:
         """Send questions in one write, and return the last thing heard."""
@@ -112,8 +118,10 @@ def test_an_agent_is_welcomed_with_every_policy_and_a_lease() -> None:
 
     agent = Agent(site, "a")
 
-    assert agent.heard == [ControllerWelcome(True, proto=2, lease_ms=limits.LEASE_MS, policies={"other": b"signed other", "shop": b"signed 1"})]
-    assert site.events("agent_connected") == [{"event": "agent_connected", "node": "node0", "subject": "agent", "peer": "a:1"}]
+    assert agent.heard == [
+        ControllerWelcome(True, proto=2, controller="controller", lease_ms=limits.LEASE_MS, policies={"other": b"signed other", "shop": b"signed 1"})
+    ]
+    assert site.events("agent_connected") == [{"event": "agent_connected", "node": "node0", "subject": "node0", "peer": "a:1"}]
 
 
 def test_policies_that_do_not_fit_the_welcome_follow_it() -> None:
@@ -186,14 +194,16 @@ def test_no_step_is_taken_while_nothing_can_be_put_on_record() -> None:
     site = Site()
     agent = Agent(site, "a")
     agent.ask(Register(*FRONT, "image"))
-    front = agent.start(FRONT)
+    front, other = agent.start(FRONT), agent.start(FRONT, step="1" * 16)
 
     site.audit.healthy = False
     refused = (agent.start(FRONT, step="2" * 16), agent.invoke(front, "stock", step="3" * 16))
+    ended = agent.ask(InstanceFinish(other.call, other.invocation, "answered", *FRONT))
     site.audit.healthy = True
     later = agent.invoke(front, "stock", step="4" * 16)
 
     assert [(answer.allowed, answer.reason) for answer in refused] == [(False, "overloaded")] * 2
+    assert ended == Answer(True, "allowed")  # an end is a fact and no decision
     assert later.allowed
 
 
@@ -232,6 +242,203 @@ def test_an_agent_that_connects_again_replaces_its_old_connection() -> None:
     assert [(line["reason"], line["node"]) for line in site.events("connection_closed")] == [("replaced", "node0")]
     assert new.ask(Register(*FRONT, "image")) == Answer(True, "allowed")
     assert new.invoke(front, "stock").allowed
+
+
+@pytest.mark.parametrize("role", [Role.CONTROLLER, Role.CLIENT, Role.NONE])
+def test_who_is_no_agent_cannot_speak_as_one(role: Role) -> None:
+    site = Site()
+
+    client = Agent(site, "a", role=role)
+
+    assert not client.is_connected
+    assert site.events("connection_refused")[0]["reason"] == site.events("connection_closed")[0]["reason"] == "wrong_identity"
+    report = Agent(site, "b", role=role, hello=False).ask(Status())
+    assert isinstance(report, StatusAnswer)
+    assert report.status.agents == 0
+
+
+def test_an_agent_cannot_speak_for_another_node() -> None:
+    """The certificate of a machine that was taken over is of no use against the others."""
+    site = Site()
+    stolen = Agent(site, "a", node="node1", hello=False)
+
+    stolen.ask(AgentHello("node0", RUN), Register(*FRONT, "image"))
+
+    assert not stolen.is_connected
+    assert (stolen.heard, site.events("connection_refused")[0]["node"]) == ([], "node0")
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("kalium://agent/node0", PeerIdentity(Role.AGENT, "node0")),
+        ("kalium://controller/a", PeerIdentity(Role.CONTROLLER, "a")),
+        ("kalium://client/a", PeerIdentity(Role.CLIENT, "a")),
+        ("kalium://server/a", NOBODY),
+        ("kalium:///a", NOBODY),
+        ("kalium://agent/", NOBODY),
+        ("kalium://agent/a/b", NOBODY),
+        ("kalium://AGENT/a", NOBODY),
+        ("spiffe://agent/a", NOBODY),
+        ("agent/a", NOBODY),
+    ],
+)
+def test_a_certificate_names_its_role_in_one_spelling(uri: str, expected: PeerIdentity) -> None:
+    assert PeerIdentity.parse(uri) == expected
+
+
+def test_a_nameless_certificate_is_of_no_node() -> None:
+    site = Site()
+
+    assert not Agent(site, "a", node="").is_connected
+
+
+def test_another_run_is_refused_while_the_first_is_heard_and_replaces_it_afterwards() -> None:
+    site = Site()
+    first = Agent(site, "a")
+    site.now_ms = 2_999
+    first.ask(Ping())
+    site.now_ms += LIMITS.duplicate_heard_ms - 1
+
+    early = Agent(site, "b", run="f" * 16)
+    assert (early.session.close_reason, early.session.close_detail) == ("refused", "duplicate_agent")
+    assert site.events("connection_refused")[0]["reason"] == "duplicate_agent"
+    assert first.is_connected
+    site.now_ms += 1
+    late = Agent(site, "c", run="f" * 16)
+
+    assert (first.is_connected, late.is_connected) == (False, True)
+
+
+def test_a_ping_is_answered_in_the_same_turn() -> None:
+    assert Agent(Site(), "a").ask(Ping()) == Pong()
+
+
+def test_a_finish_is_answered_and_one_for_nothing_is_denied() -> None:
+    site = Site()
+    agent = Agent(site, "a")
+    agent.ask(Register(*FRONT, "image"))
+    front = agent.start(FRONT)
+    finish = InstanceFinish(front.call, front.invocation, "answered", *FRONT)
+
+    assert agent.ask(finish) == Answer(True, "allowed")
+    again = agent.ask(finish)
+
+    assert isinstance(again, Answer)
+    assert (again.allowed, again.reason) == (False, "unknown_call")
+    assert [line["question"] for line in site.events("step_denied")] == ["finish"]
+
+
+def test_the_status_puts_the_agents_reports_together() -> None:
+    site = Site()
+    first, second = Agent(site, "a", node="node0"), Agent(site, "b", node="node1")
+    first.session.tell(Report(1, "h", denied={"shop bad_token": 9}))
+    first.session.tell(
+        Report(1, "h", ("shop", "shop"), ("front", "gone"), ("audit", "enforce"), (1, 1), (2, 1), {"shop bad_token": 1}, {}, {"shop deny": 4})
+    )
+    second.session.tell(Report(1, "h", ("shop",), ("front",), ("enforce",), (1,), (3,), {"shop bad_token": 2, "shop reentrant": -5}))
+    first.send()
+    second.send()
+
+    answer = Agent(site, "c", hello=False).ask(Status())
+
+    assert isinstance(answer, StatusAnswer)
+    told = answer.status
+    assert list(zip(told.node, told.function, told.mode, told.asked, told.version, told.count, strict=True)) == [
+        ("node0", "front", "audit", "enforce", 1, 2),
+        ("node0", "gone", "enforce", "", 1, 1),
+        ("node1", "front", "enforce", "enforce", 1, 3),
+    ]
+    assert (told.denied, told.fail_modes) == ({"shop bad_token": 3, "shop reentrant": 0}, {"shop deny": 4})
+
+
+def test_whatever_agents_report_the_status_fits_a_frame() -> None:
+    """Several agents that fill their frames with names nobody else has."""
+    site = Site()
+    for node in range(4):
+        agent = Agent(site, f"agent-{node}", node=f"node{node}")
+        names = tuple(f"{number}-{node}-".ljust(60, "x") for number in range(3000))
+        counts = {f"{name} {node}": limits.INT_MAX for name in sorted(names)}
+        agent.session.tell(Report(1, "h", names, names, ("m",) * 3000, (1,) * 3000, (limits.INT_MAX,) * 3000, counts))
+        agent.send()
+
+    answer = Agent(site, "c", hello=False).ask(Status())
+
+    assert isinstance(answer, StatusAnswer)
+    assert set(answer.status.node) == {"*"}
+    assert 1000 < len(answer.status.node) < limits.ITEMS_MAX
+    assert 1000 < len(answer.status.denied) < limits.ITEMS_MAX
+
+
+class SlowCalls(MemoryCalls):
+    """A store whose answers come when the test says so."""
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__(held=registry.held, mint=counting_mint())
+        self.waiting: list[Callable[[], None]] = []
+
+    def begin(self, who: Instance, version: int, step: str, *, now_ns: int) -> Deferred[Answer]:  # type: ignore[override]
+        later: Deferred[Answer] = Deferred()
+        self.waiting.append(lambda: later.resolve(MemoryCalls.begin(self, who, version, step, now_ns=now_ns)))
+        return later
+
+    def forget(self, who: Instance, why: str, *, now_ns: int) -> Deferred[list[Evicted]]:  # type: ignore[override]
+        later: Deferred[list[Evicted]] = Deferred()
+        self.waiting.append(lambda: later.resolve(MemoryCalls.forget(self, who, why, now_ns=now_ns)))
+        return later
+
+
+def slow_site() -> tuple[Site, SlowCalls]:
+    registry = Registry()
+    calls = SlowCalls(registry)
+    return Site(state=State(registry, calls)), calls
+
+
+def test_an_answer_that_the_store_has_later_is_sent_then() -> None:
+    site, calls = slow_site()
+    agent = Agent(site, "a")
+    agent.ask(Register(*FRONT, "image"))
+    agent.ask(InstanceStart("0" * 16, "", "", 1, *FRONT), Ping())
+    assert agent.heard[-1] == Pong()
+
+    calls.waiting.pop()()
+    site.carry()
+
+    answer = agent.heard[-1]
+    assert isinstance(answer, Answer)
+    assert answer.allowed
+
+
+def test_an_answer_for_who_is_gone_reaches_nobody() -> None:
+    site, calls = slow_site()
+    agent = Agent(site, "a")
+    agent.ask(Register(*FRONT, "image"))
+    agent.ask(InstanceStart("0" * 16, "", "", 1, *FRONT))
+    agent.disconnect()
+    back = Agent(site, "b")
+
+    calls.waiting.pop()()
+    site.carry()
+
+    assert isinstance(back.heard[-1], ControllerWelcome)
+
+
+def test_evictions_that_the_store_knows_later_are_counted_then() -> None:
+    site, calls = slow_site()
+    agent = Agent(site, "a")
+    agent.ask(Register(*FRONT, "image"))
+    agent.ask(InstanceStart("0" * 16, "", "", 1, *FRONT))
+    calls.waiting.pop()()
+    agent.session.tell(Unregister(FRONT[0]))
+    agent.send()
+    assert site.events("invocation_evicted") == []
+
+    calls.waiting.pop()()
+
+    assert len(site.events("invocation_evicted")) == 1
+    answer = agent.ask(Status())
+    assert isinstance(answer, StatusAnswer)
+    assert answer.status.evicted == {"unregistered": 1}
 
 
 def test_one_agent_too_many_is_told_so_and_what_it_sent_behind_its_hello_is_not_done() -> None:

@@ -84,7 +84,8 @@ class Site:
         (path / "policies").mkdir()
         files.init(path, now=self.now)
         self.issue("controller", role=Role.CONTROLLER)
-        self.issue("agent", identity="node0")
+        self.issue("node0")
+        self.issue("node1")
         files.operator_key(path)
         key = load_pem_private_key((path / "operator.key").read_bytes(), None)
         assert isinstance(key, Ed25519PrivateKey)
@@ -139,7 +140,7 @@ class Site:
         lines = self.log.read_bytes().rpartition(b"\n")[0].splitlines() if self.log.exists() else []
         return [line for line in map(json.loads, lines) if line["event"] == name]
 
-    def context(self, name: str = "agent", directory: Path | None = None) -> ssl.SSLContext:
+    def context(self, name: str = "node0", directory: Path | None = None) -> ssl.SSLContext:
         """What a client with the certificate `name` of `directory` would use; "" for none."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(self.path / "ca.crt")
@@ -265,11 +266,11 @@ def test_a_certificate_of_another_ca_gets_nothing(site: Site, any_loop: str) -> 
     """Everything about it is right but who signed it."""
     other = site.path / "other"
     files.init(other, now=site.now)
-    site.issue("agent", identity="node0", directory=other)
+    site.issue("node0", directory=other)
     site.start()
 
     with pytest.raises((ssl.SSLError, ConnectionError)):
-        Agent(site, site.context("agent", other)).hello()
+        Agent(site, site.context("node0", other)).hello()
 
     line = until(lambda: site.events("connection_refused"), "the refusal in the log")[0]
     assert line["detail"].startswith("certificate_verify_failed: ")
@@ -372,7 +373,7 @@ def test_a_new_policy_is_pushed_and_a_damaged_one_changes_nothing(site: Site, an
     until(lambda: site.events("policy_refused"), "the refusal in the log")
 
     assert agent.start(FRONT).allowed  # under version 1, which drains
-    assert dict(Agent(site).hello("node1").policies) == {"shop": second}
+    assert dict(Agent(site, site.context("node1")).hello("node1").policies) == {"shop": second}
     assert [(line["file"], line["reason"]) for line in site.events("policy_refused")] == [("shop.signed.json", "policy.signature")]
 
 
@@ -500,7 +501,10 @@ def test_the_status_is_told_to_people_and_programs(site: Site, capsys: pytest.Ca
     assert capsys.readouterr().out.splitlines() == ["policies     shop 1", "agents       0", "calls        0", "invocations  0"]
     assert main(["controller", "status", "--config", str(site.config), "--output", "json"]) == 0
 
-    assert json.loads(capsys.readouterr().out) == {"policies": {"shop": 1}, "agents": 0, "calls": 0, "invocations": 0}
+    told = json.loads(capsys.readouterr().out)
+    assert (told["policies"], told["agents"], told["calls"], told["invocations"]) == ({"shop": 1}, 0, 0, 0)
+    assert (told["controller"], told["controllers"], told["store"]) == ("controller", ["controller"], "memory")
+    assert abs(told["started_ms"] - time.time() * 1000) < WAIT_S * 1000
 
 
 def test_the_status_of_a_controller_that_is_away_is_an_error(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -543,7 +547,7 @@ class Transport:
         connection.connection_made(cast(asyncio.BaseTransport, self))
 
     def get_extra_info(self, name: str) -> Any:
-        return {"subject": ((("countryName", "XX"),), (("commonName", "agent"),))} if name == "peercert" else None
+        return {"subjectAltName": (("DNS", "node0"), ("URI", "kalium://agent/node0"))} if name == "peercert" else None
 
     def set_write_buffer_limits(self, high: int) -> None:
         self.high = high
@@ -591,7 +595,7 @@ def test_a_peer_that_does_not_read_is_dropped() -> None:
 
     assert (shell.transport.high, shell.transport.ended) == (WRITE_BUFFER_BYTES_MAX, "aborted")
     assert [line["reason"] for line in shell.lines if line["event"] == "connection_closed"] == ["slow_reader"]
-    assert [line["subject"] for line in shell.lines if line["event"] == "agent_connected"] == ["agent"]
+    assert [line["subject"] for line in shell.lines if line["event"] == "agent_connected"] == ["node0"]
 
 
 def test_leases_are_renewed_while_an_agent_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:

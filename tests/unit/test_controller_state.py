@@ -4,12 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
-from controller_samples import Node, compiled, counting_mint, policy, site
+from controller_samples import RUN, Node, compiled, policy, site, state_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kalium.controller.calls import Evicted, MemoryCalls
 from kalium.controller.limits import LIMITS
-from kalium.controller.state import NS_PER_MS, Evicted, State
+from kalium.controller.registry import NS_PER_MS, DuplicateAgent
 from kalium.errors import KaliumError
 from kalium.policy.automaton import CompiledPolicy
 from kalium.policy.envelope import canonical
@@ -50,8 +51,8 @@ def test_a_call_goes_on_past_a_function_whose_guard_is_off() -> None:
     document = json.loads(compiled(entries="front, lists, mail"))
     for function in ("stock", "pay"):
         document["functions"][function]["mode"] = "off"
-    state = State(mint=counting_mint())
-    state.install(CompiledPolicy.parse(canonical(document)), b"signed 1", now_ns=0)
+    state = state_of()
+    state.registry.install(CompiledPolicy.parse(canonical(document)), b"signed 1", now_ns=0)
     node = Node(state)
     for function in ("front", "pay", "mail"):
         assert node.register(function).allowed
@@ -116,7 +117,7 @@ def test_a_token_is_spent_by_the_start_that_it_granted() -> None:
 def test_a_token_of_another_app_is_no_token_here() -> None:
     """Both apps have a function of the same name, and only one of them was invoked."""
     node = site()
-    node.state.install(policy(app="other"), b"signed other", now_ns=0)
+    node.state.registry.install(policy(app="other"), b"signed other", now_ns=0)
     other = Node(node.state, "connection-2", "node1", app="other")
     granted(other.register("stock", "stock-of-other"))
     token = granted(node.invoke(granted(node.start("front")), "front", "stock")).token
@@ -321,7 +322,7 @@ def test_another_agent_may_not_speak_for_an_instance() -> None:
     denied(stranger.invoke(front, "front", "stock"), "unregistered")
     denied(stranger.register("front"), "unregistered")
     assert not stranger.end(front, "front")
-    assert stranger.state.unregister(stranger.key, "front") == []
+    assert stranger.unregister("front") == []
 
     granted(node.invoke(front, "front", "stock"))
 
@@ -353,14 +354,14 @@ def test_registering_again_changes_nothing() -> None:
 def test_what_no_policy_knows_is_not_registered(said: Register, reason: str) -> None:
     node = site()
 
-    denied(node.state.register(node.key, said), reason)
+    denied(node.state.register(node.key, said, now_ns=0), reason)
 
 
 def test_an_instance_that_is_gone_takes_its_invocations_with_it() -> None:
     node = site()
     front = granted(node.start("front"))
 
-    evicted = node.state.unregister(node.key, "front")
+    evicted = node.unregister("front")
 
     assert evicted == [Evicted("shop", "front", front.call, front.invocation, "front", "unregistered")]
     assert node.counts() == (0, 0)
@@ -371,7 +372,7 @@ def test_an_agent_that_comes_back_registers_again_and_its_calls_go_on() -> None:
     """A broken connection is not a broken call: the sandboxes have gone on."""
     node = site()
     front = granted(node.start("front"))
-    node.state.agent_gone(node.key, now_ns=node.now_ns)
+    node.state.registry.agent_gone(node.key, now_ns=node.now_ns)
     denied(node.invoke(front, "front", "stock"), "unregistered")
     node.now_ms = LIMITS.agent_gone_ms - 1
 
@@ -380,14 +381,15 @@ def test_an_agent_that_comes_back_registers_again_and_its_calls_go_on() -> None:
     back.now_ms = node.now_ms
 
     granted(back.invoke(front, "front", "stock"))
-    assert back.state.expire(now_ns=LIMITS.agent_gone_ms * NS_PER_MS) == []
+    back.now_ms = LIMITS.agent_gone_ms
+    assert back.expire() == []
 
 
 def test_an_agent_that_comes_back_before_its_old_connection_is_dead_replaces_it() -> None:
     node = site()
     front = granted(node.start("front"))
 
-    assert node.state.agent_hello("connection-2", subject="agent", node="node0", now_ns=0) == "connection-1"
+    assert node.state.registry.agent_hello("connection-2", node="node0", run=RUN, now_ns=0) == "connection-1"
 
     denied(node.invoke(front, "front", "stock"), "unregistered")
     node.key = "connection-2"
@@ -398,29 +400,44 @@ def test_an_agent_that_comes_back_before_its_old_connection_is_dead_replaces_it(
 
 def test_the_end_of_a_replaced_connection_does_not_touch_the_new_one() -> None:
     node = site()
-    node.state.agent_hello("connection-2", subject="agent", node="node0", now_ns=0)
+    node.state.registry.agent_hello("connection-2", node="node0", run=RUN, now_ns=0)
 
-    node.state.agent_gone("connection-1", now_ns=0)
+    node.state.registry.agent_gone("connection-1", now_ns=0)
 
     assert node.state.status().agents == 1
 
 
-def test_another_certificate_does_not_replace_an_agent_by_its_name() -> None:
+def test_another_run_of_an_agent_does_not_replace_one_that_is_alive() -> None:
+    """A stolen key, or a second daemon by mistake: the one that was here first goes on, and the other is told."""
     node = site()
+    node.now_ms = LIMITS.duplicate_heard_ms
+    node.state.registry.heard(node.key, now_ns=1)
 
-    assert node.state.agent_hello("connection-2", subject="mallory", node="node0", now_ns=0) is None
+    with pytest.raises(DuplicateAgent):
+        node.state.registry.agent_hello("connection-2", node="node0", run="f" * 16, now_ns=node.now_ns)
 
     granted(node.start("front"))
-    denied(node.state.register("connection-2", Register("front", "shop", "front", "image")), "unregistered")
+
+
+def test_another_run_of_an_agent_replaces_one_that_was_not_heard_for_a_while() -> None:
+    node = site()
+    node.state.registry.heard(node.key, now_ns=1)
+
+    now_ns = LIMITS.duplicate_heard_ms * NS_PER_MS + 1
+    assert node.state.registry.agent_hello("connection-2", node="node0", run="f" * 16, now_ns=now_ns) == node.key
+
+    denied(node.start("front"), "unregistered")
 
 
 def test_an_agent_that_stays_away_loses_its_instances_after_the_bound() -> None:
     node = site()
     front = granted(node.start("front"))
-    node.state.agent_gone(node.key, now_ns=0)
-    assert node.state.expire(now_ns=LIMITS.agent_gone_ms * NS_PER_MS - 1) == []
+    node.state.registry.agent_gone(node.key, now_ns=0)
+    node.now_ms = LIMITS.agent_gone_ms - 1
+    assert node.expire() == []
 
-    evicted = node.state.expire(now_ns=LIMITS.agent_gone_ms * NS_PER_MS)
+    node.now_ms += 1
+    evicted = node.expire()
 
     assert evicted == [Evicted("shop", "front", front.call, front.invocation, "front", "agent_gone")]
     assert node.counts() == (0, 0)
@@ -436,12 +453,12 @@ def test_an_invocation_whose_end_was_lost_is_evicted_after_its_timeout() -> None
     front = granted(node.start("front"))
     lifetime_ms = 60_000 + LIMITS.invocation_grace_ms
     node.now_ms = lifetime_ms - 1
-    assert node.state.expire(now_ns=node.now_ns) == []
+    assert node.expire() == []
     granted(node.invoke(front, "front", "stock"))
 
     node.now_ms = lifetime_ms
     denied(node.invoke(front, "front", "pay"), "unknown_call")  # before anybody has swept
-    evicted = node.state.expire(now_ns=node.now_ns)
+    evicted = node.expire()
 
     assert [(each.invocation, each.why) for each in evicted] == [(front.invocation, "timeout")]
 
@@ -453,7 +470,9 @@ def test_many_evictions_come_in_portions() -> None:
         granted(node.register("front", f"front-{number}"))
         granted(node.start("front", instance=f"front-{number}"))
 
-    portions = [(len(node.state.expire(now_ns=10**12, evictions_max=2)), node.state.has_due(now_ns=10**12)) for _ in range(4)]
+    calls = node.state.calls
+    assert isinstance(calls, MemoryCalls)
+    portions = [(len(calls.expire(now_ns=10**12, evictions_max=2)), calls.has_due(now_ns=10**12)) for _ in range(4)]
 
     assert portions == [(2, True), (2, True), (1, False), (0, False)]
 
@@ -462,16 +481,16 @@ def test_many_evictions_come_in_portions() -> None:
 
 
 def test_versions_only_grow() -> None:
-    state = State(mint=counting_mint())
-    assert state.install(policy(2), b"signed 2", now_ns=0)
+    state = state_of()
+    assert state.registry.install(policy(2), b"signed 2", now_ns=0)
 
     with pytest.raises(KaliumError, match="versions only grow"):
-        state.install(policy(1), b"signed 1", now_ns=0)
+        state.registry.install(policy(1), b"signed 1", now_ns=0)
     with pytest.raises(KaliumError, match="versions only grow"):
-        state.install(policy(2), b"signed 2 with other words", now_ns=0)
-    assert not state.install(policy(2), b"signed 2", now_ns=0)
+        state.registry.install(policy(2), b"signed 2 with other words", now_ns=0)
+    assert not state.registry.install(policy(2), b"signed 2", now_ns=0)
 
-    assert state.newest()["shop"].envelope == b"signed 2"
+    assert state.registry.newest()["shop"].envelope == b"signed 2"
     assert state.status().policies == {"shop": 2}
 
 
@@ -480,7 +499,7 @@ def test_a_call_keeps_the_version_that_it_began_with() -> None:
     node = site()
     front = granted(node.start("front"))
 
-    node.state.install(policy(2, entries="lists"), b"signed 2", now_ns=0)
+    node.state.registry.install(policy(2, entries="lists"), b"signed 2", now_ns=0)
 
     granted(node.start("stock", granted(node.invoke(front, "front", "stock")).token, version=2))
     granted(node.invoke(front, "front", "pay", version=2))
@@ -492,7 +511,7 @@ def test_a_call_keeps_the_version_that_it_began_with() -> None:
 def test_an_old_version_drains_and_is_then_denied(after_ms: int, reason: str, *, is_swept: bool) -> None:
     node = site()
     front = granted(node.start("front"))
-    node.state.install(policy(2), b"signed 2", now_ns=0)
+    node.state.registry.install(policy(2), b"signed 2", now_ns=0)
     node.now_ms = after_ms
     if is_swept:
         node.state.expire(now_ns=node.now_ns)
@@ -506,7 +525,7 @@ def test_a_token_of_a_drained_version_starts_nothing() -> None:
     node = site()
     front = granted(node.start("front"))
     node.now_ms = LIMITS.drain_ms - 1
-    node.state.install(policy(2), b"signed 2", now_ns=0)
+    node.state.registry.install(policy(2), b"signed 2", now_ns=0)
     token = granted(node.invoke(front, "front", "stock")).token
     node.now_ms += 1
     node.state.expire(now_ns=node.now_ns)
@@ -527,7 +546,7 @@ def test_a_version_that_the_controller_does_not_hold_is_a_mismatch(version: int)
 def test_a_function_that_the_guards_version_lacks_does_not_start() -> None:
     """It was registered when there was one; its sandbox is still there."""
     node = site()
-    node.state.install(policy(2, entries="front"), b"signed 2", now_ns=0)
+    node.state.registry.install(policy(2, entries="front"), b"signed 2", now_ns=0)
 
     denied(node.start("lists", version=2), "unknown_function")
 
@@ -542,7 +561,7 @@ def test_a_full_table_of_calls_denies_and_has_room_again_after_an_end() -> None:
     first = granted(node.start("front"))
     granted(node.start("lists"))
 
-    refused = denied(node.start("front", step="a" * 16), "controller_unavailable")
+    refused = denied(node.start("front", step="a" * 16), "overloaded")
     assert "2 live calls" in refused.detail
     node.end(first, "front")
 
@@ -555,7 +574,7 @@ def test_a_call_has_a_bound_of_invocations_and_the_token_is_not_spent() -> None:
     first, second = (granted(node.invoke(lists, "lists", "stock")).token for _ in range(2))
     stock = granted(node.start("stock", first))
 
-    denied(node.start("stock", second), "controller_unavailable")
+    denied(node.start("stock", second), "overloaded")
     node.end(stock, "stock")
 
     granted(node.start("stock", second))
@@ -566,7 +585,7 @@ def test_a_call_has_a_bound_of_pending_tokens_and_the_cursor_stays() -> None:
     lists = granted(node.start("lists"))
     tokens = [granted(node.invoke(lists, "lists", "stock")).token for _ in range(2)]
 
-    denied(node.invoke(lists, "lists", "stock", step="a" * 16), "controller_unavailable")
+    denied(node.invoke(lists, "lists", "stock", step="a" * 16), "overloaded")
     granted(node.start("stock", tokens[0]))
 
     granted(node.invoke(lists, "lists", "stock", step="a" * 16))
@@ -577,7 +596,7 @@ def test_an_instance_has_a_bound_of_invocations() -> None:
     granted(node.start("front"))
     granted(node.start("front"))
 
-    denied(node.start("front"), "controller_unavailable")
+    denied(node.start("front"), "overloaded")
 
     granted(node.start("lists"))
 
@@ -585,9 +604,9 @@ def test_an_instance_has_a_bound_of_invocations() -> None:
 def test_an_agent_has_a_bound_of_instances() -> None:
     node = site(replace(LIMITS, instances_per_agent=2), functions="front stock")
 
-    denied(node.register("pay"), "controller_unavailable")
+    denied(node.register("pay"), "overloaded")
     granted(node.register("stock"))
-    node.state.unregister(node.key, "stock")
+    node.unregister("stock")
 
     granted(node.register("pay"))
 
@@ -596,8 +615,8 @@ def test_agents_have_a_bound_and_one_that_comes_back_is_not_one_more() -> None:
     node = site(replace(LIMITS, agents=1))
 
     with pytest.raises(OverflowError):
-        node.state.agent_hello("connection-2", subject="agent", node="node1", now_ns=0)
-    assert node.state.agent_hello("connection-3", subject="agent", node="node0", now_ns=0) == "connection-1"
+        node.state.registry.agent_hello("connection-2", node="node1", run=RUN, now_ns=0)
+    assert node.state.registry.agent_hello("connection-3", node="node0", run=RUN, now_ns=0) == "connection-1"
 
 
 def test_the_memory_of_steps_has_a_bound_and_forgets_the_oldest() -> None:
@@ -618,9 +637,9 @@ def test_an_app_has_a_bound_of_versions_and_drops_the_oldest() -> None:
     node = site(replace(LIMITS, versions_per_app=2))
     front = granted(node.start("front"))
 
-    node.state.install(policy(2), b"signed 2", now_ns=0)
+    node.state.registry.install(policy(2), b"signed 2", now_ns=0)
     granted(node.invoke(front, "front", "stock"))
-    node.state.install(policy(3), b"signed 3", now_ns=0)
+    node.state.registry.install(policy(3), b"signed 3", now_ns=0)
 
     denied(node.invoke(front, "front", "pay"), "policy_mismatch")
     granted(node.start("front", version=2))
@@ -655,8 +674,8 @@ def test_whatever_happens_nothing_is_left_when_everything_is_over(script: list[t
             node.now_ms += (1, 1_000, 31_000, 91_000)[how]
             node.state.expire(now_ns=node.now_ns)
         elif action == 9:
-            node.state.agent_gone(node.key, now_ns=node.now_ns)
-            node.state.agent_hello(node.key, subject="agent", node="node0", now_ns=node.now_ns)
+            node.state.registry.agent_gone(node.key, now_ns=node.now_ns)
+            node.state.registry.agent_hello(node.key, node="node0", run=RUN, now_ns=node.now_ns)
             for function in functions:
                 granted(node.register(function))
     calls, invocations = node.counts()
@@ -665,4 +684,6 @@ def test_whatever_happens_nothing_is_left_when_everything_is_over(script: list[t
     node.state.expire(now_ns=node.now_ns + 200_000 * NS_PER_MS)
 
     assert node.counts() == (0, 0)
-    assert (len(node.state._tokens), len(node.state._token_deadlines), node.state._invocation_deadlines) == (0, 0, {})
+    memory = node.state.calls
+    assert isinstance(memory, MemoryCalls)
+    assert (len(memory._tokens), len(memory._token_deadlines), memory._invocation_deadlines) == (0, 0, {})
