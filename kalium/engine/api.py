@@ -6,6 +6,7 @@ import base64
 import hmac
 import json
 import platform
+import re
 import urllib.parse
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
@@ -29,10 +30,16 @@ WITHOUT_BACKEND = frozenset({"/system/info", "/system/namespaces"})  # answered 
 Call = Callable[[web.BaseRequest, str], Awaitable[web.StreamResponse]]  # the second argument is what follows the route's path
 
 
+# How a function writes whom it invokes. Guards let nothing else out; whoever comes around one is held to the same here, so that no
+# two readers of a path, with escapes or dot segments in it, could find two functions in it.
+SPELLING = re.compile(r"/(?:async-)?function/([a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?)((?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*)(\?[!-~]*)?")
+
+
 class Data:
     """The listener of the functions: invocations and nothing else."""
 
-    def __init__(self, proxy: Proxy, calls: Calls, log: LogLine) -> None:
+    def __init__(self, proxy: Proxy, calls: Calls, backend: Backend, log: LogLine) -> None:
+        self._backend = backend
         self._proxy = proxy
         self._calls = calls
         self._log = log
@@ -49,6 +56,8 @@ class Data:
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         target = request.raw_path
+        if target.startswith((PREFIX, ASYNC_PREFIX)):
+            self._check_spelling(request.method, target)
         if target.startswith(PREFIX):
             return await self._proxy.invoke(request)
         if target.startswith(ASYNC_PREFIX):
@@ -56,6 +65,15 @@ class Data:
         if target.partition("?")[0] == "/healthz":
             return web.Response(text="OK")
         return await self._administer(request)
+
+    def _check_spelling(self, method: str, target: str) -> None:
+        """Raises Refused for what no guard lets a function write. A function of an app is invoked by POST, at its name and nothing behind it."""
+        match = SPELLING.fullmatch(target)
+        if match is None:
+            raise Refused(400, "functions invoke each other by /function/NAME or /async-function/NAME, without escapes and dot segments")
+        function = self._backend.find(match[1])
+        if function is not None and function.deployment.app and (method != "POST" or match[2] or match[3]):
+            raise Refused(400, f"{match[1]} belongs to an app: functions invoke it by POST, without a path or query behind its name")
 
     async def _administer(self, request: web.BaseRequest) -> web.StreamResponse:
         raise Refused(404, f"there is no {request.path[:200]} here")
@@ -65,8 +83,7 @@ class Admin(Data):
     """The administrator's listener: the whole API. Everything under /system/ needs basic authentication."""
 
     def __init__(self, *, proxy: Proxy, calls: Calls, backend: Backend, user: str, password: str, log: LogLine) -> None:
-        super().__init__(proxy, calls, log)
-        self._backend = backend
+        super().__init__(proxy, calls, backend, log)
         self._followers = 0
         self._expected = f"{user}:{password}".encode()
         # Path, or the beginning of one that ends with the name of something -> method -> call.
@@ -79,6 +96,9 @@ class Admin(Data):
             "/system/secrets": {"GET": self._list_secrets, "POST": self._put_secret, "PUT": self._put_secret, "DELETE": self._remove_secret},
             "/system/logs": {"GET": self._logs},
         }
+
+    def _check_spelling(self, method: str, target: str) -> None:
+        """Clients are not held to it: OpenFaaS passes paths and queries on."""
 
     async def _administer(self, request: web.BaseRequest) -> web.StreamResponse:
         path = request.raw_path.partition("?")[0]

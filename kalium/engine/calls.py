@@ -33,9 +33,22 @@ from kalium.engine.limits import (
     CALLS_DRAIN_SECONDS_MAX,
     CALLS_MAX,
     RETRY_AFTER_SECONDS,
+    TOKEN_BYTES_MAX,
 )
 from kalium.engine.log import LogLine
-from kalium.engine.proxy import CALLBACK_FIELD, SERVED_BY, ExchangeFailed, Proxy, Seize, end_to_end, passed_on, read_body, split_target
+from kalium.engine.proxy import (
+    CALLBACK_FIELD,
+    CALLBACK_TOKEN_FIELD,
+    SERVED_BY,
+    TOKEN_FIELD,
+    ExchangeFailed,
+    Proxy,
+    Seize,
+    end_to_end,
+    passed_on,
+    read_body,
+    split_target,
+)
 from kalium.engine.state import State, write_whole
 
 ASYNC_PREFIX = "/async-function/"
@@ -44,7 +57,7 @@ CALLBACK = re.compile(r"http://gateway:8080/function/([a-z0-9](?:[-a-z0-9]{0,61}
 BEGUN = ".begun"
 PASSED_TO_CALLBACK = ("content-type", "content-encoding")  # of an answer; whatever else it says is its own
 
-HEAD = ("id", "function", "app", "callback", "target")
+HEAD = ("id", "function", "app", "callback", "callback_token", "target")
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ class Call:
     function: str
     app: str  # of the function, when the call was accepted
     callback: str  # a function's name, or ""
+    callback_token: str  # what the callback carries, or "": of the guard whose function made the call
     target: str
     fields: Sequence[tuple[str, str]]
     body: bytes
@@ -176,6 +190,7 @@ class Calls:
         name, target = split_target(request.raw_path, ASYNC_PREFIX)
         function = self._backend.get(name)
         callback = self._callback(function, request.headers.getall(CALLBACK_FIELD, []))
+        callback_token = self._callback_token(callback, request.headers.getall(CALLBACK_TOKEN_FIELD, []))
         if self._is_stopping:
             raise Refused(503, "the gateway is stopping")
         size = request.content_length or 0
@@ -188,7 +203,9 @@ class Calls:
             held = len(body)
             self._bytes += held
             call_id = request.headers.get("X-Call-Id") or str(uuid.uuid4())
-            call = Call(self._next, call_id, name, function.deployment.app, callback, target, passed_on(request, call_id, accepted), body)
+            call = Call(
+                self._next, call_id, name, function.deployment.app, callback, callback_token, target, passed_on(request, call_id, accepted), body
+            )
             self._next += 1
             await asyncio.to_thread(self._journal.keep, call)
         except BaseException:
@@ -211,6 +228,15 @@ class Calls:
         if reason:
             raise Refused(400, reason)
         return match[1]
+
+    @staticmethod
+    def _callback_token(callback: str, values: Sequence[str]) -> str:
+        """What the callback has to carry. Raises Refused for two of them, and for one without a callback."""
+        if not values:
+            return ""
+        if len(values) > 1 or not callback or not 0 < len(values[0]) <= TOKEN_BYTES_MAX:
+            raise Refused(400, f"{CALLBACK_TOKEN_FIELD} is one token for one callback")
+        return values[0]
 
     def _why_no_callback(self, app: str, name: str) -> str:
         """Functions without an app are of one app in this."""
@@ -299,7 +325,7 @@ class Calls:
             await asyncio.sleep(CALL_WAIT_PAUSE_SECONDS)
 
     async def _call_back(self, call: Call, outcome: _Outcome) -> None:
-        """Post a result. It carries nothing of the caller's or of the function's but what it is a result of."""
+        """Post a result. It carries nothing of the function's but what it is a result of, and of the caller's guard the token."""
 
         def request() -> upstream.Request:
             fields = [
@@ -312,6 +338,8 @@ class Calls:
                 ("X-Function-Status", str(outcome.status)),
                 ("X-Duration-Seconds", f"{outcome.seconds:.6f}"),
             ]
+            if call.callback_token:
+                fields.append((TOKEN_FIELD, call.callback_token))
             return upstream.Request("POST", "/", fields, outcome.body)
 
         reason, status = self._why_no_callback(call.app, call.callback), 0

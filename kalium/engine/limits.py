@@ -29,6 +29,7 @@ SECRET_BYTES_MAX = 512 << 10
 # Asynchronous calls.
 CALLS_MAX = 1000  # accepted and not over; the next is refused
 CALLS_BYTES_MAX = 256 << 20  # of their bodies
+TOKEN_BYTES_MAX = 512  # of a callback's token, which is a text of the guards' protocol
 CALLS_AT_ONCE = 32
 CALLS_AT_ONCE_OF_FUNCTION = 16
 CALL_WAIT_SECONDS_MAX = 60.0  # for a function that has no instance with room, beside the time in its queue

@@ -26,8 +26,10 @@ HOP_BY_HOP = frozenset(
 )
 FRAMING = frozenset({"content-length", "expect", "host"})  # written anew
 CALLBACK_FIELD = "X-Callback-Url"
+TOKEN_FIELD = "X-Kalium-Token"  # of a request; the guard of the function judges it
+CALLBACK_TOKEN_FIELD = "X-Kalium-Callback-Token"  # what the callback has to carry as its own; only this gateway sees it
 # A callback is this gateway's to make and nobody else's to read.
-OURS_UP = frozenset({"x-call-id", "x-start-time", "x-forwarded-for", "x-forwarded-host", "x-callback-url"})
+OURS_UP = frozenset({"x-call-id", "x-start-time", "x-forwarded-for", "x-forwarded-host", "x-callback-url", "x-kalium-callback-token"})
 OURS_DOWN = frozenset({"x-start-time", "x-served-by"})
 
 

@@ -107,7 +107,7 @@ class Engine:
     async def _serve_on(self, admin_socket: socket.socket, data_socket: socket.socket, password: str) -> None:
         config = self._config
         admin = Admin(proxy=self._proxy, calls=self.calls, backend=self.backend, user=config.user, password=password, log=self._log)
-        data = Data(self._proxy, self.calls, self._log)
+        data = Data(self._proxy, self.calls, self.backend, self._log)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)

@@ -234,8 +234,60 @@ def test_the_side_of_the_functions_invokes_and_administers_nothing(tmp_path: Pat
 
             assert (await site.invoke(side="data_address"))[0] == 200
             assert (await site.call("GET", "/healthz", side="data_address"))[0] == 200
-            for path in ("/system/functions", "/system/info", "/function", "//system/functions", "/function/../system/functions"):
+            for path in ("/system/functions", "/system/info", "/function", "//system/functions"):
                 assert (await site.call("GET", path, side="data_address"))[0] == 404, path
+            assert (await site.call("GET", "/function/../system/functions", side="data_address"))[0] == 400
+
+    play(story())
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/function/%65cho", "/function/echo%2F", "/function/echo/../echo", "/function/echo/.", "/function/echo//a", "/function//echo",
+        "/function/echo/", "/function/echo.openfaas-fn", "/function/Echo", "/function/echo;a", "/function/echo/a%20b", "/function/echo\\a",
+        "/function/-echo", "/async-function/echo.openfaas-fn", "/async-function/%65cho", "/async-function/echo/../mine",
+    ],
+)  # fmt: skip
+def test_functions_invoke_each_other_in_one_spelling(tmp_path: Path, target: str) -> None:
+    """A client's path is its own affair; what comes from a function's side is held to what guards let out."""
+
+    async def story() -> None:
+        async with world(tmp_path) as site:
+            await site.deploy()
+            await site.ready()
+            reader, writer = await asyncio.open_connection(*site.listening["data_address"].split(":"))
+            writer.write(f"POST {target} HTTP/1.1\r\nHost: gateway:8080\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+
+            assert (await reader.readline()).split()[1] in (b"400", b"404")
+            writer.close()
+            assert site.machine.requests == []
+
+    play(story())
+
+
+def test_a_function_of_an_app_is_invoked_at_its_name_and_by_post_alone(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with world(tmp_path) as site:
+            await site.deploy()
+            await site.deploy("mine", labels=GUARDED, annotations=APP)
+            for name in ("echo", "mine"):
+                await site.ready(name)
+
+            async def status(method: str, target: str, side: str = "data_address") -> int:
+                return (await site.call(method, target, b"" if method == "GET" else b"x", side=side))[0]
+
+            assert await status("POST", "/function/mine") == 200
+            assert await status("POST", "/async-function/mine") == 202
+            for method, target in (
+                ("POST", "/function/mine/a"),
+                ("POST", "/function/mine?a=b"),
+                ("PUT", "/function/mine"),
+                ("POST", "/async-function/mine/a"),
+            ):
+                assert await status(method, target) == 400, (method, target)
+            assert await status("POST", "/function/echo/a?b=c") == 200, "a function without an app is nobody's to guard"
+            assert await status("POST", "/function/mine/a?b=c", side="address") == 200, "a client"
 
     play(story())
 

@@ -118,7 +118,7 @@ def test_the_result_is_posted_to_the_callback_and_nothing_else_of_the_function(t
             "content-type": "text/x-mine",
         }
         assert float(called["x-duration-seconds"]) > 0
-        assert "x-kalium-token" not in called
+        assert "x-kalium-token" not in called, "it is the caller's for the function, and not for the callback"
         assert called["x-forwarded-for"] == "127.0.0.1"
         assert "x-callback-url" not in dict(heard.calls()[0][1])
 
@@ -240,6 +240,45 @@ def test_what_a_client_would_have_been_told_is_the_result(tmp_path: Path) -> Non
         assert (called["x-function-status"], "did not answer" in called[""]) == ("502", True)
         assert site.events("call_failed")[0]["status"] == 502
         assert len(heard.calls()) == 1, "a request that a function may have seen is not sent again"
+
+    with_functions(tmp_path, story)
+
+
+def test_the_callback_carries_the_token_that_the_callers_guard_got_for_it(tmp_path: Path) -> None:
+    """Nobody else sees it: neither the function that is called nor, when the gateway starts again, anybody new."""
+
+    async def story(site: World, heard: Heard) -> None:
+        status, _, _ = await call(site, X_Callback_Url=CALLBACK_URL, X_Kalium_Token="a" * 32, X_Kalium_Callback_Token="b" * 32)
+
+        assert status == 202
+        await until(heard.callbacks, "the callback")
+        (called,), ((_, fields, _),) = heard.callbacks(), heard.calls()
+        assert called["x-kalium-token"] == "b" * 32
+        assert dict(fields)["x-kalium-token"] == "a" * 32
+        assert not any("callback-token" in name or value == "b" * 32 for name, value in fields)
+        assert "x-kalium-callback-token" not in called
+
+    with_functions(tmp_path, story)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"X_Callback_Url": CALLBACK_URL, "X_Kalium_Callback_Token": "x" * 513}], ids=["without_a_callback", "too_long"]
+)
+def test_a_callbacks_token_that_cannot_be_one_is_refused(tmp_path: Path, fields: dict[str, str]) -> None:
+    async def story(site: World, heard: Heard) -> None:
+        assert (await call(site, **{"X_Kalium_Callback_Token": "b" * 32, **fields}))[0] == 400
+        assert (files(site), heard.requests) == ([], [])
+
+    with_functions(tmp_path, story)
+
+
+def test_two_tokens_of_a_callback_are_none(tmp_path: Path) -> None:
+    async def story(site: World, heard: Heard) -> None:
+        reader, writer = await asyncio.open_connection(*site.listening["address"].split(":"))
+        writer.write(f"POST /async-function/echo HTTP/1.1\r\nHost: x\r\nX-Callback-Url: {CALLBACK_URL}\r\n".encode())
+        writer.write(b"X-Kalium-Callback-Token: a\r\nx-kalium-callback-token: b\r\nContent-Length: 0\r\n\r\n")
+        assert (await reader.readline()).split()[1] == b"400"
+        writer.close()
 
     with_functions(tmp_path, story)
 
@@ -376,7 +415,7 @@ def test_what_was_begun_when_the_gateway_was_killed_is_not_made_again(tmp_path: 
             await site.deploy()
         folder = tmp_path / "state" / "calls"
         for number, suffix in ((7, BEGUN), (8, ""), (9, BEGUN)):
-            made = Call(number=number, id=f"c{number}", function="echo", app="", callback="", target="/", fields=[], body=b"b")
+            made = Call(number=number, id=f"c{number}", function="echo", app="", callback="", callback_token="", target="/", fields=[], body=b"b")
             (folder / f"{number:016x}{suffix}").write_bytes(made.encode())
         (folder / ".half").write_bytes(b"")
         (folder / "what").write_bytes(b"junk")
