@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from kalium.controller.deadlines import Deadlines
 from kalium.controller.limits import LIMITS, Limits
 from kalium.controller.registry import NS_PER_MS, Instance, denied, full
-from kalium.policy.automaton import CompiledPolicy, States
+from kalium.policy.automaton import CompiledPolicy, LabelKey, States
 from kalium.policy.message import Reason
 from kalium.protocol.frames import Answer, InstanceInvoke
 
@@ -264,7 +264,8 @@ class MemoryCalls:
             return _mismatch(said.app, said.version)
         if call.tokens >= self._limits.tokens_per_call:
             return full("pending tokens of one call", self._limits.tokens_per_call)
-        states = call.policy.step(invocation.function, invocation.states, said.callee)
+        key = LabelKey(said.callee, said.asynchronous, said.callback)
+        states, _ = call.policy.step(invocation.function, invocation.states, key)
         if states:
             invocation.states = states
             answer = Answer(True, Reason.ALLOWED.value, call.id, invocation.id, self._new_token(call, said.callee, now_ns))

@@ -10,9 +10,9 @@ import enum
 import itertools
 import json
 import string
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from kalium.errors import EXIT_NO, KaliumError
 from kalium.policy.limits import (
@@ -24,6 +24,7 @@ from kalium.policy.limits import (
     EXPECTED_MAX,
     FUNCTIONS_MAX,
     INFLIGHT_MAX,
+    LABELS_MAX,
     LIST_MAX,
     MESSAGE_TEXT_MAX,
     NAME_BYTES_MAX,
@@ -36,7 +37,7 @@ from kalium.policy.limits import (
 )
 from kalium.policy.message import Kind, Message, Reason, printable
 
-FORMAT = "kalium-compiled/v2"
+FORMAT = "kalium-compiled/v3"
 VERBS = ("show-tables", "select", "insert", "update", "delete", "replace", "begin", "commit", "rollback", "create-table")
 
 States = frozenset[int]
@@ -50,6 +51,14 @@ class Mode(str, enum.Enum):
     LEARN = "learn"
     AUDIT = "audit"
     ENFORCE = "enforce"
+
+
+class FailMode(str, enum.Enum):
+    """How the guard decides an app edge that no controller decides: not, by whether the policy has the edge at all, or always for it."""
+
+    DENY = "deny"
+    LAST_KNOWN = "last_known"
+    ALLOW = "allow"
 
 
 class Protocol(str, enum.Enum):
@@ -108,10 +117,16 @@ class Symbol:
     grpc: bool = False
     sender: str = ""
     to: tuple[str, ...] = ()
+    asynchronous: bool = False
+    callback: str = ""
     retries: int = 0
     tail: bool = False
     line: int = 0
     text: str = ""
+
+    def key(self) -> LabelKey:
+        """What the controller is told of an invocation."""
+        return LabelKey(self.callee, self.asynchronous, self.callback)
 
     def expected(self) -> str:
         """The symbol as verdicts list it."""
@@ -122,7 +137,8 @@ class Symbol:
         if message.kind is Kind.OTHER or (self.kind, self.peer) != (message.kind, message.peer):
             return False
         if self.kind is Kind.INVOKE:
-            return self.callee == message.callee != ""
+            same = (self.asynchronous, self.callback) == (message.asynchronous, message.callback)
+            return same and self.callee == message.callee != ""
         if self.kind is Kind.MYSQL:
             return (self.verb, self.read, self.write) == (message.verb, message.read, message.write)
         if self.kind is Kind.SMTP:
@@ -246,32 +262,130 @@ class FunctionAutomaton(MessageAutomaton):
     reuse: Reuse = field(kw_only=True)
 
 
+class LabelKey(NamedTuple):
+    """What an INVOKE says of its invocation, and by which the controller finds the label."""
+
+    callee: str
+    asynchronous: bool = False
+    callback: str = ""
+
+    def text(self) -> str:
+        """The invocation as verdicts write it."""
+        return Message(Kind.INVOKE, callee=self.callee, asynchronous=self.asynchronous, callback=self.callback).text()
+
+
+_NO_KEY = LabelKey("")
+
+
+@dataclass(frozen=True)
+class Label:
+    """What an edge of an app CFG carries: an invocation, or the barrier behind a group of them.
+
+    `retries` is how often the invocation may be made again when it remained without an answer, `join` the group that it
+    belongs to, 0 for none. `barrier` is not 0 for a barrier: an edge that is taken without a question when every invocation
+    of that group which was granted has been answered. A group's number is one of its function's policy, from 1 on.
+    """
+
+    key: LabelKey = _NO_KEY
+    retries: int = 0
+    join: int = 0
+    barrier: int = 0
+
+
 @dataclass(frozen=True)
 class AppGraph:
-    """Which functions a function may invoke, in which order: the projection of its CFG on invocations."""
+    """Which functions a function may invoke, in which order: the projection of its CFG on invocations, with its joins.
+
+    A cursor is a set of states, as it was after the last grant: barriers are passed when the next step asks, by what has been
+    answered until then. A label is handed out as its position in `labels`.
+    """
 
     states: int
     start: States
-    edges: tuple[tuple[int, str, int], ...]  # (from, callee, to)
-    _next: Mapping[int, Mapping[str, States]] = field(init=False, repr=False, compare=False)
+    labels: tuple[Label, ...]
+    edges: tuple[tuple[int, int, int], ...]  # (from, label, to), rising
+    _next: Mapping[int, Mapping[LabelKey, tuple[int, States]]] = field(init=False, repr=False, compare=False)
+    _barriers: Mapping[int, Sequence[tuple[int, int]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        leaving: dict[int, dict[str, set[int]]] = {}
-        for source, callee, target in self.edges:
-            leaving.setdefault(source, {}).setdefault(callee, set()).add(target)
-        frozen = {source: {callee: frozenset(targets) for callee, targets in callees.items()} for source, callees in leaving.items()}
-        object.__setattr__(self, "_next", frozen)
+        leaving: dict[int, dict[LabelKey, dict[int, set[int]]]] = {}
+        barriers: dict[int, list[tuple[int, int]]] = {}
+        for source, number, target in self.edges:
+            label = self.labels[number]
+            if label.barrier:
+                barriers.setdefault(source, []).append((label.barrier, target))
+            else:
+                leaving.setdefault(source, {}).setdefault(label.key, {}).setdefault(number, set()).add(target)
+        object.__setattr__(self, "_barriers", barriers)
+        first = {source: {key: (min(targets), frozenset(targets[min(targets)])) for key, targets in keys.items()} for source, keys in leaving.items()}
+        object.__setattr__(self, "_next", first)
 
-    def step(self, states: States, callee: str) -> States:
-        """The states after an invocation of `callee`; empty: not allowed here."""
+    def step(self, states: States, key: LabelKey, open_groups: Collection[int] = ()) -> tuple[States, int]:
+        """The states after the invocation `key`, and its label; (NOWHERE, -1): not allowed here.
+
+        `open_groups` are the groups of which this invocation has granted edges that are not answered yet. The cost depends on
+        the edges of `states`, never on the length of the path. Labels that differ in retries or join could both be meant where
+        no compiler of ours made the policy: then the first is, with the edges that carry it and no other.
+        """
         if len(states) == 1:
             (state,) = states
-            return self._next.get(state, {}).get(callee, NOWHERE)
-        return NOWHERE.union(*(self._next.get(state, {}).get(callee, NOWHERE) for state in states))
+            if state not in self._barriers:
+                label, targets = self._next.get(state, _NO_EDGES).get(key, _NO_EDGE)
+                return targets, label
+        best, reached = -1, NOWHERE
+        for state in self.passed(states, open_groups):
+            label, targets = self._next.get(state, _NO_EDGES).get(key, _NO_EDGE)
+            if label == best:
+                reached |= targets
+            elif label >= 0 and (best < 0 or label < best):
+                best, reached = label, targets
+        return reached, best
 
-    def callees(self, states: States) -> list[str]:
-        """The functions that may be invoked at `states`, sorted."""
-        return sorted({callee for state in states for callee in self._next.get(state, {})})
+    def passed(self, states: States, open_groups: Collection[int] = ()) -> States:
+        """`states` and those behind the barriers that are passed, as no group of theirs is open."""
+        if not self._barriers:
+            return states
+        found, waiting = set(states), list(states)
+        while waiting:
+            for group, target in self._barriers.get(waiting.pop(), ()):
+                if group not in open_groups and target not in found:
+                    found.add(target)
+                    waiting.append(target)
+        return frozenset(found)
+
+    def expected(self, states: States, open_groups: Collection[int] = ()) -> list[LabelKey]:
+        """The invocations that are allowed at `states`, sorted."""
+        return sorted({key for state in self.passed(states, open_groups) for key in self._next.get(state, {})})
+
+    def awaited(self, states: States, open_groups: Collection[int]) -> list[LabelKey]:
+        """The invocations whose answers are waited for by the barriers at `states`, sorted."""
+        groups = {group for state in self.passed(states, open_groups) for group, _ in self._barriers.get(state, ()) if group in open_groups}
+        return sorted({label.key for label in self.labels if label.join in groups})
+
+    def plain(self) -> dict[str, Any]:
+        """All of it in lists and texts, for a store that steps by itself: what `step` does, done by a script.
+
+        `labels` are as in the compiled form. `edges` and `barriers` have an element for each state: the list of its (label,
+        target), and of its (group, target), both rising. A step first adds to the states those behind barriers whose group is
+        not open, until nothing is added; then takes the lowest label that has the key, and all targets of that label.
+        """
+        edges: list[list[list[int]]] = [[] for _ in range(self.states)]
+        barriers: list[list[list[int]]] = [[] for _ in range(self.states)]
+        for source, number, target in self.edges:
+            label = self.labels[number]
+            (barriers if label.barrier else edges)[source].append([label.barrier or number, target])
+        return {"start": sorted(self.start), "labels": [label_fields(label) for label in self.labels], "edges": edges, "barriers": barriers}
+
+
+_NO_EDGE: tuple[int, States] = (-1, NOWHERE)
+_NO_EDGES: Mapping[LabelKey, tuple[int, States]] = {}
+
+
+def label_fields(label: Label) -> dict[str, Any]:
+    """The label as the compiled form has it."""
+    if label.barrier:
+        return {"barrier": label.barrier}
+    return {**label.key._asdict(), "retries": label.retries, "join": label.join}
 
 
 @dataclass(frozen=True)
@@ -281,7 +395,8 @@ class CompiledPolicy:
     app: str
     version: int
     mode: Mode
-    deadline_ms: int  # how long an app edge may take before it counts as denied
+    app_edge: FailMode  # what becomes of an app edge that no controller decides
+    deadline_ms: int  # after so long without an answer, no controller has decided it
     source_sha256: str
     peers: Mapping[str, Peer]
     entries: frozenset[str]
@@ -299,20 +414,20 @@ class CompiledPolicy:
         """Where the app CFG of an invocation of `function` begins. KeyError: no such function."""
         return self.app_cfg[function].start
 
-    def step(self, function: str, states: States, callee: str) -> States:
-        """Where an invocation of `function` stands after it invokes `callee` at `states`; empty: edge_not_allowed."""
-        return self.app_cfg[function].step(states, callee)
+    def step(self, function: str, states: States, key: LabelKey, open_groups: Collection[int] = ()) -> tuple[States, int]:
+        """Where an invocation of `function` stands after it invokes `key` at `states`, and the edge's label: AppGraph.step."""
+        return self.app_cfg[function].step(states, key, open_groups)
 
-    def expected(self, function: str, states: States) -> list[str]:
-        """What `function` may invoke at `states`, written as verdicts list it, at most EXPECTED_MAX.
+    def expected(self, function: str, states: States, open_groups: Collection[int] = ()) -> list[str]:
+        """What `function` may invoke at `states`, and what it has to wait for before more, as verdicts list it; at most EXPECTED_MAX.
 
         The line is given where it is certain: the app CFG does not say from which of several lines an edge comes.
         """
-        texts = []
-        for callee in self.app_cfg[function].callees(states)[:EXPECTED_MAX]:
-            symbols = [symbol for symbol in self.functions[function].symbols if symbol.kind is Kind.INVOKE and symbol.callee == callee]
-            texts.append(symbols[0].expected() if len(symbols) == 1 else f"invoke {callee}")
-        return texts
+        graph, texts = self.app_cfg[function], []
+        for key in graph.expected(states, open_groups)[:EXPECTED_MAX]:
+            symbols = [symbol for symbol in self.functions[function].symbols if symbol.kind is Kind.INVOKE and symbol.key() == key]
+            texts.append(symbols[0].expected() if len(symbols) == 1 else key.text())
+        return [*texts, *(f"answer of {key.text()}" for key in graph.awaited(states, open_groups))][:EXPECTED_MAX]
 
 
 def malformed(found: str) -> KaliumError:
@@ -438,12 +553,22 @@ def _states(value: Any, path: str, states: int) -> States:
     return frozenset(value)
 
 
-def _triples(value: Any, path: str, sources: int, label: Callable[[Any, str], Any]) -> Iterator[tuple[int, Any, int]]:
+def _edges(value: Any, path: str, states: int, labels: int) -> Iterator[tuple[int, int, int]]:
+    """The list in strictly rising order, so that it has one spelling and no duplicates."""
+    last = (-1, -1, -1)
     for index, element in enumerate(_list(value, path, EDGES_MAX)):
         triple = _list(element, path, 3)
         if len(triple) != 3:
             raise malformed(f"{path}[{index}] does not have three parts")
-        yield _integer(triple[0], path, 0, sources - 1), label(triple[1], path), _integer(triple[2], path, 0, sources - 1)
+        edge = (
+            _integer(triple[0], path, 0, states - 1),
+            _integer(triple[1], path, 0, labels - 1),
+            _integer(triple[2], path, 0, states - 1),
+        )
+        if edge <= last:
+            raise malformed(f"{path}[{index}] is not after the one before it")
+        last = edge
+        yield edge
 
 
 def _policy(document: Any) -> CompiledPolicy:
@@ -454,7 +579,7 @@ def _policy(document: Any) -> CompiledPolicy:
     source_sha256 = text_of(top["source_sha256"], "source_sha256", 64)
     mode = Mode(one_of(top["mode"], "mode", [mode.value for mode in Mode]))
     on_unavailable = object_of(top["on_unavailable"], "on_unavailable", "app_edge deadline_ms")
-    one_of(on_unavailable["app_edge"], "on_unavailable.app_edge", ["deny"])
+    app_edge = FailMode(one_of(on_unavailable["app_edge"], "on_unavailable.app_edge", [mode.value for mode in FailMode]))
     deadline_ms = _integer(on_unavailable["deadline_ms"], "on_unavailable.deadline_ms", 1, DEADLINE_MS_MAX)
     peers = {name: _peer(name, value) for name, value in _names(top["peers"], "peers", PEERS_MAX).items()}
     functions = {name: _function(peers, name, value) for name, value in _names(top["functions"], "functions", FUNCTIONS_MAX).items()}
@@ -462,8 +587,11 @@ def _policy(document: Any) -> CompiledPolicy:
     for index, name in enumerate(entries):
         if name in entries[:index] or name not in functions:
             raise malformed(f'entries: "{name}" appears twice or is not a function of the policy')
+    for name, function in functions.items():
+        for symbol in function.symbols:
+            _known(functions, f"functions.{name}.symbols", symbol.callee, symbol.callback)
     app_cfg = _app_cfg(functions, top["app_cfg"])
-    return CompiledPolicy(app, version, mode, deadline_ms, source_sha256, peers, frozenset(entries), functions, app_cfg)
+    return CompiledPolicy(app, version, mode, app_edge, deadline_ms, source_sha256, peers, frozenset(entries), functions, app_cfg)
 
 
 def _peer(name: str, value: Any) -> Peer:
@@ -533,17 +661,14 @@ def _automaton(peers: Mapping[str, Peer], fields: Mapping[str, Any], path: str) 
     accept = _states(fields["accept"], f"{path}.accept", states)
     if not start:
         raise malformed(f"{path}.start is empty")
-    edges = tuple(_triples(fields["edges"], f"{path}.edges", states, lambda label, where: _integer(label, where, 0, len(symbols) - 1)))
-    for index, (before, after) in enumerate(itertools.pairwise(edges)):
-        if after <= before:
-            raise malformed(f"{path}.edges[{index + 1}] is not after the one before it")
+    edges = tuple(_edges(fields["edges"], f"{path}.edges", states, len(symbols)))
     return symbols, states, start, accept, edges
 
 
 _SYMBOL_FIELDS = {  # beside those that every symbol has
     Kind.HTTP: "method path query retries upgrade grpc",
     Kind.HTTPS: "method path query retries upgrade grpc",
-    Kind.INVOKE: "callee",
+    Kind.INVOKE: "callee asynchronous callback retries",
     Kind.MYSQL: "verb read write",
     Kind.SMTP: "from to",
 }
@@ -567,7 +692,9 @@ def _symbol(peers: Mapping[str, Peer], path: str, value: Any) -> Symbol:
     line = _integer(fields["line"], f"{path}.line", 0, VERSION_MAX)
     common = Symbol(kind, peer_name, line=line, text=text, tail=_boolean(fields["tail"], f"{path}.tail"))
     if kind is Kind.INVOKE:
-        return replace(common, callee=_name(fields["callee"], f"{path}.callee"))
+        asynchronous, callback = _result(fields, path)
+        retries = _integer(fields["retries"], f"{path}.retries", 0, RETRIES_MAX)
+        return replace(common, callee=_name(fields["callee"], f"{path}.callee"), asynchronous=asynchronous, callback=callback, retries=retries)
     if kind is Kind.MYSQL:
         verb = _name(fields["verb"], f"{path}.verb")
         if verb not in VERBS:
@@ -576,6 +703,15 @@ def _symbol(peers: Mapping[str, Peer], path: str, value: Any) -> Symbol:
     if kind is Kind.SMTP:
         return _mail(common, fields, path)
     return _request(common, fields, path)
+
+
+def _result(fields: Mapping[str, Any], path: str) -> tuple[bool, str]:
+    """How an invocation's result comes: `asynchronous`, and `callback`, which only an asynchronous one has."""
+    asynchronous = _boolean(fields["asynchronous"], f"{path}.asynchronous")
+    callback = _name(fields["callback"], f"{path}.callback") if fields["callback"] != "" else ""
+    if callback and not asynchronous:
+        raise malformed(f"{path}: a callback of an invocation that is waited for")
+    return asynchronous, callback
 
 
 def _speaks(peer: Peer, kind: Kind) -> bool:
@@ -632,20 +768,36 @@ def _app_cfg(functions: Mapping[str, FunctionAutomaton], value: Any) -> dict[str
     graphs = _names(value, "app_cfg", FUNCTIONS_MAX)
     if len(graphs) != len(functions):
         raise malformed(f"app_cfg has {len(graphs)} functions, functions has {len(functions)}")
-
-    def callee(label: Any, path: str) -> str:
-        name = _name(label, path)
-        if name not in functions:
-            raise malformed(f'{path}: callee "{name}" is not a function of the policy')
-        return name
-
     found = {}
     for name, graph in graphs.items():
         path = f"app_cfg.{name}"
         if name not in functions:
             raise malformed(f"{path} is not a function of the policy")
-        fields = object_of(graph, path, "states start edges")
+        fields = object_of(graph, path, "states start labels edges")
         states = _integer(fields["states"], f"{path}.states", 1, STATES_MAX)
         start = _states(fields["start"], f"{path}.start", states)
-        found[name] = AppGraph(states, start, tuple(_triples(fields["edges"], f"{path}.edges", states, callee)))
+        listed = _list(fields["labels"], f"{path}.labels", LABELS_MAX)
+        labels = tuple(_label(functions, f"{path}.labels[{index}]", element) for index, element in enumerate(listed))
+        if len(set(labels)) != len(labels):
+            raise malformed(f"{path}.labels has one twice")
+        found[name] = AppGraph(states, start, labels, tuple(_edges(fields["edges"], f"{path}.edges", states, len(labels))))
     return found
+
+
+def _known(functions: Collection[str], path: str, *names: str) -> None:
+    """Refuse names that are neither empty nor functions of the policy."""
+    for name in names:
+        if name and name not in functions:
+            raise malformed(f'{path}: "{name}" is not a function of the policy')
+
+
+def _label(functions: Mapping[str, FunctionAutomaton], path: str, value: Any) -> Label:
+    if isinstance(value, dict) and "barrier" in value:
+        object_of(value, path, "barrier")
+        return Label(barrier=_integer(value["barrier"], f"{path}.barrier", 1, LABELS_MAX))
+    fields = object_of(value, path, "callee asynchronous callback retries join")
+    callee = _name(fields["callee"], f"{path}.callee")
+    asynchronous, callback = _result(fields, path)
+    _known(functions, path, callee, callback)
+    retries = _integer(fields["retries"], f"{path}.retries", 0, RETRIES_MAX)
+    return Label(LabelKey(callee, asynchronous, callback), retries, _integer(fields["join"], f"{path}.join", 0, LABELS_MAX))

@@ -7,7 +7,7 @@ merges equal futures, keeps parallel parts small, and numbers states by structur
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from kalium.policy.limits import STATES_MAX
@@ -17,9 +17,17 @@ WORK_MAX = 2_000_000  # edges looked at while one function is compiled, a few se
 
 @dataclass(frozen=True)
 class Send:
-    """One message: a symbol of the function, by its number."""
+    """One message: a symbol of the function, by its number. `join`: the group of invocations that it belongs to, 0 for none."""
 
     symbol: int
+    join: int = 0
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """Nothing is sent: here every invocation of the group that was made has been answered. Only the controller sees it."""
+
+    join: int
 
 
 @dataclass(frozen=True)
@@ -54,23 +62,38 @@ class Repeat:
     line: int = 0
 
 
-Cfg = Send | Steps | Choice | Parallel | Repeat
+Cfg = Send | Barrier | Steps | Choice | Parallel | Repeat
+
+Numbering = Callable[[Send | Barrier], int | None]  # what an automaton says where the CFG has this; None: nothing is there
+
+
+def symbol_of(part: Send | Barrier) -> int | None:
+    """The numbering of a function's own automaton, which has messages and no barriers."""
+    return part.symbol if isinstance(part, Send) else None
 
 
 def parts_of(cfg: Cfg) -> tuple[Cfg, ...]:
     """The CFGs directly inside `cfg`."""
-    if isinstance(cfg, Send):
+    if isinstance(cfg, (Send, Barrier)):
         return ()
     if isinstance(cfg, Repeat):
         return (cfg.body,)
     return cfg.parts if isinstance(cfg, Steps) else cfg.branches
 
 
+def leaves_of(cfg: Cfg) -> Iterator[Send | Barrier]:
+    """The messages and barriers of `cfg`, in the order of the text."""
+    if isinstance(cfg, (Send, Barrier)):
+        yield cfg
+    for part in parts_of(cfg):
+        yield from leaves_of(part)
+
+
 class TooManyStates(Exception):
     """The automaton would be larger than an executor takes; `line` of the construct that made it so, 0 when none did alone."""
 
-    def __init__(self, line: int) -> None:
-        super().__init__(f"more than {STATES_MAX} states")
+    def __init__(self, line: int, found: str = f"more than {STATES_MAX} states") -> None:
+        super().__init__(found)
         self.line = line
 
 
@@ -108,27 +131,28 @@ class Behaviours:
             self._may_end.append(may_end)
         return number
 
-    def build(self, cfg: Cfg, after: int) -> int:
-        """The state from which `cfg` may happen and then what may happen from `after`."""
-        if isinstance(cfg, Send):
-            return self.state(False, [(cfg.symbol, after)])
+    def build(self, cfg: Cfg, after: int, number: Numbering = symbol_of) -> int:
+        """The state from which `cfg` may happen and then what may happen from `after`. What `number` leaves out does not happen."""
+        if isinstance(cfg, (Send, Barrier)):
+            numbered = number(cfg)
+            return after if numbered is None else self.state(False, [(numbered, after)])
         if isinstance(cfg, Steps):
             for part in reversed(cfg.parts):
-                after = self.build(part, after)
+                after = self.build(part, after, number)
             return after
         if isinstance(cfg, Choice):
-            return self._either([self.build(branch, after) for branch in cfg.branches])
+            return self._either([self.build(branch, after, number) for branch in cfg.branches])
         self._line = cfg.line or self._line
         if isinstance(cfg, Repeat):
             rest = after
             for _ in range(cfg.high - cfg.low):
-                rest = self._either([self.build(cfg.body, rest), after])
+                rest = self._either([self.build(cfg.body, rest, number), after])
             for _ in range(cfg.low):
-                rest = self.build(cfg.body, rest)
+                rest = self.build(cfg.body, rest, number)
             return rest
         product = self.END
         for branch in cfg.branches:
-            product = self._interleaved(product, self.build(branch, self.END), cfg.line)
+            product = self._interleaved(product, self.build(branch, self.END, number), cfg.line)
         return self._then(product, after)
 
     def _either(self, states: list[int]) -> int:
@@ -165,15 +189,11 @@ class Behaviours:
             waiting.extend(fresh)
         return sorted(found)
 
-    def project(self, start: int, label: Mapping[int, int], into: Behaviours) -> int:
-        """The state in `into` that sends what `label` renames and skips every other symbol; where it may end is left out."""
-        edges: dict[int, set[tuple[int, int]]] = {}
+    def prefixes(self, start: int, into: Behaviours) -> int:
+        """The state in `into` with the same edges, where the invocation may end at any time: then equal edges are equal states."""
         made: dict[int, int] = {}
         for state in self._reachable(start):
-            edges[state] = set()
-            for symbol, target in self._edges[state]:
-                edges[state] |= {(label[symbol], made[target])} if symbol in label else edges[target]
-            made[state] = into.state(True, edges[state])
+            made[state] = into.state(True, [(symbol, made[target]) for symbol, target in self._edges[state]])
         return made[start]
 
     def numbered(self, start: int) -> Automaton:

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from kalium.errors import KaliumError
 from kalium.policy import schema, source
-from kalium.policy.automaton import FORMAT, CompiledPolicy, Mode, Peer, Protocol, Reuse, Symbol, Tls, fault_of_template
-from kalium.policy.cfg import Automaton, Behaviours, Cfg, Choice, Parallel, Repeat, Send, Steps, TooManyStates
+from kalium.policy.automaton import (
+    FORMAT,
+    CompiledPolicy,
+    FailMode,
+    Label,
+    LabelKey,
+    Mode,
+    Peer,
+    Protocol,
+    Reuse,
+    Symbol,
+    Tls,
+    fault_of_template,
+    label_fields,
+)
+from kalium.policy.cfg import WORK_MAX, Automaton, Barrier, Behaviours, Cfg, Choice, Parallel, Repeat, Send, Steps, TooManyStates, leaves_of
 from kalium.policy.envelope import canonical
 from kalium.policy.limits import (
     COMPILED_BYTES_MAX,
@@ -86,6 +100,7 @@ class Draft:
     app: str
     version: int
     mode: Mode
+    app_edge: FailMode
     deadline_ms: int
     peers: Mapping[str, Peer]
     entries: tuple[str, ...]
@@ -146,9 +161,12 @@ class _PolicyReader:
         functions = {name: self.function(name, description) for name, description in document["functions"].items()}
         for index, name in enumerate(document["entries"]):
             self.check_function(name, ("entries", index))
-        deadline_ms = document.get("on_unavailable", {}).get("deadline_ms", DEADLINE_MS_DEFAULT)
-        entries = tuple(sorted(document["entries"]))
-        return Draft(self.source, document["app"], document["version"], Mode(document["mode"]), deadline_ms, self.peers, entries, functions)
+        on_unavailable = document.get("on_unavailable", {})
+        return Draft(
+            self.source, document["app"], document["version"], Mode(document["mode"]),
+            FailMode(on_unavailable.get("app_edge", FailMode.DENY)), on_unavailable.get("deadline_ms", DEADLINE_MS_DEFAULT),
+            self.peers, tuple(sorted(document["entries"])), functions,
+        )  # fmt: skip
 
     def function(self, name: str, description: Mapping[str, Any]) -> DraftFunction:
         """Everything that is said of one function."""
@@ -167,7 +185,7 @@ class _PolicyReader:
             startup = DraftCfg(beginning.steps(description["startup"], (*path, "startup")), tuple(beginning.symbols))
         self.check_settings(path, description)
         function = DraftFunction(
-            name, self.source.line(path), DraftCfg(body, tuple(reader.symbols)), startup, Mode(description.get("mode", self.document["mode"])),
+            name, self.source.line(path), DraftCfg(body, tuple(reader.symbols)), startup, self.mode_of(name),
             description.get("max_body", MAX_BODY_DEFAULT), description.get("max_inflight", INFLIGHT_DEFAULT),
             {
                 "invocation_timeout_ms": description.get("invocation_timeout_ms", INVOCATION_TIMEOUT_MS_DEFAULT),
@@ -222,6 +240,10 @@ class _PolicyReader:
             addresses[address] = name
             self.peers[name] = Peer(name, description["host"], description["port"], protocol, is_gateway, description.get("schema", ""))
 
+    def mode_of(self, function: str) -> Mode:
+        """The mode of a function, wherever it stands in the text; that of the policy for one that is not there."""
+        return Mode(self.document["functions"].get(function, {}).get("mode", self.document["mode"]))
+
     def check_function(self, name: str, path: Path) -> None:
         known = self.document["functions"]
         if name not in known:
@@ -232,12 +254,15 @@ class _PolicyReader:
 class _FunctionReader:
     """Reads one function's steps; each message on a line of its own becomes a symbol, in the order of the text.
 
-    `part` is what is being read: messages, tail or startup.
+    `part` is what is being read: messages, tail or startup. Each `join` of the text is a group, also where it is repeated.
     """
 
     def __init__(self, policy: _PolicyReader, part: str = "messages") -> None:
         self._policy = policy
         self._in_transaction = False
+        self._groups = 0
+        self._group = 0  # that of the construct which is being read, 0 outside of all
+        self._has_joined = False
         self.part = part
         self.symbols: dict[Symbol, int] = {}
 
@@ -258,7 +283,7 @@ class _FunctionReader:
             "mysql": self._mysql,
             "smtp": self._smtp,
             "sequence": lambda step, path: self.steps(step["sequence"], (*path, "sequence")),
-            "parallel": lambda step, path: Parallel(self._branches(step["parallel"], (*path, "parallel")), self._line(path, "parallel")),
+            "parallel": self._parallel,
             "choice": lambda step, path: Choice(self._branches(step["choice"], (*path, "choice"))),
             "optional": lambda step, path: Repeat(self._branch(step["optional"], (*path, "optional")), 0, 1),
             "repeat": self._repeat,
@@ -274,9 +299,10 @@ class _FunctionReader:
     def _send(self, path: Path, kind: str, message: Message, retries: int = 0) -> Cfg:
         symbol = Symbol(
             message.kind, message.peer, message.method, message.path, message.query, message.callee, message.verb, message.read, message.write,
-            message.upgrade, message.grpc, message.sender, message.to, retries, self.part == "tail", self._line(path, kind), message.text(),
+            message.upgrade, message.grpc, message.sender, message.to, message.asynchronous, message.callback, retries, self.part == "tail",
+            self._line(path, kind), message.text(),
         )  # fmt: skip
-        return Send(self.symbols.setdefault(symbol, len(self.symbols)))
+        return Send(self.symbols.setdefault(symbol, len(self.symbols)), self._group if symbol.kind is Kind.INVOKE else 0)
 
     def _peer(self, step: Mapping[str, Any], path: Path, wanted: str, fits: Callable[[Peer], bool]) -> str:
         """The peer that the step names, or the only one that fits. `wanted` describes those that do."""
@@ -314,9 +340,50 @@ class _FunctionReader:
             when = "after the answer" if self.part == "tail" else "before the first request"
             found = f"{step['invoke']} is invoked {when}, when no call is there to belong to"
             self._policy.refuse("policy.invoke", (*path, "invoke"), found, "move it to messages")
-        self._policy.check_function(step["invoke"], (*path, "invoke"))
+        callee, callback, is_asynchronous = step["invoke"], step.get("callback", ""), step.get("async", False)
+        self._policy.check_function(callee, (*path, "invoke"))
+        if callback:
+            self._policy.check_function(callback, (*path, "callback"))
+            if not is_asynchronous:
+                found = f"the answer of {callee} comes on the connection, so there is no result that {callback} could be called with"
+                self._policy.refuse("policy.callback", (*path, "callback"), found, "add `async: true`, or delete it")
         peer = self._peer(step, path, "a gateway", lambda peer: peer.gateway)
-        return self._send(path, "invoke", Message(Kind.INVOKE, peer, callee=step["invoke"]))
+        message = Message(Kind.INVOKE, peer, callee=callee, asynchronous=is_asynchronous, callback=callback)
+        if "join" in step:
+            return self._joined(lambda: self._invocation(step, path, message))
+        return self._invocation(step, path, message)
+
+    def _invocation(self, step: Mapping[str, Any], path: Path, message: Message) -> Cfg:
+        if self._group:
+            self._has_joined = True
+            if self._policy.mode_of(message.callee) is Mode.OFF:
+                found = f"{message.callee} is joined, and in mode off nothing says that it has answered"
+                self._policy.refuse("policy.join", (*path, "invoke"), found, f"switch {message.callee} on, or delete the join")
+        return self._send(path, "invoke", message, step.get("retries", 0))
+
+    def _parallel(self, step: Mapping[str, Any], path: Path) -> Cfg:
+        def branches() -> Cfg:
+            return Parallel(self._branches(step["parallel"], (*path, "parallel")), self._line(path, "parallel"))
+
+        if "join" not in step:
+            return branches()
+        outside, self._has_joined = self._has_joined, False
+        joined = self._joined(branches)
+        if not self._has_joined:
+            self._policy.refuse("policy.join", (*path, "join"), "no branch of it invokes a function", "delete it: only invocations are joined")
+        self._has_joined |= outside
+        return joined
+
+    def _joined(self, read: Callable[[], Cfg]) -> Cfg:
+        """What `read` reads as a group of its own with the barrier behind it. Invocations of a join inside belong to that one alone:
+
+        what follows the inner barrier, and so the outer one, has waited for them.
+        """
+        self._groups += 1
+        outside, self._group = self._group, self._groups
+        part, barrier = read(), Barrier(self._group)
+        self._group = outside
+        return Steps((part, barrier))
 
     def _mysql_peer(self, step: Mapping[str, Any], path: Path) -> str:
         return self._peer(step, path, "one with protocol mysql", lambda peer: peer.protocol is Protocol.MYSQL)
@@ -364,14 +431,16 @@ class _FunctionReader:
 
 
 def assemble(draft: Draft) -> tuple[bytes, list[Finding]]:
-    """The compiled form of `draft`, or the errors of functions that are too large for an executor."""
+    """The compiled form of `draft`, or the errors of functions that are too large for an executor or ambiguous for the controller."""
     findings: list[Finding] = []
     functions: dict[str, Any] = {}
     app_cfg: dict[str, Any] = {}
     for name, function in draft.functions.items():
         try:
-            automaton, invocations, callees = automata(function.during)
-            startup = {"startup": _automaton(function.startup, automata(function.startup)[0])} if function.startup else {}
+            automaton = message_automaton(function.during)
+            invocations, labels = app_automaton(function.during)
+            startup = {"startup": _automaton(function.startup, message_automaton(function.startup))} if function.startup else {}
+            twins = ambiguous(invocations, labels)
         except TooManyStates as error:
             findings.append(_too_large(error.line or function.line, f"function {name} has {error}"))
             continue
@@ -386,8 +455,14 @@ def assemble(draft: Draft) -> tuple[bytes, list[Finding]]:
         most = max(len(invocations.edges), *(len(part["edges"]) for part in (functions[name], *startup.values())))
         if most > EDGES_MAX:
             findings.append(_too_large(function.line, f"function {name} has {most} transitions, at most {EDGES_MAX}"))
-        edges = [[state, callees[callee], target] for state, callee, target in invocations.edges]
-        app_cfg[name] = {"states": invocations.states, "start": [0], "edges": edges}
+        if twins is not None:
+            findings.append(_ambiguous(function, twins))
+        app_cfg[name] = {
+            "states": invocations.states,
+            "start": [0],
+            "labels": [label_fields(label) for label in labels],
+            "edges": [list(edge) for edge in invocations.edges],
+        }
     if findings:
         return b"", sorted(findings, key=lambda finding: finding.line)
     compiled = canonical(
@@ -397,7 +472,7 @@ def assemble(draft: Draft) -> tuple[bytes, list[Finding]]:
             "version": draft.version,
             "mode": draft.mode.value,
             "source_sha256": draft.source.sha256,
-            "on_unavailable": {"app_edge": "deny", "deadline_ms": draft.deadline_ms},
+            "on_unavailable": {"app_edge": draft.app_edge.value, "deadline_ms": draft.deadline_ms},
             "peers": {name: _peer(peer) for name, peer in draft.peers.items()},
             "entries": list(draft.entries),
             "functions": functions,
@@ -410,14 +485,76 @@ def assemble(draft: Draft) -> tuple[bytes, list[Finding]]:
     return compiled, []
 
 
-def automata(draft: DraftCfg) -> tuple[Automaton, Automaton, list[str]]:
-    """The CFG's automaton, its projection on invocations, and the callees that number the projection's symbols."""
-    behaviours, invocations = Behaviours(), Behaviours()
-    start = behaviours.build(draft.cfg, Behaviours.END)
-    callees = sorted({symbol.callee for symbol in draft.symbols if symbol.kind is Kind.INVOKE})
-    label = {number: callees.index(symbol.callee) for number, symbol in enumerate(draft.symbols) if symbol.kind is Kind.INVOKE}
-    projected = behaviours.project(start, label, invocations)
-    return behaviours.numbered(start), invocations.numbered(projected), callees
+def message_automaton(draft: DraftCfg) -> Automaton:
+    """The automaton that guards execute: messages, without joins."""
+    behaviours = Behaviours()
+    return behaviours.numbered(behaviours.build(draft.cfg, Behaviours.END))
+
+
+def app_automaton(draft: DraftCfg) -> tuple[Automaton, list[Label]]:
+    """The automaton that the controller executes, of invocations and barriers, and what its edges' numbers stand for."""
+    found = {label for part in leaves_of(draft.cfg) if (label := _label(part, draft.symbols)) is not None}
+    labels = sorted(found, key=lambda label: (label.barrier, label.key, label.retries, label.join))
+    numbers = {label: number for number, label in enumerate(labels)}
+
+    def number_of(part: Send | Barrier) -> int | None:
+        label = _label(part, draft.symbols)
+        return None if label is None else numbers[label]
+
+    behaviours, prefixes = Behaviours(), Behaviours()
+    start = behaviours.build(draft.cfg, Behaviours.END, number_of)
+    return prefixes.numbered(behaviours.prefixes(start, prefixes)), labels
+
+
+def _label(part: Send | Barrier, symbols: Sequence[Symbol]) -> Label | None:
+    """What the controller sees of a leaf: nothing of a message that is no invocation."""
+    if isinstance(part, Barrier):
+        return Label(barrier=part.join)
+    symbol = symbols[part.symbol]
+    return Label(symbol.key(), symbol.retries, part.join) if symbol.kind is Kind.INVOKE else None
+
+
+def ambiguous(automaton: Automaton, labels: Sequence[Label]) -> tuple[Label, Label] | None:
+    """Two labels that the same invocation could mean at the same point, and that differ in retries or join; None: there are none.
+
+    Looked for in pairs of states that the same invocations lead to, barriers passed or not. Raises TooManyStates beyond WORK_MAX.
+    """
+    keys = [label.key for label in labels if not label.barrier]
+    if len(set(keys)) == len(keys):
+        return None
+    passing: dict[int, list[int]] = {}
+    leaving: dict[int, dict[LabelKey, list[tuple[int, int]]]] = {}
+    for state, number, target in automaton.edges:
+        if labels[number].barrier:
+            passing.setdefault(state, []).append(target)
+        else:
+            leaving.setdefault(state, {}).setdefault(labels[number].key, []).append((number, target))
+    seen, waiting, work = {(0, 0)}, [(0, 0)], 0
+    while waiting:
+        one, other = waiting.pop()
+        reached = [(target, other) for target in passing.get(one, ())] + [(one, target) for target in passing.get(other, ())]
+        for key, edges in leaving.get(one, {}).items():
+            for number, target in edges:
+                for twin, twin_target in leaving.get(other, {}).get(key, ()):
+                    if number != twin:
+                        return labels[min(number, twin)], labels[max(number, twin)]
+                    reached.append((target, twin_target))
+        work += 1 + len(reached)
+        if work > WORK_MAX:
+            raise TooManyStates(0, "too many ways to reach the same invocation, which its retries and joins have to be found among")
+        fresh = {(min(pair), max(pair)) for pair in reached} - seen
+        seen |= fresh
+        waiting.extend(fresh)
+    return None
+
+
+def _ambiguous(function: DraftFunction, twins: tuple[Label, Label]) -> Finding:
+    leaves = [part for part in leaves_of(function.during.cfg) if isinstance(part, Send)]
+    symbols = function.during.symbols
+    one, other = (min(symbols[part.symbol].line for part in leaves if _label(part, symbols) == label) for label in twins)
+    what = "retries" if twins[0].retries != twins[1].retries else "join"
+    found = f"{twins[0].key.text()} at one point of {function.name} can be that of line {min(one, other)} too, which has another {what}"
+    return error_at("policy.ambiguous", max(one, other), found, f"give both the same {what}, or let other invocations come between them")
 
 
 def _too_large(line: int, found: str) -> Finding:
@@ -444,7 +581,7 @@ def _automaton(draft: DraftCfg, automaton: Automaton) -> dict[str, Any]:
 def _symbol(symbol: Symbol) -> dict[str, Any]:
     common = {"kind": symbol.kind.value, "peer": symbol.peer, "line": symbol.line, "text": symbol.text, "tail": symbol.tail}
     if symbol.kind is Kind.INVOKE:
-        return common | {"callee": symbol.callee}
+        return common | {**symbol.key()._asdict(), "retries": symbol.retries}
     if symbol.kind is Kind.MYSQL:
         return common | {"verb": symbol.verb, "read": list(symbol.read), "write": list(symbol.write)}
     if symbol.kind is Kind.SMTP:

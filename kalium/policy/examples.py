@@ -69,9 +69,11 @@ def message_of(text: str, policy: CompiledPolicy) -> Message:
     Raises NotAMessage; texts of mysql and invoke name no peer, so they need a policy with one that fits.
     """
     kind, *words = text.split(" ")
-    if kind == "invoke" and len(words) == 1:
-        return Message(Kind.INVOKE, _only(text, [name for name, peer in policy.peers.items() if peer.gateway]), callee=words[0])
-    if kind in ("http", "https") and len(words) >= 3:
+    if kind == "invoke" and words:
+        gateway = _only(text, [name for name, peer in policy.peers.items() if peer.gateway])
+        callback = words[-1] if words[2:3] == ["callback"] else ""
+        message = Message(Kind.INVOKE, gateway, callee=words[0], asynchronous="async" in words[1:2], callback=callback)
+    elif kind in ("http", "https") and len(words) >= 3:
         method, peer, target, *marks = words
         path, _, query = target.partition("?")
         message = Message(

@@ -6,6 +6,7 @@ from __future__ import annotations
 COMPILED_BYTES_MAX = 700 * 1024  # in base64 inside a frame of 1 MiB
 ENVELOPE_BYTES_MAX = 1 << 20
 SYMBOLS_MAX = 1024
+LABELS_MAX = 2048  # of an app CFG
 STATES_MAX = 4096
 EDGES_MAX = 65536
 FUNCTIONS_MAX = 512
@@ -39,6 +40,7 @@ INFLIGHT_DEFAULT = 1
 RETRIES_DEFAULT = {"GET": 1, "HEAD": 1, "PUT": 1, "DELETE": 1}  # by method: what may be sent twice; others 0
 
 assert COMPILED_BYTES_MAX * 4 // 3 + 1024 <= ENVELOPE_BYTES_MAX  # any compiled policy fits an envelope
+assert LABELS_MAX >= 2 * SYMBOLS_MAX  # each line may invoke under a label of its own, with a barrier behind it
 assert MAX_BODY_DEFAULT <= BODY_BYTES_MAX
 assert max(INVOCATION_TIMEOUT_MS_DEFAULT, TAIL_MS_DEFAULT, RETIRE_MS_DEFAULT) <= TIMEOUT_MS_MAX
 assert QUIET_MS_DEFAULT < RETIRE_MS_DEFAULT  # silence has to be possible before the instance is given up

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from kalium.policy import compile as compiler
-from kalium.policy.automaton import CompiledPolicy, MessageAutomaton, Mode, Symbol, is_placeholder
-from kalium.policy.cfg import Cfg, Choice, Repeat, Send, Steps, parts_of
+from kalium.policy.automaton import CompiledPolicy, FailMode, MessageAutomaton, Mode, Symbol, is_placeholder
+from kalium.policy.cfg import Cfg, Choice, Repeat, Send, Steps, leaves_of, parts_of
 from kalium.policy.compile import Draft, DraftFunction
 from kalium.policy.limits import INFLIGHT_DEFAULT, MAX_BODY_DEFAULT, RETRIES_DEFAULT
 from kalium.policy.message import Kind
@@ -25,7 +25,8 @@ def lint(data: bytes) -> list[Finding]:
     compiled, too_large = compiler.assemble(draft)
     findings = [*too_large, *_of_draft(draft)]
     if compiled:
-        findings += lint_compiled(CompiledPolicy.parse(compiled))
+        policy = CompiledPolicy.parse(compiled)
+        findings += [*_idle_joins(draft, policy), *lint_compiled(policy)]
     return sorted(findings, key=lambda finding: (finding.line, -finding.severity, finding.code, finding.found))
 
 
@@ -49,6 +50,12 @@ def _of_draft(draft: Draft) -> Iterator[Finding]:
         )
     if draft.mode in (Mode.AUDIT, Mode.LEARN):
         yield _lenient(draft.mode, lines.line(("mode",)), "")
+    if draft.app_edge is not FailMode.DENY:
+        what = "any start and invocation" if draft.app_edge is FailMode.ALLOW else "starts and invocations in any order"
+        found = f"app_edge {draft.app_edge.value} allows {what} while no controller answers"
+        yield _finding(
+            Severity.WARNING, "app_edge", lines.line(("on_unavailable", "app_edge")), found, "write `app_edge: deny`, or run two controllers"
+        )
     used = {symbol.peer for function in draft.functions.values() for symbol in function.symbols()}
     for name in draft.peers:
         if name not in used:
@@ -87,13 +94,17 @@ def _of_function(draft: Draft, function: DraftFunction) -> Iterator[Finding]:
     for cfg in function.cfgs():
         for symbol in cfg.symbols:
             yield from _of_symbol(symbol)
+            if symbol.callback in draft.entries:
+                found = f"{symbol.callback} is called back with results and is an entry, so clients may send it results as well"
+                yield _finding(Severity.WARNING, "callback_entry", symbol.line, found, f"take {symbol.callback} out of entries")
         yield from _redundant(cfg.cfg, cfg.symbols)
 
 
 def _starts(draft: Draft) -> Iterator[Finding]:
     """Functions that nothing starts, and functions that start each other without end."""
     invokes = {
-        name: sorted({symbol.callee for symbol in function.symbols() if symbol.kind is Kind.INVOKE}) for name, function in draft.functions.items()
+        name: sorted({started for symbol in function.symbols() for started in (symbol.callee, symbol.callback) if started})
+        for name, function in draft.functions.items()
     }
     started = _reachable(draft.entries, invokes)
     for name, function in draft.functions.items():
@@ -115,6 +126,23 @@ def _reachable(starts: Iterable[Node], edges: Mapping[Node, Iterable[Node]]) -> 
     return found
 
 
+def _idle_joins(draft: Draft, policy: CompiledPolicy) -> Iterator[Finding]:
+    """Joins that no invocation waits behind."""
+    for name, function in draft.functions.items():
+        graph = policy.app_cfg[name]
+        backward: dict[int, set[int]] = {state: set() for state in range(graph.states)}
+        for source, _, target in graph.edges:
+            backward[target].add(source)
+        waiting = _reachable({source for source, label, _ in graph.edges if not graph.labels[label].barrier}, backward)
+        barriers = [(graph.labels[label].barrier, target in waiting) for _, label, target in graph.edges if graph.labels[label].barrier]
+        for group in sorted({group for group, _ in barriers} - {group for group, is_waited_behind in barriers if is_waited_behind}):
+            line = min(
+                function.during.symbols[part.symbol].line for part in leaves_of(function.during.cfg) if isinstance(part, Send) and part.join == group
+            )
+            found = f"no invocation of {name} follows this join, and nothing else waits for it"
+            yield _finding(Severity.WARNING, "idle_join", line, found, "delete `join`, or put what has to wait behind it")
+
+
 def _of_symbol(symbol: Symbol) -> Iterator[Finding]:
     """Lines that stand for more messages than they name."""
     if any(is_placeholder(segment) for segment in symbol.path.split("/")):
@@ -131,7 +159,8 @@ def _of_symbol(symbol: Symbol) -> Iterator[Finding]:
         yield _finding(Severity.WARNING, "upgrade", symbol.line, found, "let the function poll, if its peer may be told anything by it")
     if symbol.retries > RETRIES_DEFAULT.get(symbol.method, 0):
         found = f"{symbol.text}: it may be sent {symbol.retries} times more, by default {RETRIES_DEFAULT.get(symbol.method, 0)}"
-        yield _finding(Severity.WARNING, "raised_retries", symbol.line, found, "keep the default, unless the peer takes the same request twice")
+        whom = symbol.callee or "the peer"
+        yield _finding(Severity.WARNING, "raised_retries", symbol.line, found, f"keep the default, unless {whom} takes the same request twice")
     if symbol.kind is Kind.SMTP and not (symbol.sender and symbol.to):
         unnamed = " and ".join(name for name, there in (("sender", symbol.sender), ("recipients", symbol.to)) if not there)
         found = f"{symbol.text}: it stands for any {unnamed}"
@@ -155,7 +184,7 @@ def _redundant(cfg: Cfg, symbols: Sequence[Symbol]) -> Iterator[Finding]:
 def _shape(cfg: Cfg, symbols: Sequence[Symbol]) -> Hashable:
     """The CFG with its messages in the place of their numbers, equal for equal ones on different lines."""
     if isinstance(cfg, Send):
-        return replace(symbols[cfg.symbol], line=0)
+        return replace(symbols[cfg.symbol], line=0), cfg.join > 0  # the groups of equal branches have other numbers
     if isinstance(cfg, Steps) and len(cfg.parts) == 1:  # a list of one and the one itself are written alike often
         return _shape(cfg.parts[0], symbols)
     bounds = (cfg.low, cfg.high) if isinstance(cfg, Repeat) else ()

@@ -62,8 +62,9 @@ class Kind(str, enum.Enum):
 class Message:
     """An outgoing unit that the function CFG orders. Never payload: no header values, no bodies, no literals.
 
-    `method`, `path` (without query), `query` (the keys), `upgrade` (to websocket) and `grpc` belong to http and https, `callee`
-    to invoke, `verb`, `read` and `write` (tables, sorted, unqualified in the peer's schema) to mysql, `sender` ("" is the null
+    `method`, `path` (without query), `query` (the keys), `upgrade` (to websocket) and `grpc` belong to http and https, `callee`,
+    `asynchronous` (through the gateway's queue) and `callback` (the function that its result goes to, "" for none) to invoke,
+    `verb`, `read` and `write` (tables, sorted, unqualified in the peer's schema) to mysql, `sender` ("" is the null
     reverse-path) and `to` to smtp.
     """
 
@@ -80,6 +81,8 @@ class Message:
     grpc: bool = False
     sender: str = ""
     to: tuple[str, ...] = ()
+    asynchronous: bool = False
+    callback: str = ""
 
     def text(self) -> str:
         """The message as a symbol of a policy is written, so that a log line can be compared with the policy by eye."""
@@ -89,6 +92,8 @@ class Message:
             parts += [word for word, holds in (("websocket", self.upgrade), ("grpc", self.grpc)) if holds]
         elif self.kind is Kind.INVOKE:
             parts = ["invoke", self.callee]
+            parts += ["async"] if self.asynchronous else []
+            parts += ["callback", self.callback] if self.callback else []
         elif self.kind is Kind.MYSQL:
             parts = ["mysql", self.verb]
             parts += ["read", ",".join(self.read)] if self.read else []

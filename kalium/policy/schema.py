@@ -12,7 +12,7 @@ from typing import Any
 
 import jsonschema
 
-from kalium.policy.automaton import VERBS, Mode, Protocol, Reuse, Tls
+from kalium.policy.automaton import VERBS, FailMode, Mode, Protocol, Reuse, Tls
 from kalium.policy.limits import (
     BODY_BYTES_MAX,
     DEADLINE_MS_DEFAULT,
@@ -77,6 +77,10 @@ def _one_of(values: Iterable[Any], description: str, default: str = "") -> dict[
     return {"enum": [getattr(value, "value", value) for value in values], "description": description} | ({"default": default} if default else {})
 
 
+def _join(whom: str) -> dict[str, Any]:
+    return _one_of(["answered"], f"no invocation behind it before {whom} has been answered")
+
+
 def _request(kind: str, description: str, **further: Any) -> dict[str, Any]:
     fields = {
         kind: _ref("method"),
@@ -104,7 +108,12 @@ SCHEMA: Mapping[str, Any] = {
             "on_unavailable": _mapping(
                 "",
                 {
-                    "app_edge": {"enum": ["deny"], "default": "deny", "description": "starts and invocations while no controller answers"},
+                    "app_edge": _one_of(
+                        FailMode,
+                        "starts and invocations while no controller answers: deny refuses them, last_known allows those that the policy has at "
+                        "some place, allow all",
+                        FailMode.DENY.value,
+                    ),
                     "deadline_ms": _whole(1, DEADLINE_MS_MAX, "how long the controller may take to answer", DEADLINE_MS_DEFAULT),
                 },
                 "what the guard does when the controller does not answer in time",
@@ -176,7 +185,18 @@ SCHEMA: Mapping[str, Any] = {
         "step_https": _request(
             "https", "one request to a peer with protocol https", grpc={"type": "boolean", "description": "a gRPC call; only with POST"}
         ),
-        "step_invoke": _mapping("invoke", {"invoke": _ref("name"), "peer": _ref("name")}, "one invocation, through the only gateway peer by default"),
+        "step_invoke": _mapping(
+            "invoke",
+            {
+                "invoke": _ref("name"),
+                "peer": _ref("name"),
+                "async": {"type": "boolean", "description": "through the gateway's queue, which answers at once", "default": False},
+                "callback": _ref("name"),
+                "retries": _whole(0, RETRIES_MAX, "how often it may be made again when no byte of an answer came", 0),
+                "join": _join("the invocation"),
+            },
+            "one invocation, through the only gateway peer by default",
+        ),
         "step_mysql": _mapping(
             "mysql",
             {
@@ -198,7 +218,9 @@ SCHEMA: Mapping[str, Any] = {
             "one mail, to the only smtp peer by default",
         ),
         "step_sequence": _mapping("sequence", {"sequence": _ref("steps")}, "one after the other"),
-        "step_parallel": _mapping("parallel", {"parallel": _branches("in any interleaving")}, "all branches, interleaved in any way"),
+        "step_parallel": _mapping(
+            "parallel", {"parallel": _branches("in any interleaving"), "join": _join("all in the branches")}, "all branches, interleaved in any way"
+        ),
         "step_choice": _mapping("choice", {"choice": _branches("one of them")}, "exactly one of the branches"),
         "step_optional": _mapping("optional", {"optional": _ref("branch")}, "once or not at all"),
         "step_repeat": _mapping(

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from kalium.errors import KaliumError
 from kalium.policy import envelope, limits
-from kalium.policy.automaton import VERBS, CompiledPolicy, MessageAutomaton, Verdict
+from kalium.policy.automaton import VERBS, CompiledPolicy, LabelKey, MessageAutomaton, Verdict
 from kalium.policy.compile import TABLES_OF_VERB, compile_policy
 from kalium.policy.message import Kind, Message, Reason, printable
 
@@ -61,10 +61,11 @@ def test_every_invocation_gets_the_answer_of_its_vector(vector: dict[str, Any]) 
     for run in vector["app_runs"]:
         states = policy.start(run["function"])
         for step in run["steps"]:
-            after = policy.step(run["function"], states, step["callee"])
+            key = LabelKey(step["callee"], step["asynchronous"], step["callback"])
+            after, label = policy.step(run["function"], states, key, step["open"])
 
-            assert policy.expected(run["function"], states) == step["expected"]
-            assert bool(after) == step["allowed"]
+            assert policy.expected(run["function"], states, step["open"]) == step["expected"]
+            assert (bool(after), label) == (step["allowed"], step["label"])
             states = after or states
             assert sorted(states) == step["states"]
 
@@ -158,7 +159,7 @@ def test_a_cursor_in_no_state_allows_nothing() -> None:
     verdict, states = function.step(frozenset(), Message(Kind.INVOKE, "gateway", callee="g"))
 
     assert (verdict.allowed, verdict.expected, states) == (False, (), frozenset())
-    assert policy.step("f", frozenset(), "g") == frozenset()
+    assert policy.step("f", frozenset(), LabelKey("g")) == (frozenset(), -1)
     assert policy.expected("f", frozenset()) == []
 
 
@@ -182,8 +183,9 @@ def go_constants() -> dict[str, int]:
 
 def test_the_bounds_are_those_of_the_go_executor() -> None:
     ours = {
-        "compiledBytesMax": limits.COMPILED_BYTES_MAX, "symbolsMax": limits.SYMBOLS_MAX, "statesMax": limits.STATES_MAX,
-        "edgesMax": limits.EDGES_MAX, "functionsMax": limits.FUNCTIONS_MAX, "peersMax": limits.PEERS_MAX, "listMax": limits.LIST_MAX,
+        "compiledBytesMax": limits.COMPILED_BYTES_MAX, "symbolsMax": limits.SYMBOLS_MAX, "labelsMax": limits.LABELS_MAX,
+        "statesMax": limits.STATES_MAX, "edgesMax": limits.EDGES_MAX, "functionsMax": limits.FUNCTIONS_MAX, "peersMax": limits.PEERS_MAX,
+        "listMax": limits.LIST_MAX,
         "nameBytesMax": limits.NAME_BYTES_MAX, "deadlineMSMax": limits.DEADLINE_MS_MAX, "timeoutMSMax": limits.TIMEOUT_MS_MAX,
         "bodyBytesMax": limits.BODY_BYTES_MAX, "retriesMax": limits.RETRIES_MAX, "inflightMax": limits.INFLIGHT_MAX,
         "depthMax": limits.DEPTH_MAX, "MessageTextMax": limits.MESSAGE_TEXT_MAX,

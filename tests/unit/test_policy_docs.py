@@ -7,7 +7,7 @@ from typing import Any
 from kalium.cli.policy import explanation
 from kalium.policy import automaton, envelope, examples, limits, lint, render, schema, source
 from kalium.policy import compile as compiler
-from kalium.policy.automaton import CompiledPolicy
+from kalium.policy.automaton import CompiledPolicy, FailMode
 from kalium.policy.compile import compile_policy
 from kalium.policy.lint import lint as findings_of
 from kalium.policy.message import Reason
@@ -42,6 +42,8 @@ def test_every_key_is_explained() -> None:
     assert set(first_column("### Top level")) == set(schema.SCHEMA["properties"])
     assert set(first_column("### Peers")) == keys_of("peer")
     assert set(first_column("### Functions")) == keys_of("function")
+    assert {word.split(":")[0] for word in first_column("### Invocations")} | {"invoke", "peer"} == keys_of("step_invoke")
+    assert {word.split(" ")[0] for word in first_column("### When no controller answers")} - {"app_edge"} == {mode.value for mode in FailMode}
 
 
 def test_every_message_and_construct_is_explained() -> None:
@@ -86,15 +88,15 @@ def test_the_example_denies_as_the_page_says() -> None:
 
 
 def test_the_examples_of_the_page_hold() -> None:
-    count, findings = examples.run(blocks("yaml")[2].encode("ascii"), example_policy())
+    count, findings = examples.run(blocks("yaml")[3].encode("ascii"), example_policy())
 
     assert (count, findings) == (1, [])
 
 
 def test_the_example_policies_have_nothing_but_notes() -> None:
-    first, second = (findings_of(text.encode("ascii")) for text in blocks("yaml")[:2])
+    first, second, third = (findings_of(text.encode("ascii")) for text in blocks("yaml")[:3])
 
-    assert first == []
+    assert first == third == []
     assert {finding.severity for finding in second} == {Severity.NOTE}
     assert {finding.code for finding in second} == {"policy.wildcard", "policy.any_address", "policy.mode"}
 
@@ -105,6 +107,7 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert rows["source"] == f"{limits.SOURCE_BYTES_MAX // 1024} KiB, {limits.SOURCE_DEPTH_MAX} levels, {limits.SOURCE_NODES_MAX} values"
     assert rows["functions, peers"] == f"{limits.FUNCTIONS_MAX}, {limits.PEERS_MAX}"
     assert rows["messages (lines) of a function"] == str(limits.SYMBOLS_MAX)
+    assert rows["labels of its app CFG"] == str(limits.LABELS_MAX)
     assert rows["states, transitions of a function"] == f"{limits.STATES_MAX}, {limits.EDGES_MAX}"
     assert rows["rounds of a repeat"] == str(limits.REPEAT_MAX)
     assert rows["branches of `choice` and `parallel`"] == str(limits.LIST_MAX)

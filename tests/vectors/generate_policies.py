@@ -23,10 +23,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey 
 
 from kalium.errors import KaliumError  # noqa: E402
 from kalium.policy import envelope  # noqa: E402
-from kalium.policy.automaton import CompiledPolicy, FunctionAutomaton, MessageAutomaton, States  # noqa: E402
+from kalium.policy.automaton import CompiledPolicy, FunctionAutomaton, LabelKey, MessageAutomaton  # noqa: E402
 from kalium.policy.compile import compile_policy  # noqa: E402
 from kalium.policy.envelope import canonical  # noqa: E402
-from kalium.policy.limits import COMPILED_BYTES_MAX  # noqa: E402
+from kalium.policy.limits import COMPILED_BYTES_MAX, LABELS_MAX  # noqa: E402
 from kalium.policy.message import Kind, Message  # noqa: E402
 
 EXPANDED_DEPTH = 4  # the file, its runs, a run, its steps
@@ -53,9 +53,14 @@ functions:
 """
 
 
-def invoke(callee: str, peer: str = "gateway") -> Message:
-    """An invocation of `callee`."""
-    return Message(Kind.INVOKE, peer, callee=callee)
+def invoke(callee: str, peer: str = "gateway", *, callback: str = "", asynchronous: bool = False) -> Message:
+    """An invocation of `callee`; one with a callback is asynchronous."""
+    return Message(Kind.INVOKE, peer, callee=callee, asynchronous=asynchronous or bool(callback), callback=callback)
+
+
+def answered(callee: str) -> Message:
+    """A mark inside a run: the oldest granted invocation of `callee` that is joined has been answered."""
+    return Message(Kind.OTHER, "answered", callee=callee)
 
 
 def sql(verb: str, read: Sequence[str] = (), write: Sequence[str] = (), peer: str = "database") -> Message:
@@ -260,6 +265,111 @@ CASES: Sequence[tuple[str, str, str, Sequence[Sequence[Message]]]] = (
         [[invoke("g", "backstage"), invoke("g"), invoke("g"), invoke("g", "backstage")]],
     ),
     (
+        "asynchronous",
+        "through the queue, and with a callback, an invocation is another message than the plain one, all ways; retries are no part of it",
+        """\
+      - {invoke: g, async: true, callback: h, retries: 2}
+      - {invoke: g, async: true}
+      - {invoke: g, async: false, retries: 1}
+""",
+        [
+            [
+                invoke("g"),
+                invoke("g", asynchronous=True),
+                invoke("g", callback="g"),
+                invoke("h", callback="h"),
+                invoke("g", callback="h"),
+                invoke("g", callback="h"),
+                invoke("g"),
+                invoke("g", asynchronous=True),
+                invoke("g", asynchronous=True),
+                invoke("g"),
+            ],
+        ],
+    ),
+    (
+        "joins",
+        "what follows a join waits until all that was granted of it is answered; messages of the function itself do not wait",
+        """\
+      - parallel: [{invoke: g}, {invoke: g}, {optional: {invoke: h, async: true}}]
+        join: answered
+      - {mysql: select, read: [a], peer: database}
+      - {invoke: g}
+      - {invoke: h, join: answered}
+      - {invoke: g}
+""",
+        [
+            [invoke("g"), invoke("g"), A, invoke("g"), answered("g"), invoke("g"), answered("g"), invoke("g"), invoke("h"), invoke("g")],
+            [invoke("g"), invoke("h", asynchronous=True), answered("h"), answered("g"), A, invoke("g"), A, answered("g"), invoke("g")],
+            [
+                invoke("g"),
+                invoke("h", asynchronous=True),
+                invoke("g"),
+                A,
+                answered("g"),
+                answered("g"),
+                invoke("g"),
+                answered("h"),
+                invoke("g"),
+                invoke("g"),
+                invoke("h"),
+                invoke("g"),
+                answered("h"),
+                invoke("g"),
+                invoke("h"),
+            ],
+            [invoke("h"), invoke("h", asynchronous=True), invoke("h", asynchronous=True), answered("h"), invoke("g", asynchronous=True)],
+        ],
+    ),
+    (
+        "joins_in_rounds",
+        "a join in a repeat is one group: each round waits for all before it",
+        """\
+      - repeat:
+          parallel: [{optional: {invoke: g}}, {invoke: h}]
+          join: answered
+        at_most: 3
+      - {invoke: f}
+""",
+        [
+            [invoke("h"), invoke("g"), invoke("h"), answered("g"), invoke("h"), answered("h"), invoke("h"), invoke("f"), answered("h"), invoke("f")],
+            [invoke("f"), invoke("f"), invoke("g")],
+            [
+                invoke("h"),
+                answered("h"),
+                invoke("h"),
+                invoke("g"),
+                answered("g"),
+                answered("h"),
+                invoke("g"),
+                invoke("f"),
+                invoke("h"),
+                answered("h"),
+                invoke("f"),
+                invoke("h"),
+                answered("g"),
+                invoke("h"),
+                invoke("f"),
+            ],
+        ],
+    ),
+    (
+        "joins_inside",
+        "an invocation belongs to the innermost join around it; the outer one waits for it as its branch does",
+        """\
+      - parallel:
+          - - {invoke: g, join: answered}
+            - {invoke: h}
+          - {invoke: f}
+        join: answered
+      - {invoke: g}
+""",
+        [
+            [invoke("g"), invoke("h"), invoke("f"), answered("g"), invoke("h"), answered("f"), invoke("g"), answered("h"), invoke("g"), invoke("g")],
+            [invoke("f"), answered("f"), invoke("g"), invoke("g"), answered("g"), invoke("g"), invoke("h"), answered("h"), invoke("h"), invoke("g")],
+        ],
+    ),
+    (
         "tail",
         "the tail may begin as soon as the messages may end; after the answer nothing but the tail is left",
         """\
@@ -361,6 +471,7 @@ def judged(function: FunctionAutomaton, messages: Sequence[Message]) -> dict[str
     for message in messages[is_startup:]:
         if message is ANSWER:
             is_answered = True
+        if message in (ANSWER, answered(message.callee)):
             continue
         verdict, states = automaton.step_tail(states, message) if is_answered else automaton.step(states, message)
         steps.append(
@@ -380,13 +491,24 @@ def judged(function: FunctionAutomaton, messages: Sequence[Message]) -> dict[str
     return {"function": function.name, **begin, "steps": steps, "may_end": automaton.accepts(states)}
 
 
-def invoked(policy: CompiledPolicy, function: str, callees: Sequence[str]) -> dict[str, Any]:
-    """The same for the app CFG: each invocation with what the controller answers."""
+def invoked(policy: CompiledPolicy, function: str, messages: Sequence[Message]) -> dict[str, Any]:
+    """The same for the app CFG: each invocation with what the controller answers, while the joins in `open` wait for answers."""
+    graph = policy.app_cfg[function]
     states, steps = policy.start(function), []
-    for callee in callees:
-        after: States = policy.step(function, states, callee)
-        steps.append({"callee": callee, "allowed": bool(after), "states": sorted(after or states), "expected": policy.expected(function, states)})
+    waited: list[tuple[str, int]] = []  # granted and not answered: the callee and its group
+    for message in messages:
+        if message == answered(message.callee):
+            waited.remove(next(edge for edge in waited if edge[0] == message.callee))
+        if message.kind is not Kind.INVOKE:
+            continue
+        key = LabelKey(message.callee, message.asynchronous, message.callback)
+        groups = sorted({group for _, group in waited})
+        after, label = policy.step(function, states, key, groups)
+        expected = policy.expected(function, states, groups)
         states = after or states
+        steps.append({**key._asdict(), "open": groups, "allowed": label >= 0, "label": label, "states": sorted(states), "expected": expected})
+        if label >= 0 and graph.labels[label].join:
+            waited.append((message.callee, graph.labels[label].join))
     return {"function": function, "steps": steps}
 
 
@@ -400,9 +522,7 @@ def accepted(name: str, what: str, source: str, runs: Sequence[tuple[str, Sequen
         "source": source,
         "compiled": compiled.decode("ascii"),
         "runs": [judged(policy.functions[function], messages) for function, messages in runs],
-        "app_runs": [
-            invoked(policy, function, [message.callee for message in messages if message.kind is Kind.INVOKE]) for function, messages in runs
-        ],
+        "app_runs": [invoked(policy, function, messages) for function, messages in runs],
     }
 
 
@@ -553,11 +673,12 @@ def drop(path: str) -> Change:
 
 F = "functions/f"
 S0, S1, S2, S3, S4 = (f"{F}/symbols/{number}" for number in range(5))
+L0 = "app_cfg/f/labels/0"
 STARTUP_S0 = f"{F}/startup/symbols/0"
 
 # Each breaks one rule of the document that BASE compiles to.
 BROKEN: Sequence[tuple[str, Change]] = (
-    ("another_format", put("format", "kalium-compiled/v3")),
+    ("another_format", put("format", "kalium-compiled/v2")),
     ("no_app", drop("app")),
     ("unknown_field", put("comment", "x")),
     ("another_case", lambda document: document.update(App=document.pop("app"))),
@@ -572,7 +693,8 @@ BROKEN: Sequence[tuple[str, Change]] = (
     ("mode_unknown", put("mode", "watch")),
     ("mode_missing", drop("mode")),
     ("source_sha256_too_long", put("source_sha256", "0" * 65)),
-    ("app_edge_allow", put("on_unavailable/app_edge", "allow")),
+    ("app_edge_unknown", put("on_unavailable/app_edge", "audit")),
+    ("app_edge_is_a_number", put("on_unavailable/app_edge", 0)),
     ("deadline_zero", put("on_unavailable/deadline_ms", 0)),
     ("deadline_too_long", put("on_unavailable/deadline_ms", 60_001)),
     ("peers_is_a_list", put("peers", [])),
@@ -660,6 +782,14 @@ BROKEN: Sequence[tuple[str, Change]] = (
     ("upgrade_is_a_text", put(f"{S0}/upgrade", "websocket")),
     ("upgrade_by_post", put(f"{S4}/upgrade", True)),
     ("grpc_in_clear", put(f"{S4}/grpc", True)),
+    ("async_is_a_text", put(f"{S2}/asynchronous", "true")),
+    ("invocation_without_a_callback_field", drop(f"{S2}/callback")),
+    ("callback_is_null", put(f"{S2}/callback", None)),
+    ("callback_of_a_plain_invocation", put(f"{S2}/callback", "g")),
+    ("callback_is_no_name", lambda document: document["functions"]["f"]["symbols"][2].update(asynchronous=True, callback="a b")),
+    ("callback_is_no_function", lambda document: document["functions"]["f"]["symbols"][2].update(asynchronous=True, callback="x")),
+    ("callee_is_no_function", put(f"{S2}/callee", "x")),
+    ("invocation_retries_4", put(f"{S2}/retries", 4)),
     ("smtp_to_an_http_peer", put(f"{S3}/peer", "api")),
     ("http_to_an_smtp_peer", put(f"{S0}/peer", "mail")),
     ("from_is_null", put(f"{S3}/from", None)),
@@ -677,8 +807,26 @@ BROKEN: Sequence[tuple[str, Change]] = (
     ("tables_65", put(f"{S1}/read", [f"t{number:02}" for number in range(65)])),
     ("app_cfg_of_one_function_missing", drop("app_cfg/g")),
     ("app_cfg_of_another_function", lambda document: document["app_cfg"].update(x=document["app_cfg"].pop("g"))),
-    ("app_cfg_to_no_function", put("app_cfg/f/edges/0", [0, "x", 1])),
-    ("app_cfg_to_no_state", put("app_cfg/f/edges/0", [0, "g", 9])),
+    ("app_cfg_to_no_function", put(f"{L0}/callee", "x")),
+    ("app_cfg_to_no_state", put("app_cfg/f/edges/0", [0, 0, 9])),
+    ("app_cfg_by_the_callee", put("app_cfg/f/edges/0", [0, "g", 1])),
+    ("app_cfg_of_no_label", put("app_cfg/f/edges/0", [0, 1, 1])),
+    ("app_cfg_edges_not_rising", put("app_cfg/f/edges", [[1, 0, 1], [0, 0, 1]])),
+    ("app_cfg_edge_twice", put("app_cfg/f/edges", [[0, 0, 1], [0, 0, 1]])),
+    ("app_cfg_without_labels", drop("app_cfg/f/labels")),
+    ("label_is_a_name", put(L0, "g")),
+    ("label_twice", lambda document: document["app_cfg"]["f"]["labels"].append(document["app_cfg"]["f"]["labels"][0])),
+    ("label_with_an_unknown_field", put(f"{L0}/peer", "gateway")),
+    ("label_without_join", drop(f"{L0}/join")),
+    ("label_with_a_callback_to_no_function", lambda document: document["app_cfg"]["f"]["labels"][0].update(asynchronous=True, callback="x")),
+    ("label_with_a_callback_that_is_waited_for", put(f"{L0}/callback", "g")),
+    ("label_retries_4", put(f"{L0}/retries", 4)),
+    ("label_join_negative", put(f"{L0}/join", -1)),
+    ("label_join_too_high", put(f"{L0}/join", LABELS_MAX + 1)),
+    ("label_and_barrier", put(f"{L0}/barrier", 1)),
+    ("barrier_zero", put(L0, {"barrier": 0})),
+    ("barrier_too_high", put(L0, {"barrier": LABELS_MAX + 1})),
+    ("labels_too_many", put("app_cfg/f/labels", [{"barrier": number} for number in range(1, LABELS_MAX + 2)])),
     ("app_cfg_with_an_unknown_field", put("app_cfg/f/accept", [0])),
     ("nested_too_deep", put("app", [[[[[[[[[[[[[]]]]]]]]]]]]])),
 )  # fmt: skip

@@ -384,7 +384,7 @@ func TestABadPolicyIsRefusedAndTheLastGoodOneStays(t *testing.T) {
 		"no envelope":                    {"shop", []byte("{}")},
 		"an unsigned policy":             {"shop", compiled("shop", 6)},
 		"a changed policy":               {"shop", []byte(strings.Replace(string(s.sign(compiled("shop", 6))), `"policy":"e`, `"policy":"f`, 1))},
-		"a policy that does not parse":   {"shop", s.sign([]byte(`{"format":"kalium-compiled/v2"}`))},
+		"a policy that does not parse":   {"shop", s.sign([]byte(`{"format":"kalium-compiled/v3"}`))},
 	} {
 		before := strings.Count(s.log.String(), eventPolicyRefused)
 		s.controller.push(&frame.Policy{App: c.app, Policy: c.envelope})

@@ -244,8 +244,8 @@ func compiled(app string, version int) []byte {
 func compiledWith(app string, version int, host string) []byte {
 	function := `{"accept":[0],"edges":[],"invocation_timeout_ms":1000,"max_body":10,"max_inflight":1,"mode":"enforce",` +
 		`"quiet_ms":200,"retire_ms":30000,"reuse":"always","start":[0],"states":1,"symbols":[],"tail_ms":10000,"tls":"open"}`
-	graph := `{"edges":[],"start":[0],"states":1}`
-	return fmt.Appendf(nil, `{"app":%q,"app_cfg":{"pay":%s,"ship":%s},"entries":["pay"],"format":"kalium-compiled/v2",`+
+	graph := `{"edges":[],"labels":[],"start":[0],"states":1}`
+	return fmt.Appendf(nil, `{"app":%q,"app_cfg":{"pay":%s,"ship":%s},"entries":["pay"],"format":"kalium-compiled/v3",`+
 		`"functions":{"pay":%s,"ship":%s},"mode":"enforce","on_unavailable":{"app_edge":"deny","deadline_ms":250},`+
 		`"peers":{"gateway":{"host":"gateway","port":8080,"protocol":"http","role":"gateway"},"images":{"host":%q,"port":443,"protocol":"https"}},`+
 		`"source_sha256":"","version":%d}`, app, graph, graph, function, function, host, version)

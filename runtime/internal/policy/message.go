@@ -110,19 +110,21 @@ func kindOf(name string) Kind {
 // Message is an outgoing unit that the function CFG orders, normalised by the parser that read it. It never carries
 // payload: no header values, no bodies, no literals of a statement.
 type Message struct {
-	Kind    Kind
-	Peer    string   // the policy's name for the peer
-	Method  string   // http, https
-	Path    string   // http, https: without query, as it went over the wire
-	Query   []string // http, https: the keys, in any order
-	Upgrade bool     // http, https: asks for an upgrade to websocket
-	GRPC    bool     // https: its content type is that of gRPC
-	Callee  string   // invoke
-	Verb    string   // mysql, in the spelling of the compiled policy
-	Read    []string // mysql: tables, sorted, unqualified in the peer's schema
-	Write   []string // mysql: as Read
-	From    string   // smtp: local@domain, the domain in lower case; "" is the null reverse-path
-	To      []string // smtp: the recipients so far, each as From, in any order
+	Kind         Kind
+	Peer         string   // the policy's name for the peer
+	Method       string   // http, https
+	Path         string   // http, https: without query, as it went over the wire
+	Query        []string // http, https: the keys, in any order
+	Upgrade      bool     // http, https: asks for an upgrade to websocket
+	GRPC         bool     // https: its content type is that of gRPC
+	Callee       string   // invoke
+	Asynchronous bool     // invoke: through the gateway's queue
+	Callback     string   // invoke: the function that its result goes to, "" for none
+	Verb         string   // mysql, in the spelling of the compiled policy
+	Read         []string // mysql: tables, sorted, unqualified in the peer's schema
+	Write        []string // mysql: as Read
+	From         string   // smtp: local@domain, the domain in lower case; "" is the null reverse-path
+	To           []string // smtp: the recipients so far, each as From, in any order
 }
 
 // MessageTextMax bounds Message.Text in bytes: the text goes into frames and logs.
@@ -152,7 +154,14 @@ func (m *Message) AppendText(b []byte) []byte {
 		}
 		return b
 	case KindInvoke:
-		return append(append(b, ' '), m.Callee...)
+		b = append(append(b, ' '), m.Callee...)
+		if m.Asynchronous {
+			b = append(b, " async"...)
+		}
+		if m.Callback != "" {
+			b = append(append(b, " callback "...), m.Callback...)
+		}
+		return b
 	case KindMySQL:
 		b = append(append(b, ' '), m.Verb...)
 		return appendList(appendList(b, " read ", m.Read, ','), " write ", m.Write, ',')

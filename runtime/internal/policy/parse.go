@@ -16,6 +16,7 @@ import (
 const (
 	compiledBytesMax = 700 * 1024 // in base64 inside a frame of 1 MiB
 	symbolsMax       = 1024
+	labelsMax        = 2048 // of an app CFG
 	statesMax        = 4096
 	edgesMax         = 65536
 	functionsMax     = 512
@@ -31,7 +32,7 @@ const (
 )
 
 // Format is the only compiled form that this package reads.
-const Format = "kalium-compiled/v2"
+const Format = "kalium-compiled/v3"
 
 // Verbs are the mysql verbs of a compiled policy.
 var verbs = map[string]bool{
@@ -281,6 +282,25 @@ func (c *checker) mode(value any, path string) Mode {
 	return ModeInvalid
 }
 
+func (c *checker) failMode(value any, path string) FailMode {
+	name := c.oneOf(value, path, "deny", "last_known", "allow")
+	for m := FailDeny; m <= FailAllow; m++ {
+		if m.String() == name {
+			return m
+		}
+	}
+	return FailDeny
+}
+
+// known refuses names that are neither empty nor functions of the policy.
+func (c *checker) known(policy *Policy, path string, names ...string) {
+	for _, name := range names {
+		if name != "" && c.err == nil && policy.Functions[name] == nil {
+			c.fail("%s: %q is not a function of the policy", path, name)
+		}
+	}
+}
+
 func (c *checker) policy(document any) *Policy {
 	top := c.object(document, "the policy",
 		"format app version mode source_sha256 on_unavailable peers entries functions app_cfg", "")
@@ -295,10 +315,12 @@ func (c *checker) policy(document any) *Policy {
 		Peers:        map[string]Peer{},
 		Entries:      map[string]bool{},
 		Functions:    map[string]*Function{},
+		invokes:      map[edgeOfApp]bool{},
+		invoked:      map[string]bool{},
 	}
 	policy.Mode = c.mode(top["mode"], "mode")
 	if on := c.object(top["on_unavailable"], "on_unavailable", "app_edge deadline_ms", ""); on != nil {
-		c.oneOf(on["app_edge"], "on_unavailable.app_edge", "deny")
+		policy.AppEdge = c.failMode(on["app_edge"], "on_unavailable.app_edge")
 		policy.DeadlineMS = int(c.integer(on["deadline_ms"], "on_unavailable.deadline_ms", 1, deadlineMSMax))
 	}
 	for name, value := range c.names(top["peers"], "peers", peersMax) {
@@ -313,6 +335,14 @@ func (c *checker) policy(document any) *Policy {
 			c.fail("entries: %q appears twice or is not a function of the policy", name)
 		}
 		policy.Entries[name] = true
+	}
+	for name, function := range policy.Functions {
+		if function == nil {
+			break // it was refused
+		}
+		for i := range function.Symbols {
+			c.known(policy, "functions."+name+".symbols", function.Symbols[i].Callee, function.Symbols[i].Callback)
+		}
 	}
 	c.appCFG(policy, top["app_cfg"])
 	return policy
@@ -429,36 +459,45 @@ func (c *checker) states(value any, path string, states int) Cursor {
 	return cursor
 }
 
-// edges reads the list in strictly rising order, so that it has one spelling and no duplicates.
 func (c *checker) edges(function *Function, value any, path string) {
 	function.first = make([]int32, function.States+1)
+	for _, triple := range c.triples(value, path, function.States, len(function.Symbols)) {
+		function.edges = append(function.edges, edge{symbol: int32(triple[1]), to: int32(triple[2])})
+		function.first[triple[0]+1]++
+	}
+	for state := range function.States {
+		function.first[state+1] += function.first[state]
+	}
+}
+
+// triples reads edges as [from, label, to] in strictly rising order, so that they have one spelling and no duplicates.
+func (c *checker) triples(value any, path string, states, labels int) [][3]int64 {
+	list := c.list(value, path, edgesMax)
+	triples := make([][3]int64, 0, len(list))
 	last := [3]int64{-1, -1, -1}
-	for i, element := range c.list(value, path, edgesMax) {
+	for i, element := range list {
 		triple := c.list(element, path, 3)
 		if c.err == nil && len(triple) != 3 {
-			c.fail("%s[%d] is not [from, symbol, to]", path, i)
+			c.fail("%s[%d] does not have three parts", path, i)
 		}
 		if c.err != nil {
-			return
+			return nil
 		}
 		now := [3]int64{
-			c.integer(triple[0], path, 0, int64(function.States)-1),
-			c.integer(triple[1], path, 0, int64(len(function.Symbols))-1),
-			c.integer(triple[2], path, 0, int64(function.States)-1),
+			c.integer(triple[0], path, 0, int64(states)-1),
+			c.integer(triple[1], path, 0, int64(labels)-1),
+			c.integer(triple[2], path, 0, int64(states)-1),
 		}
 		if c.err == nil && !rising(last, now) {
 			c.fail("%s[%d] is not after the one before it", path, i)
 		}
 		if c.err != nil {
-			return
+			return nil
 		}
 		last = now
-		function.edges = append(function.edges, edge{symbol: int32(now[1]), to: int32(now[2])})
-		function.first[now[0]+1]++
+		triples = append(triples, now)
 	}
-	for state := range function.States {
-		function.first[state+1] += function.first[state]
-	}
+	return triples
 }
 
 func rising(a, b [3]int64) bool {
@@ -519,6 +558,8 @@ func (c *checker) symbol(policy *Policy, path string, value any) Symbol {
 			c.fail("%s: peer %q has not the role gateway", path, symbol.Peer)
 		}
 		symbol.Callee = c.name(fields["callee"], path+".callee")
+		symbol.Asynchronous, symbol.Callback = c.result(fields, path)
+		symbol.Retries = int(c.integer(fields["retries"], path+".retries", 0, retriesMax))
 	case KindMySQL:
 		if peer.Protocol != ProtocolMySQL {
 			c.fail("%s: peer %q does not speak mysql", path, symbol.Peer)
@@ -548,7 +589,20 @@ func (c *checker) symbol(policy *Policy, path string, value any) Symbol {
 // fieldsOf are the fields of a symbol's kind beside those that all have.
 var fieldsOf = map[Kind]string{
 	KindHTTP: "method path query retries upgrade grpc", KindHTTPS: "method path query retries upgrade grpc",
-	KindInvoke: "callee", KindMySQL: "verb read write", KindSMTP: "from to",
+	KindInvoke: "callee asynchronous callback retries", KindMySQL: "verb read write", KindSMTP: "from to",
+}
+
+// result reads how an invocation's result comes: through the queue or not, and to which function. Only what is not waited
+// for has a callback.
+func (c *checker) result(fields map[string]any, path string) (asynchronous bool, callback string) {
+	asynchronous = c.boolean(fields["asynchronous"], path+".asynchronous")
+	if fields["callback"] != "" {
+		callback = c.name(fields["callback"], path+".callback")
+	}
+	if callback != "" && !asynchronous {
+		c.fail("%s: a callback of an invocation that is waited for", path)
+	}
+	return asynchronous, callback
 }
 
 // address checks a mail address in the one spelling that the parser of mails reports: local@domain without quotes, the
@@ -593,8 +647,15 @@ func notInPaths(r rune) bool {
 	return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && !strings.ContainsRune("-._~!$&'()*+,=:@", r)
 }
 
-// appCFG is executed by the controller. Here only its form and its names are checked, because a document that the
-// controller would refuse must not be in force on this side either.
+// label is what an edge of an app CFG carries: an invocation, or a barrier that the controller takes by itself.
+type label struct {
+	callee, callback       string
+	asynchronous           bool
+	retries, join, barrier int64
+}
+
+// appCFG is executed by the controller. Here its form and its names are checked, because a document that the controller
+// would refuse must not be in force on this side either, and its edges are kept without their order.
 func (c *checker) appCFG(policy *Policy, value any) {
 	graphs := c.names(value, "app_cfg", functionsMax)
 	if c.err == nil && len(graphs) != len(policy.Functions) {
@@ -605,26 +666,57 @@ func (c *checker) appCFG(policy *Policy, value any) {
 		if c.err == nil && policy.Functions[name] == nil {
 			c.fail("%s is not a function of the policy", path)
 		}
-		fields := c.object(graph, path, "states start edges", "")
+		fields := c.object(graph, path, "states start labels edges", "")
 		if fields == nil {
 			return
 		}
-		states := c.integer(fields["states"], path+".states", 1, statesMax)
-		c.states(fields["start"], path+".start", int(states))
-		for _, element := range c.list(fields["edges"], path+".edges", edgesMax) {
-			triple := c.list(element, path+".edges", 3)
-			if c.err == nil && len(triple) != 3 {
-				c.fail("%s.edges holds something that is not [from, callee, to]", path)
+		states := int(c.integer(fields["states"], path+".states", 1, statesMax))
+		c.states(fields["start"], path+".start", states)
+		labels := c.labels(policy, fields["labels"], path+".labels")
+		for _, triple := range c.triples(fields["edges"], path+".edges", states, len(labels)) {
+			l := labels[triple[1]]
+			if l.barrier != 0 {
+				continue
 			}
-			if c.err != nil {
-				return
-			}
-			c.integer(triple[0], path+".edges", 0, states-1)
-			callee := c.name(triple[1], path+".edges")
-			c.integer(triple[2], path+".edges", 0, states-1)
-			if c.err == nil && policy.Functions[callee] == nil {
-				c.fail("%s: callee %q is not a function of the policy", path, callee)
+			policy.invokes[edgeOfApp{name, l.callee}] = true
+			policy.invoked[l.callee] = true
+			if l.callback != "" {
+				policy.invoked[l.callback] = true
 			}
 		}
 	}
+}
+
+func (c *checker) labels(policy *Policy, value any, path string) []label {
+	list := c.list(value, path, labelsMax)
+	labels, seen := make([]label, 0, len(list)), map[label]bool{}
+	for i, element := range list {
+		l := c.label(policy, fmt.Sprintf("%s[%d]", path, i), element)
+		if c.err == nil && seen[l] {
+			c.fail("%s has one twice", path)
+		}
+		seen[l] = true
+		labels = append(labels, l)
+	}
+	return labels
+}
+
+func (c *checker) label(policy *Policy, path string, value any) label {
+	object, _ := value.(map[string]any)
+	if _, there := object["barrier"]; there {
+		if fields := c.object(value, path, "barrier", ""); fields != nil {
+			return label{barrier: c.integer(fields["barrier"], path+".barrier", 1, labelsMax)}
+		}
+		return label{}
+	}
+	fields := c.object(value, path, "callee asynchronous callback retries join", "")
+	if fields == nil {
+		return label{}
+	}
+	l := label{callee: c.name(fields["callee"], path+".callee")}
+	l.asynchronous, l.callback = c.result(fields, path)
+	c.known(policy, path, l.callee, l.callback)
+	l.retries = c.integer(fields["retries"], path+".retries", 0, retriesMax)
+	l.join = c.integer(fields["join"], path+".join", 0, labelsMax)
+	return l
 }

@@ -11,7 +11,7 @@ import (
 // TestAPathOfAPolicyIsOneThatTheParserOfRequestsTakes: a character that only one of the two takes would be a line that no
 // request can match.
 func TestAPathOfAPolicyIsOneThatTheParserOfRequestsTakes(t *testing.T) {
-	const document = `{"app":"a","app_cfg":{"f":{"edges":[],"start":[0],"states":1}},"entries":["f"],"format":"kalium-compiled/v2",` +
+	const document = `{"app":"a","app_cfg":{"f":{"edges":[],"labels":[],"start":[0],"states":1}},"entries":["f"],"format":"kalium-compiled/v3",` +
 		`"functions":{"f":{"accept":[0],"edges":[[0,0,0]],"invocation_timeout_ms":1,"max_body":0,"max_inflight":1,"mode":"enforce","quiet_ms":1,` +
 		`"retire_ms":1,"reuse":"always","start":[0],"states":1,"symbols":[{"grpc":false,"kind":"http","line":1,"method":"GET","path":%q,` +
 		`"peer":"p","query":[],"retries":0,"tail":false,"text":"x","upgrade":false}],"tail_ms":1,"tls":"open"}},"mode":"enforce",` +

@@ -37,6 +37,28 @@ func (m Mode) String() string {
 	}
 }
 
+// FailMode says what becomes of an app edge, a start or an invocation, that no controller decides. The zero mode denies.
+type FailMode uint8
+
+// The fail modes of docs/reference/policy.md.
+const (
+	FailDeny      FailMode = iota // refused
+	FailLastKnown                 // allowed if the policy has the edge at some place: see Policy.Edge and Policy.Invoked
+	FailAllow                     // allowed
+)
+
+// String spells the fail mode as the policy does; one that is none of them denies, and is spelled so.
+func (m FailMode) String() string {
+	switch m {
+	case FailLastKnown:
+		return "last_known"
+	case FailAllow:
+		return "allow"
+	default:
+		return "deny"
+	}
+}
+
 // Protocols of a peer, as the compiled policy spells them.
 const (
 	ProtocolHTTP  = "http"
@@ -60,13 +82,27 @@ type Policy struct {
 	App          string
 	Version      int
 	Mode         Mode
-	DeadlineMS   int // how long an app edge may take before it counts as denied
+	AppEdge      FailMode // what becomes of an app edge that no controller decides
+	DeadlineMS   int      // after so long without an answer, no controller has decided it
 	SourceSHA256 string
 	SHA256       [sha256.Size]byte // of the compiled bytes: two policies of one version are the same one or a mistake
 	Peers        map[string]Peer
 	Entries      map[string]bool
 	Functions    map[string]*Function
+
+	invokes map[edgeOfApp]bool // the app CFG without its order
+	invoked map[string]bool    // the callees of all its edges, callbacks included
 }
+
+type edgeOfApp struct{ caller, callee string }
+
+// Edge tells whether an invocation of caller may invoke callee at some place of the app CFG.
+func (p *Policy) Edge(caller, callee string) bool {
+	return p != nil && p.invokes[edgeOfApp{caller, callee}]
+}
+
+// Invoked tells whether some function may invoke callee, or have a result sent to it.
+func (p *Policy) Invoked(callee string) bool { return p != nil && p.invoked[callee] }
 
 // ModeOf is the mode of one function: its own, or else the policy's. A function that the policy does not have, and a
 // missing policy, have the invalid mode, which denies.
@@ -109,13 +145,15 @@ type Symbol struct {
 	Method, Path string
 	Query        []string // the keys that the message may carry, sorted
 	Callee       string
+	Asynchronous bool   // invoke: through the gateway's queue
+	Callback     string // invoke: the function that its result goes to, "" for none
 	Verb         string
 	Read, Write  []string
 	From         string   // smtp: "" stands for any sender
 	To           []string // smtp: whom the mail may go to, sorted; empty stands for anybody
 	Upgrade      bool     // http, https: to websocket
 	GRPC         bool     // https
-	Retries      int      // http, https: how often a message without an answer may be sent again
+	Retries      int      // http, https, invoke: how often a message without an answer may be sent again
 	Tail         bool     // may be sent after the answer
 	Line         int      // in the YAML source
 	Text         string
@@ -321,7 +359,7 @@ func (s *Symbol) Matches(m *Message) bool {
 		return s.Method == m.Method && s.Upgrade == m.Upgrade && s.GRPC == m.GRPC && matchPath(s.segments, m.Path) &&
 			subset(m.Query, s.Query)
 	case KindInvoke:
-		return s.Callee == m.Callee && m.Callee != ""
+		return s.Callee == m.Callee && m.Callee != "" && s.Asynchronous == m.Asynchronous && s.Callback == m.Callback
 	case KindMySQL:
 		return s.Verb == m.Verb && slices.Equal(s.Read, m.Read) && slices.Equal(s.Write, m.Write)
 	case KindSMTP:

@@ -15,7 +15,8 @@ import (
 )
 
 // base is a policy whose function f sends an http request and then a statement, in any number of rounds.
-const base = `{"app":"shop","app_cfg":{"f":{"edges":[[0,"f",0]],"start":[0],"states":1}},"entries":["f"],"format":"kalium-compiled/v2",` +
+const base = `{"app":"shop","app_cfg":{"f":{"edges":[[0,0,0]],` +
+	`"labels":[{"asynchronous":false,"callback":"","callee":"f","join":0,"retries":0}],"start":[0],"states":1}},"entries":["f"],"format":"kalium-compiled/v3",` +
 	`"functions":{"f":{"accept":[0],"edges":[[0,0,1],[1,1,0]],"invocation_timeout_ms":1000,"max_body":10,"max_inflight":1,"mode":"enforce",` +
 	`"quiet_ms":200,"retire_ms":30000,"reuse":"always","start":[0],"states":2,"symbols":[` +
 	`{"kind":"http","line":3,"method":"GET","path":"/a/{x}/","peer":"api","query":["p","q"],` +
@@ -245,8 +246,8 @@ func TestTheCostOfAStepDoesNotDependOnThePathBehindIt(t *testing.T) {
 
 // around is a policy whose function f sends mails around its answer: a mail in the body, then one in the tail, and others
 // at its startup; g has a mode of its own.
-const around = `{"app":"shop","app_cfg":{"f":{"edges":[],"start":[0],"states":1},"g":{"edges":[],"start":[0],"states":1}},"entries":["f","g"],` +
-	`"format":"kalium-compiled/v2","functions":{"f":{"accept":[1,2],"edges":[[0,0,1],[1,1,2]],"invocation_timeout_ms":1000,"max_body":10,` +
+const around = `{"app":"shop","app_cfg":{"f":{"edges":[],"labels":[],"start":[0],"states":1},"g":{"edges":[],"labels":[],"start":[0],"states":1}},"entries":["f","g"],` +
+	`"format":"kalium-compiled/v3","functions":{"f":{"accept":[1,2],"edges":[[0,0,1],[1,1,2]],"invocation_timeout_ms":1000,"max_body":10,` +
 	`"max_inflight":4,"mode":"audit","quiet_ms":2,"retire_ms":3,"reuse":"never","start":[0],"states":3,"symbols":[` +
 	`{"from":"f@shop.example","kind":"smtp","line":3,"peer":"mail","tail":false,"text":"in the body","to":["a@x.example","b@x.example"]},` +
 	`{"from":"","kind":"smtp","line":4,"peer":"mail","tail":true,"text":"in the tail","to":[]}],"tail_ms":1,"tls":"terminate",` +
@@ -645,4 +646,55 @@ func FuzzVerify(f *testing.F) {
 			t.Fatalf("opened as %#v", p)
 		}
 	})
+}
+
+func TestEdgesAreKeptWithoutTheirOrder(t *testing.T) {
+	text := strings.Replace(base, `"labels":[`, `"labels":[{"barrier":1},`, 1)
+	text = strings.Replace(text, `"edges":[[0,0,0]]`, `"edges":[[0,0,0],[0,1,0]]`, 1)
+	p, err := Parse([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var none *Policy
+	if !p.Edge("f", "f") || !p.Invoked("f") || p.Edge("f", "") || p.Edge("", "f") || p.Invoked("") || none.Edge("f", "f") || none.Invoked("f") {
+		t.Error("the edges are not those of the app CFG")
+	}
+
+	unused, err := Parse([]byte(strings.Replace(base, `"edges":[[0,0,0]]`, `"edges":[]`, 1)))
+	if err != nil || unused.Edge("f", "f") || unused.Invoked("f") {
+		t.Errorf("a label that no edge carries is an edge, %v", err)
+	}
+}
+
+func TestACallbackIsInvokedAndNoEdge(t *testing.T) {
+	p := shared(t, "asynchronous")
+	for callee, want := range map[string][2]bool{"g": {true, true}, "h": {false, true}, "f": {false, false}} {
+		if p.Edge("f", callee) != want[0] || p.Invoked(callee) != want[1] {
+			t.Errorf("%s: edge %t, invoked %t", callee, p.Edge("f", callee), p.Invoked(callee))
+		}
+	}
+}
+
+func TestTheFailModeIsThePolicys(t *testing.T) {
+	for name, want := range map[string]FailMode{"deny": FailDeny, "last_known": FailLastKnown, "allow": FailAllow} {
+		p, err := Parse([]byte(strings.Replace(base, `"app_edge":"deny"`, `"app_edge":"`+name+`"`, 1)))
+		if err != nil || p.AppEdge != want || want.String() != name {
+			t.Errorf("%s: %v, %v", name, p, err)
+		}
+	}
+	if FailMode(0) != FailDeny || (FailAllow+1).String() != "deny" {
+		t.Error("a mode that is none of them does not deny")
+	}
+}
+
+// shared is the policy of a vector.
+func shared(t testing.TB, name string) *Policy {
+	t.Helper()
+	var v policyVector
+	readVector(t, name+".json", &v)
+	p, err := Parse([]byte(v.Compiled))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }

@@ -29,9 +29,9 @@ type (
 	}
 	step struct {
 		Message struct {
-			Kind, Peer, Method, Path, Callee, Verb, From string
-			Query, Read, Write, To                       []string
-			Upgrade, GRPC                                bool
+			Kind, Peer, Method, Path, Callee, Callback, Verb, From string
+			Query, Read, Write, To                                 []string
+			Upgrade, GRPC, Asynchronous                            bool
 		}
 		Text          string
 		Tail, Allowed bool
@@ -108,7 +108,7 @@ func TestTheSharedPoliciesJudgeAsTheVectorsSay(t *testing.T) {
 					Kind: kindOf(step.Message.Kind), Peer: step.Message.Peer, Method: step.Message.Method, Path: step.Message.Path,
 					Query: step.Message.Query, Callee: step.Message.Callee, Verb: step.Message.Verb, Read: step.Message.Read,
 					Write: step.Message.Write, From: step.Message.From, To: step.Message.To,
-					Upgrade: step.Message.Upgrade, GRPC: step.Message.GRPC,
+					Upgrade: step.Message.Upgrade, GRPC: step.Message.GRPC, Asynchronous: step.Message.Asynchronous, Callback: step.Message.Callback,
 				}
 				judge := function.Step
 				if step.Tail {

@@ -18,14 +18,16 @@ import (
 
 // buyer's CFG: GET /a, then a select, then an invoke of payer, and a POST /b after that. In the first state it may also
 // get images, and before the POST put them, open a WebSocket and make calls of gRPC.
-const compiled = `{"app":"shop","app_cfg":{"buyer":{"edges":[[0,"payer",1]],"start":[0],"states":2},"payer":{"edges":[],"start":[0],"states":1}},
-"entries":["buyer"],"format":"kalium-compiled/v2","functions":{"buyer":{"accept":[4],
+const compiled = `{"app":"shop","app_cfg":{"buyer":{"edges":[[0,0,1]],
+"labels":[{"asynchronous":false,"callback":"","callee":"payer","join":0,"retries":0}],"start":[0],"states":2},
+"payer":{"edges":[],"labels":[],"start":[0],"states":1}},
+"entries":["buyer"],"format":"kalium-compiled/v3","functions":{"buyer":{"accept":[4],
 "edges":[[0,0,1],[0,3,0],[1,1,2],[2,2,3],[3,4,4],[3,5,3],[3,6,3],[3,7,3]],"invocation_timeout_ms":60000,"max_body":100,"max_inflight":1,"mode":"MODE",
 "quiet_ms":200,"retire_ms":30000,"reuse":"always","start":[0],"states":5,"symbols":[
 {"kind":"http","line":1,"method":"GET","path":"/a","peer":"api","grpc":false,"query":[],"retries":0,"tail":false,
 "text":"http GET api /a","upgrade":false},
 {"kind":"mysql","line":2,"peer":"database","read":["items"],"tail":false,"text":"mysql select read items","verb":"select","write":[]},
-{"callee":"payer","kind":"invoke","line":3,"peer":"gateway","tail":false,"text":"invoke payer"},
+{"asynchronous":false,"callback":"","callee":"payer","kind":"invoke","line":3,"retries":0,"peer":"gateway","tail":false,"text":"invoke payer"},
 {"kind":"https","line":4,"method":"GET","path":"/i","peer":"images","grpc":false,"query":[],"retries":0,"tail":false,
 "text":"https GET images /i","upgrade":false},
 {"kind":"http","line":5,"method":"POST","path":"/b","peer":"api","grpc":false,"query":[],"retries":0,"tail":false,
