@@ -70,6 +70,9 @@ class Calls(Protocol):
     def controllers(self) -> Sequence[str]:
         """The names of the controllers that share the store, as far as it knows."""
 
+    def fault(self) -> str:
+        """Why no step can be taken now, "" when it can: what /readyz says of the store."""
+
     def adopt(self, who: Instance, *, now_ns: int) -> None:
         """The instance speaks through this controller from now on; what it had begun through another one goes on here."""
 
@@ -176,6 +179,10 @@ class MemoryCalls:
     def controllers(self) -> Sequence[str]:
         """Nobody shares a process's memory."""
         return ()
+
+    def fault(self) -> str:
+        """Memory is always there."""
+        return ""
 
     def adopt(self, who: Instance, *, now_ns: int) -> None:  # noqa: ARG002 - nothing here depends on when
         """As Calls.adopt."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from kalium.controller.audit import AuditLog, NoAudit
 from kalium.controller.calls import Deferred, Evicted
+from kalium.controller.counts import Counts
 from kalium.controller.identity import PeerIdentity
 from kalium.controller.log import LogLine
 from kalium.controller.registry import AgentKey, DuplicateAgent
@@ -43,6 +44,7 @@ from kalium.protocol.session import AgentSession, CloseReason, SessionState, neg
 # Not `controller_unavailable`: no fail mode may let a step pass that could not be put on record.
 _UNWRITABLE = Answer(False, Reason.OVERLOADED.value, detail="the controller's audit log cannot be written")
 _Step = InstanceStart | InstanceInvoke | InstanceFinish
+_QUESTIONS: Mapping[type[_Step], str] = {InstanceStart: "start", InstanceInvoke: "invoke", InstanceFinish: "finish"}
 _QUIET = (CloseReason.END_OF_STREAM.value, CloseReason.LOST.value)
 
 
@@ -68,10 +70,13 @@ class _Peer:
 class Dispatcher:
     """The controller without its sockets. `now_ns` is of the clock that State uses."""
 
-    def __init__(self, state: State, *, log: LogLine, audit: AuditLog | None = None) -> None:
+    def __init__(self, state: State, *, log: LogLine, audit: AuditLog | None = None, counts: Counts | None = None) -> None:
         self._state = state
         self._registry = state.registry
         self._log = log
+        self._counts = Counts() if counts is None else counts
+        self._answered = {kind: self._counts.steps[name] for kind, name in _QUESTIONS.items()}
+        self.waiting = 0  # questions that the store has not answered yet
         self._audit: AuditLog = NoAudit() if audit is None else audit
         self._peers: dict[AgentKey, _Peer] = {}
         self._touched: dict[AgentKey, None] = {}
@@ -88,6 +93,14 @@ class Dispatcher:
             Status: self._status,
         }
         state.on_evicted = self._log_evicted
+
+    def faults(self) -> dict[str, str]:
+        """What keeps steps from being taken, by what has to be well for them; "" where all is well."""
+        return {
+            "policies": "" if self._registry.newest() else "no policy is loaded",
+            "store": self._state.calls.fault(),
+            "audit": "" if self._audit.healthy else "the audit log cannot be written",
+        }
 
     def connected(self, key: AgentKey, *, identity: PeerIdentity, address: str, now_ns: int) -> None:
         """A peer has proven that it is `identity`."""
@@ -226,6 +239,7 @@ class Dispatcher:
 
     def _register(self, key: AgentKey, peer: _Peer, frame_id: int, said: Register, now_ns: int) -> None:
         answer = self._state.register(key, said, now_ns=now_ns)
+        self._counts.steps["register"][answer.reason] += 1
         if not answer.allowed:
             self._log_denied(answer, question="register", instance=said.instance, app=said.app, function=said.function, node=peer.node)
         peer.session.answer(frame_id, answer)
@@ -248,13 +262,19 @@ class Dispatcher:
     def _answer(self, key: AgentKey, peer: _Peer, frame_id: int, said: _Step, answer: Answer | Deferred[Answer]) -> None:
         """Answer now, or when the store has."""
         if isinstance(answer, Deferred):
-            answer.then(lambda late: self._answer(key, peer, frame_id, said, late))
+            self.waiting += 1
+            answer.then(lambda late: self._answer_late(key, peer, frame_id, said, late))
             return
+        self._answered[type(said)][answer.reason] += 1
         if not answer.allowed:
             self._log_step_denied(answer, said)
         if peer.session.close_reason is None:  # whoever asked may be gone by the time that the store answers
             peer.session.answer(frame_id, answer)
             self._touched[key] = None
+
+    def _answer_late(self, key: AgentKey, peer: _Peer, frame_id: int, said: _Step, answer: Answer) -> None:
+        self.waiting -= 1
+        self._answer(key, peer, frame_id, said, answer)
 
     def _ping(self, _key: AgentKey, peer: _Peer, frame_id: int, _said: Ping, _now_ns: int) -> None:
         peer.session.answer(frame_id, Pong())

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 # Event -> level. A new event is added here, and to docs/reference/cli.md when programs may rely on it.
 EVENTS = {
     "listening": "info",
+    "metrics_listening": "info",
     "stopping": "info",
     "stopped": "info",
     "policy_loaded": "info",

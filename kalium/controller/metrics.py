@@ -1,8 +1,4 @@
-"""What the controller has counted, and how Prometheus reads it.
-
-Whoever does the work adds to plain integers of `Counts`; names, help and labels come into being when somebody scrapes
-(`Exporter`), so a step pays one addition. What a step takes is measured a batch at a time, from two readings of the clock
-that the shell makes anyway: a histogram of single steps would cost more than many a step.
+"""How Prometheus reads what the controller has counted: names, help and labels come into being when somebody scrapes.
 
 Labels come from closed sets: reasons and questions from enumerations, apps and functions from loaded policies. Whatever is
 in none of them is counted under OTHER.
@@ -11,18 +7,16 @@ in none of them is counted under OTHER.
 from __future__ import annotations
 
 import platform
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
-from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kalium import __version__
-from kalium.controller.log import LogLine
+from kalium.controller.counts import BATCH_SECONDS, Counts
 from kalium.policy.automaton import Mode
 from kalium.policy.message import Reason
 from kalium.protocol.codec import ERROR_CODES
@@ -31,57 +25,11 @@ from kalium.protocol.session import CloseReason
 
 PREFIX = "kalium_controller_"
 OTHER = "other"
-QUESTIONS = ("register", "start", "invoke", "finish")
 REASONS = tuple(reason.value for reason in Reason)
 EVICTIONS = ("timeout", "agent_gone", "unregistered")
-REFUSALS = ("accept", "not_admitted", "tls", "lost", "too_many_agents", "unsupported_protocol", "wrong_identity", "duplicate_agent")
+REFUSALS = ("accept", "not_admitted", "tls", "lost", "no_role", "too_many_agents", "unsupported_protocol", "wrong_identity", "duplicate_agent")
 CLOSES = tuple(dict.fromkeys([*ERROR_CODES, *(reason.value for reason in CloseReason)]))
 MODES = tuple(mode.value for mode in Mode)
-BATCH_SECONDS = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1.0)
-_BATCH_NS = tuple(int(bound * 1e9) for bound in BATCH_SECONDS)
-
-
-class Counts:
-    """Plain integers since the start of the process. Keys of the maps are written by our own code alone."""
-
-    __slots__ = (
-        "audit_entries", "audit_failures", "batch_ns", "batches", "closed", "evicted", "leases", "policies_refused", "refused", "steps",
-        "store_errors", "store_ns", "store_round_trips",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.steps: dict[str, defaultdict[str, int]] = {question: defaultdict(int) for question in QUESTIONS}  # question -> reason -> answers
-        self.evicted: defaultdict[str, int] = defaultdict(int)
-        self.refused: defaultdict[str, int] = defaultdict(int)  # connections that did not come about
-        self.closed: defaultdict[str, int] = defaultdict(int)
-        self.policies_refused = 0
-        self.leases = 0
-        self.batches = [0] * (len(_BATCH_NS) + 1)  # by the bound that the batch did not exceed; the last: none
-        self.batch_ns = 0
-        self.store_round_trips = 0
-        self.store_errors = 0
-        self.store_ns = 0
-        self.audit_entries = 0
-        self.audit_failures = 0
-
-    def batch(self, ns: int) -> None:
-        """One read of a connection has been worked on, and answered, in `ns` nanoseconds."""
-        self.batches[bisect_left(_BATCH_NS, ns)] += 1
-        self.batch_ns += ns
-
-    def logging(self, log: LogLine) -> LogLine:
-        """`log`, whose lines about connections, policies and evictions are also counted: a line and its counter cannot differ."""
-        tables = {"connection_refused": self.refused, "connection_closed": self.closed, "invocation_evicted": self.evicted}
-
-        def counted(event: str, **fields: Any) -> None:
-            table = tables.get(event)
-            if table is not None:
-                table[str(fields.get("reason"))] += 1
-            elif event == "policy_refused":
-                self.policies_refused += 1
-            log(event, **fields)
-
-        return counted
 
 
 class Exporter(Collector):

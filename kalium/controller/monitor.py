@@ -32,15 +32,15 @@ REASONS = {
     503: "Service Unavailable",
 }
 
-Check = Callable[[], str]  # what is wrong, "" when nothing is
+Faults = Callable[[], Mapping[str, str]]  # by what was checked: what is wrong, "" when nothing is
 
 
 class Monitor:
-    """Answers the three paths. `checks` are what /readyz is made of, by name."""
+    """Answers the three paths. `faults` is what /readyz looks at."""
 
-    def __init__(self, metrics: Callable[[], bytes], checks: Mapping[str, Check], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, metrics: Callable[[], bytes], faults: Faults, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics
-        self._checks = checks
+        self._faults = faults
         self._clock = clock
         self._open = 0
         self._cached: tuple[float, bytes] | None = None
@@ -81,7 +81,7 @@ class Monitor:
         return self._cached[1]
 
     def _readiness(self) -> tuple[int, str, bytes]:
-        found = {name: check() for name, check in self._checks.items()}
+        found = self._faults()
         is_ready = not any(found.values())
         document = {"ready": is_ready, "checks": {name: wrong or "ok" for name, wrong in found.items()}}
         return 200 if is_ready else 503, JSON, json.dumps(document).encode() + b"\n"

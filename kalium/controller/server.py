@@ -20,10 +20,13 @@ from typing import Any, cast
 from kalium.controller import tls
 from kalium.controller.calls import MemoryCalls
 from kalium.controller.config import Config
+from kalium.controller.counts import Counts
 from kalium.controller.dispatch import Dispatcher
 from kalium.controller.identity import NOBODY, PeerIdentity
 from kalium.controller.limits import LIMITS
 from kalium.controller.log import LogLine
+from kalium.controller.metrics import Exporter
+from kalium.controller.monitor import Monitor
 from kalium.controller.registry import Registry
 from kalium.controller.state import State
 from kalium.controller.store import Found, PolicyDirectory
@@ -37,6 +40,7 @@ HANDSHAKES_MAX = 64  # at once; further connections wait in the kernel
 CONNECTIONS_MAX = LIMITS.agents + 64  # agents, and clients that ask for the status; beyond it a connection is closed at once
 BACKLOG = 256
 SWEEP_S = 1.0  # between two looks at deadlines, at the policies and at the certificate
+DRAIN_S, DRAIN_EVERY_S = 1.0, 0.005  # for what the store still owes at the end, and how often that is looked at
 CLOSE_S = 2.0  # for the last bytes of a connection that is closed; then it is cut
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))  # a dead node is noticed within 60 s
 UNACKNOWLEDGED_MS = 60_000
@@ -76,12 +80,16 @@ class Connection(asyncio.Protocol):
 class Controller:
     """The dispatcher with a clock and its connections."""
 
-    def __init__(self, *, log: LogLine, name: str = "controller", clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(
+        self, *, log: LogLine, name: str = "controller", counts: Counts | None = None, clock_ns: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self._counts = Counts() if counts is None else counts
         self._log = log
         self._clock_ns = clock_ns
         registry = Registry()
         calls = MemoryCalls(held=registry.held, mint=lambda: secrets.token_hex(16))
-        self._dispatcher = Dispatcher(State(registry, calls, name=name, started_ms=time.time_ns() // 1_000_000), log=log)
+        self._state = State(registry, calls, name=name, started_ms=time.time_ns() // 1_000_000)
+        self._dispatcher = Dispatcher(self._state, log=log, counts=self._counts)
         self._connections: dict[Connection, None] = {}
         self._all_gone = asyncio.Event()
         self._all_gone.set()
@@ -99,8 +107,10 @@ class Controller:
 
     def received(self, connection: Connection, data: bytes) -> None:
         """Work, and write what came of it, to whomever."""
-        self._dispatcher.received(connection, data, now_ns=self._clock_ns())
+        began_ns = self._clock_ns()
+        self._dispatcher.received(connection, data, now_ns=began_ns)
         self._flush()
+        self._counts.batch(self._clock_ns() - began_ns)
 
     def received_end(self, connection: Connection) -> None:
         """As Dispatcher.received_end."""
@@ -140,6 +150,7 @@ class Controller:
         while True:
             await asyncio.sleep(LEASE_EVERY_MS / 1000)
             self._dispatcher.renew_leases()
+            self._counts.leases += len(self._state.registry.agents)
             self._flush()
 
     async def sweep(self) -> None:
@@ -149,10 +160,36 @@ class Controller:
             self._flush()
             await asyncio.sleep(0 if has_more else SWEEP_S)
 
+    def monitor(self, door: Door, is_stopping: Callable[[], bool]) -> Monitor:
+        """What tells people and programs about this controller, not listening yet."""
+
+        def faults() -> dict[str, str]:
+            has_ended = time.time() >= door.not_after_s
+            return {
+                **self._dispatcher.faults(),
+                "certificate": "it has expired" if has_ended else "",
+                "draining": "the controller stops" if is_stopping() else "",
+            }
+
+        exporter = Exporter(self._counts, status=self._state.status, not_after=lambda: door.not_after_s)
+        return Monitor(exporter.text, faults)
+
     async def close_all(self) -> None:
-        """Close every connection behind what is still to be written, and wait until they are gone, CLOSE_S at most."""
+        """Take no more questions, wait for the store's answers, DRAIN_S at most, and close every connection behind them.
+
+        Agents fail over and ask there what was not answered here. Waits until they are gone, CLOSE_S at most.
+        """
+        for connection in self._connections:
+            if connection.transport is not None:
+                connection.transport.pause_reading()
+        for _ in range(int(DRAIN_S / DRAIN_EVERY_S)):
+            if not self._dispatcher.waiting:
+                break
+            await asyncio.sleep(DRAIN_EVERY_S)
         for connection in self._connections:
             self._dispatcher.close(connection, CloseReason.SHUTDOWN)
+            if connection.transport is not None:
+                connection.transport.resume_reading()  # what nobody reads would cut the connection short, and the answers with it
         self._flush()
         await self._all_gone.wait()
 
@@ -196,6 +233,7 @@ class Door:
 
     def __init__(self, listener: socket.socket, context: ssl.SSLContext, controller: Controller, *, log: LogLine) -> None:
         self.context = context
+        self.not_after_s = 0.0  # when the certificate in `context` ends, since 1970
         self._listener = listener
         self._controller = controller
         self._log = log
@@ -272,16 +310,22 @@ async def serve(config: Config, *, log: LogLine, ready: Callable[[int], None] = 
     """
     context = tls.server_context(config.tls)
     directory = PolicyDirectory(config.policies_dir, operator_key(config), clock_ns=time.time_ns)
-    controller = Controller(log=log, name=config.name)
+    counts = Counts()
+    log = counts.logging(log)
+    controller = Controller(log=log, name=config.name, counts=counts)
     with listen(config) as listener:
         for found in await asyncio.to_thread(directory.changes):
             controller.take(found)
         door = Door(listener, context, controller, log=log)
+        door.not_after_s = tls.not_after_s(config.tls)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         host, port = listener.getsockname()[:2]
+        monitor = controller.monitor(door, stop.is_set)
+        if config.metrics is not None:
+            log("metrics_listening", address=await monitor.start(config.metrics))
         log("listening", address=f"{host}:{port}")
         ready(port)
         await run_together(
@@ -294,6 +338,7 @@ async def serve(config: Config, *, log: LogLine, ready: Callable[[int], None] = 
         )
     log("stopping", agents=controller.connections)
     await controller.close_all()
+    monitor.close()
     log("stopped")
 
 
@@ -359,6 +404,7 @@ async def _follow_certificate(config: Config, door: Door, log: LogLine) -> None:
         before = now
         try:
             door.context = await asyncio.to_thread(tls.server_context, config.tls)
+            door.not_after_s = tls.not_after_s(config.tls)
         except KaliumError as error:
             log("certificate_refused", code=error.code, detail=str(error))
         else:

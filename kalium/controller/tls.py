@@ -74,6 +74,11 @@ def check(files: TlsFiles, *, now: datetime | None = None) -> None:
         raise _refused(files.key, f"it is not the key of {files.cert}", ISSUE)
 
 
+def not_after_s(files: TlsFiles) -> float:
+    """When this side's certificate ends, in seconds since 1970. Raises KaliumError as `check` does."""
+    return _certificate(files.cert).not_valid_after_utc.timestamp()
+
+
 def _certificate(path: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(_read(path))

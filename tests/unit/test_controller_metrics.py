@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kalium.controller import metrics, monitor
 from kalium.controller.config import Listen
-from kalium.controller.metrics import Counts, Exporter
+from kalium.controller.counts import QUESTIONS, Counts
+from kalium.controller.metrics import Exporter
 from kalium.controller.monitor import Monitor
 from kalium.errors import KaliumError
 from kalium.policy.message import Reason
@@ -55,7 +56,7 @@ def test_every_reason_has_a_series_from_the_start_on() -> None:
     found = samples(Counts())
 
     assert {key[1:] for key in found if key[0] == "steps_total"} == {
-        (question, reason) for question in metrics.QUESTIONS for reason in [*(each.value for each in Reason), "other"]
+        (question, reason) for question in QUESTIONS for reason in [*(each.value for each in Reason), "other"]
     }
 
 
@@ -65,6 +66,7 @@ def test_a_label_that_is_not_in_its_set_is_other() -> None:
     log = counts.logging(lambda event, **fields: None)
     log("connection_refused", reason="tls")
     log("connection_refused", reason="from the moon")
+    log("identity_refused", reason="duplicate_agent")
 
     found = samples(counts)
 
@@ -73,6 +75,7 @@ def test_a_label_that_is_not_in_its_set_is_other() -> None:
         1,
         1,
     )
+    assert found["connections_refused_total", "duplicate_agent"] == 1
     assert not any("made up" in key or "from the moon" in key for key in found)
 
 
@@ -128,13 +131,11 @@ def test_what_is_there_now_comes_from_the_status() -> None:
 Ask = Callable[[bytes], Coroutine[Any, Any, bytes]]
 
 
-def listening(
-    checks: dict[str, monitor.Check], work: Callable[[Ask, Monitor], Awaitable[None]], text: Callable[[], bytes] = lambda: b"m 1\n"
-) -> None:
+def listening(faults: dict[str, str], work: Callable[[Ask, Monitor], Awaitable[None]], text: Callable[[], bytes] = lambda: b"m 1\n") -> None:
     """Run `work` against a listener on a port that the system chose."""
 
     async def run() -> None:
-        watched = Monitor(text, checks)
+        watched = Monitor(text, lambda: faults)
         address = await watched.start(Listen("127.0.0.1", 0))
         host, _, port = address.rpartition(":")
 
@@ -191,7 +192,7 @@ def test_a_flood_of_scrapes_makes_the_text_once() -> None:
 
 
 def test_readiness_names_the_check_that_fails() -> None:
-    wrong = {"store": "no answer from redis"}
+    wrong = {"policies": "", "store": "no answer from redis"}
 
     async def work(ask: Ask, _: Monitor) -> None:
         head, body = (await ask(get("/readyz"))).split(b"\r\n\r\n", 1)
@@ -201,7 +202,7 @@ def test_readiness_names_the_check_that_fails() -> None:
         wrong["store"] = ""
         assert (await ask(get("/readyz"))).startswith(b"HTTP/1.1 200 ")
 
-    listening({"policies": lambda: "", "store": lambda: wrong["store"]}, work)
+    listening(wrong, work)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +241,6 @@ def test_an_address_that_is_taken_is_an_error_for_people() -> None:
     async def work(_: Ask, watched: Monitor) -> None:
         assert watched._server is not None
         with pytest.raises(KaliumError, match="cannot listen on"):
-            await Monitor(lambda: b"", {}).start(Listen("127.0.0.1", watched._server.sockets[0].getsockname()[1]))
+            await Monitor(lambda: b"", dict).start(Listen("127.0.0.1", watched._server.sockets[0].getsockname()[1]))
 
     listening({}, work)

@@ -15,6 +15,8 @@ import ssl
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -27,12 +29,14 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from kalium.cli.main import main
 from kalium.controller import server, tls
+from kalium.controller.calls import Deferred
 from kalium.controller.client import status
 from kalium.controller.config import load
 from kalium.controller.server import Connection, Controller, Door
 from kalium.errors import KaliumError
 from kalium.pki import files
 from kalium.pki.authority import Role
+from kalium.policy.automaton import CompiledPolicy
 from kalium.policy.envelope import sign
 from kalium.protocol.frames import (
     AgentHello,
@@ -544,6 +548,7 @@ class Transport:
         self.written = b""
         self.high = 0
         self.ended = ""
+        self.is_paused = False
         connection.connection_made(cast(asyncio.BaseTransport, self))
 
     def get_extra_info(self, name: str) -> Any:
@@ -551,6 +556,12 @@ class Transport:
 
     def set_write_buffer_limits(self, high: int) -> None:
         self.high = high
+
+    def pause_reading(self) -> None:
+        self.is_paused = True
+
+    def resume_reading(self) -> None:
+        self.is_paused = False
 
     def write(self, data: bytes) -> None:
         assert not self.ended
@@ -632,6 +643,106 @@ def test_connections_that_do_not_end_are_cut_when_the_controller_stops(monkeypat
     shell = asyncio.run(asyncio.wait_for(story(), WAIT_S))
 
     assert (shell.transport.ended, shell.lines[-1]["reason"]) == ("aborted", "shutdown")
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_a_controller_that_stops_answers_first_what_the_store_still_owes(monkeypatch: pytest.MonkeyPatch, is_answered: bool) -> None:
+    """And no longer than DRAIN_S: the agent asks the next controller again."""
+    monkeypatch.setattr(server, "CLOSE_S", 0.01)
+    monkeypatch.setattr(server, "DRAIN_S", 0.2)
+    owed: Deferred[Answer] = Deferred()
+
+    async def story() -> tuple[Shell, list[Frame]]:
+        shell = Shell.with_agent()
+        monkeypatch.setattr(shell.controller._state, "start", lambda *_, **__: owed)
+        agent = ControllerSession()
+        agent.ask(AgentHello("node0", RUN))
+        agent.data_to_send()
+        agent.ask(InstanceStart("0" * 16, "", "label", 1, *FRONT))
+        shell.transport.connection.data_received(agent.data_to_send())
+        closing = asyncio.create_task(shell.controller.close_all())
+        await asyncio.sleep(0.02)
+        assert (shell.transport.is_paused, shell.transport.ended) == (True, "")  # nothing more is taken, nothing is cut yet
+        if is_answered:
+            owed.resolve(Answer(True, "allowed", "c", "i"))
+        await closing
+        agent.receive_data(shell.transport.written, now_ns=0)
+        return shell, [event.frame for event in agent.events()]
+
+    shell, heard = asyncio.run(asyncio.wait_for(story(), WAIT_S))
+
+    assert [frame for frame in heard if isinstance(frame, Answer)] == ([Answer(True, "allowed", "c", "i")] if is_answered else [])
+    assert (shell.transport.is_paused, shell.lines[-1]["reason"]) == (False, "shutdown")
+
+
+def asked(url: str) -> tuple[int, str]:
+    """Status and body."""
+    try:
+        with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_a_running_controller_tells_what_it_has_counted(site: Site, any_loop: str) -> None:
+    site.configure(metrics={"host": "127.0.0.1", "port": 0})
+    site.start()
+    address = f"http://{site.events('metrics_listening')[0]['address']}"
+    agent = Agent(site)
+    agent.hello()
+    agent.ask(Register(*FRONT, "image"))
+    agent.invoke(agent.start(FRONT), "mail")
+
+    status, text = asked(f"{address}/metrics")
+
+    assert status == 200
+    assert 'kalium_controller_steps_total{question="register",reason="allowed"} 1.0' in text
+    assert 'kalium_controller_steps_total{question="start",reason="allowed"} 1.0' in text
+    assert 'kalium_controller_steps_total{question="invoke",reason="edge_not_allowed"} 1.0' in text
+    assert 'kalium_controller_policy_version{app="shop"} 1.0' in text
+    assert "kalium_controller_agents 1.0" in text
+    [ends] = [float(line.split()[1]) for line in text.splitlines() if line.startswith("kalium_controller_certificate_not_after_seconds ")]
+    assert abs(ends - tls.not_after_s(load(site.config).tls)) < 1
+    assert asked(f"{address}/healthz") == (200, "ok\n")
+    status, body = asked(f"{address}/readyz")
+    assert (status, set(json.loads(body)["checks"])) == (200, {"policies", "store", "audit", "certificate", "draining"})
+
+
+def test_a_controller_without_policies_lives_and_is_not_ready(site: Site) -> None:
+    (site.path / "policies" / "shop.signed.json").unlink()
+    site.configure(metrics={"host": "127.0.0.1", "port": 0})
+    site.start()
+    address = f"http://{site.events('metrics_listening')[0]['address']}"
+
+    status, body = asked(f"{address}/readyz")
+
+    assert (status, json.loads(body)["checks"]["policies"], json.loads(body)["ready"]) == (503, "no policy is loaded", False)
+    assert asked(f"{address}/healthz")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        (lambda shell, door: setattr(door, "not_after_s", time.time() - 1), "certificate"),
+        (lambda shell, door: setattr(shell.controller._state.calls, "fault", lambda: "away"), "store"),
+        (lambda shell, door: setattr(shell.controller._dispatcher._audit, "healthy", False), "audit"),
+    ],
+)
+def test_a_controller_that_cannot_take_steps_says_why(change: Callable[[Shell, Door], None], check: str) -> None:
+    async def story() -> dict[str, str]:
+        shell = Shell.with_agent()
+        shell.controller._state.registry.install(CompiledPolicy.parse(compiled(1)), b"signed", now_ns=0)
+        door = Door(cast(socket.socket, None), cast(ssl.SSLContext, None), shell.controller, log=lambda *_: None)
+        door.not_after_s = time.time() + 60
+        monitor = shell.controller.monitor(door, lambda: False)
+        assert not any(monitor._faults().values())
+        change(shell, door)
+        return dict(monitor._faults())
+
+    found = asyncio.run(story())
+
+    assert [name for name, fault in found.items() if fault] == [check]
 
 
 async def knock(site: Site, context: ssl.SSLContext | None) -> bytes:
