@@ -14,8 +14,10 @@ from kalium.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_US
 
 EXIT_BROKEN_PIPE = 141  # as a shell reports SIGPIPE
 
-# Each noun has the module kalium.cli.<noun>.
+# Each noun has the module kalium.cli.<noun>. `status` and `explain` are whole commands: they are about the site, not about a part of it.
 NOUNS = {
+    "status": "what is in force on the site",
+    "explain": "why a verdict came out as it did",
     "policy": "write, check, compile and sign policies",
     "controller": "serve the controller, ask it for its status",
     "pki": "make the certificates and keys of a site",
@@ -31,7 +33,8 @@ examples:
   kalium policy lint policies/hello-retail.yml
   kalium policy sign policies/hello-retail.yml --key /etc/kalium/operator/operator.key -o hello-retail.signed.json
   kalium function invoke product-photos-4-success --data @functions/product-photos-4-success/sample.json
-  kalium controller status
+  kalium status
+  kalium explain 00c0ffee00000005
 
 `kalium NOUN --help` lists a noun's verbs, `kalium NOUN VERB --help` a verb's options.
 exit codes: 0 done, 1 the answer is no, 2 wrong usage, 3 the environment failed

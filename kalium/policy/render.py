@@ -77,10 +77,11 @@ def dot(policy: CompiledPolicy, functions: Sequence[str]) -> str:
         for source, number, target in automaton.edges:
             symbol = automaton.symbols[number]
             line = ", ".join([f"line {symbol.line}", *_marks(symbol)])
-            lines.append(f'    f{index}_{source} -> f{index}_{target} [label="{_escaped(symbol.text)}\\n{line}"];')
+            lines.append(f'    f{index}_{source} -> f{index}_{target} [label="{escaped(symbol.text)}\\n{line}"];')
         lines.append("  }")
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def _escaped(label: str) -> str:
+def escaped(label: str) -> str:
+    """`label` between the quotes of the DOT language."""
     return label.replace("\\", "\\\\").replace('"', '\\"')

@@ -47,8 +47,10 @@ from kalium.protocol.frames import (
     InstanceInvoke,
     InstanceStart,
     Lease,
+    Ping,
     Policy,
     Register,
+    Report,
     Status,
     StatusAnswer,
 )
@@ -190,7 +192,7 @@ class Agent:
                     return event.frame
                 self.pushed.append(event.frame)
 
-    def tell(self, frame: InstanceEnd) -> None:
+    def tell(self, frame: InstanceEnd | Report) -> None:
         self.session.tell(frame)
         self.connection.sendall(self.session.data_to_send())
 
@@ -509,6 +511,24 @@ def test_the_status_is_told_to_people_and_programs(site: Site, capsys: pytest.Ca
     assert (told["policies"], told["agents"], told["calls"], told["invocations"]) == ({"shop": 1}, 0, 0, 0)
     assert (told["controller"], told["controllers"], told["store"]) == ("controller", ["controller"], "memory")
     assert abs(told["started_ms"] - time.time() * 1000) < WAIT_S * 1000
+
+
+def test_a_sandbox_that_does_not_enforce_what_is_asked_is_seen_by_the_whole_sites_status(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its own word, which comes with its agent's report."""
+    site.start()
+    agent = Agent(site)
+    agent.hello()
+    for mode, code in (("enforce", 0), ("none", 1)):
+        agent.tell(Report(1, "", ("shop",), ("front",), (mode,), (1,), (2,), {"shop out_of_order": 3}))
+        agent.ask(Ping())  # behind the report
+        capsys.readouterr()
+
+        assert main(["status", "--config", str(site.config), "--output", "json"]) == code
+
+        told = json.loads(capsys.readouterr().out)
+        assert [(row["node"], row["asked"], row["mode"], row["count"]) for row in told["instances"]] == [("node0", "enforce", mode, 2)]
+        assert told["denied"] == [{"app": "shop", "reason": "out_of_order", "count": 3}]
+        assert told["apps"] == [{"app": "shop", "version": 1, "mode": "enforce"}]
 
 
 def test_the_status_of_a_controller_that_is_away_is_an_error(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
