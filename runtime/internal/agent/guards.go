@@ -234,8 +234,11 @@ func (a *Agent) listen(g *guard, reader *frameReader) error {
 			err = a.question(g, id, m, &m.Identity)
 		case *frame.Invoke:
 			err = a.question(g, id, m, &m.Identity)
+		case *frame.Finish:
+			err = a.question(g, id, m, &m.Identity)
 		case *frame.End:
 			err = a.ended(g, m)
+		case *frame.Mode: // is for who asks what is in force
 		case *frame.Verdict:
 			if err = a.verdicts.add(&g.identity, &m.Record); err == nil {
 				a.metrics.verdict(g.identity.App, &m.Record)

@@ -17,6 +17,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 	"gvisor.dev/gvisor/pkg/waiter"
 
+	"kalium.dev/kalium/runtime/internal/frame"
 	"kalium.dev/kalium/runtime/internal/guard"
 	"kalium.dev/kalium/runtime/internal/guard/guardtest"
 )
@@ -46,6 +47,14 @@ func own(a tcpip.Address) bool {
 }
 
 func newNet(t testing.TB, mode string) *net {
+	if mode == "" {
+		return newNetOf(t, guardtest.Function, nil, guardtest.NewController())
+	}
+	return newNetOf(t, guardtest.Function, guardtest.Welcome(t, mode), guardtest.NewController())
+}
+
+// newNetOf is the surroundings of one function's sandbox; without a welcome it has no guard.
+func newNetOf(t testing.TB, function string, welcome *frame.Welcome, c *guardtest.Controller) *net {
 	s := stack.New(stack.Options{
 		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol},
 		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol},
@@ -57,11 +66,11 @@ func newNet(t testing.TB, mode string) *net {
 		must(t, s.AddProtocolAddress(1, tcpip.ProtocolAddress{Protocol: ipv4.ProtocolNumber, AddressWithPrefix: address(text).WithPrefix()}, stack.AddressProperties{}))
 	}
 	s.SetRouteTable([]tcpip.Route{{Destination: header.IPv4EmptySubnet, NIC: 1}})
-	n := &net{t: t, stack: s, c: guardtest.NewController()}
-	if mode == "" {
+	n := &net{t: t, stack: s, c: c}
+	if welcome == nil {
 		return n
 	}
-	g, err := guard.New(guard.Identity{Container: "c", App: guardtest.App, Function: guardtest.Function}, guardtest.PublicKey, guardtest.Welcome(t, mode), n.c)
+	g, err := guard.New(guard.Identity{Container: "c", App: guardtest.App, Function: function}, guardtest.PublicKey, welcome, n.c)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -179,22 +188,28 @@ func (p *peer) refused(b string) {
 // read expects exactly want.
 func (p *peer) read(want string) {
 	p.t.Helper()
+	if got := p.some(len(want)); got != want {
+		p.t.Fatalf("read %q, want %q", got, want)
+	}
+}
+
+// some reads n bytes.
+func (p *peer) some(n int) string {
+	p.t.Helper()
 	var got bytes.Buffer
 	p.until(waiter.ReadableEvents, "bytes to read", func() bool {
-		for got.Len() < len(want) {
-			_, err := p.Read(&tcpip.LimitedWriter{W: &got, N: int64(len(want) - got.Len())}, tcpip.ReadOptions{})
+		for got.Len() < n {
+			_, err := p.Read(&tcpip.LimitedWriter{W: &got, N: int64(n - got.Len())}, tcpip.ReadOptions{})
 			if _, empty := err.(*tcpip.ErrWouldBlock); empty {
 				return false
 			}
 			if err != nil {
-				p.t.Fatalf("%v after %q, want %q", err, got.String(), want)
+				p.t.Fatalf("%v after %q", err, got.String())
 			}
 		}
 		return true
 	})
-	if got.String() != want {
-		p.t.Fatalf("read %q, want %q", got.String(), want)
-	}
+	return got.String()
 }
 
 // end reads to the end of the connection and returns what came before it.

@@ -363,7 +363,7 @@ func (s *Stream) Shutdown(f tcpip.ShutdownFlags) tcpip.Error {
 		return nil
 	}
 	if f&tcpip.ShutdownWrite != 0 {
-		s.finishWriting()
+		s.finishWriting(false)
 		if s.tx.later(tcpip.ShutdownWrite, false) {
 			if f &^= tcpip.ShutdownWrite; f == 0 {
 				return nil
@@ -373,8 +373,8 @@ func (s *Stream) Shutdown(f tcpip.ShutdownFlags) tcpip.Error {
 	return s.inner.Shutdown(f)
 }
 
-// finishWriting settles what the program will not add to any more.
-func (s *Stream) finishWriting() {
+// finishWriting settles what the program will not add to any more. cut: it resets the connection.
+func (s *Stream) finishWriting(cut bool) {
 	switch s.kind.Load() {
 	case kindOutgoing:
 		s.write.Lock()
@@ -382,7 +382,9 @@ func (s *Stream) finishWriting() {
 		s.giveUp(true)
 		s.watchHeld()
 	case kindIncoming:
-		s.in.Close()
+		if s.in.Close(cut) == guard.Denied {
+			s.reset()
+		}
 	}
 }
 
@@ -399,10 +401,11 @@ func (s *Stream) Close() {
 		e.Close() // which closes the inner endpoint at last
 		return
 	}
-	if linger.Enabled && linger.Timeout == 0 {
+	cut := linger.Enabled && linger.Timeout == 0
+	if cut {
 		s.tx.drop()
 	}
-	s.finishWriting()
+	s.finishWriting(cut)
 	switch kind {
 	case kindOutgoing:
 		s.unread()
@@ -442,7 +445,7 @@ func (s *Stream) Abort() {
 		s.unread()
 		s.out.Close()
 	case kindIncoming:
-		s.in.Close()
+		s.in.Close(true)
 		s.rx.close()
 	}
 	s.inner.Abort()

@@ -17,7 +17,11 @@ func (nobody) Start(time.Time, *frame.Start) (*frame.Answer, error) { return gua
 func (nobody) Invoke(time.Time, *frame.Invoke) (*frame.Answer, error) {
 	return guardtest.GrantInvoke(nil)
 }
+func (nobody) Finish(time.Time, *frame.Finish) (*frame.Answer, error) {
+	return guardtest.GrantFinish(nil)
+}
 func (nobody) End(*frame.End)                            {}
+func (nobody) Mode(*frame.Mode)                          {}
 func (nobody) Log(time.Time, *frame.VerdictRecord) error { return nil }
 
 // logging is nobody with the log of a link.
@@ -68,7 +72,7 @@ func judging(t testing.TB, c Controller) *Guard {
 }
 
 func judgePut(t testing.TB, g *Guard) {
-	if outcome, _ := g.judge(nil, putP, "https", nil); outcome != Allowed {
+	if outcome, _ := g.judge(nil, putP, "https"); outcome != Allowed {
 		t.Fatal("denied")
 	}
 }

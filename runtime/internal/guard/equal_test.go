@@ -82,7 +82,7 @@ func (p *pair) compare(t testing.TB, after string) (denied bool) {
 func stateOf(g *Guard) string {
 	var b strings.Builder
 	for _, inv := range g.walk.parts {
-		fmt.Fprintf(&b, "%s %t %t:", inv.call, inv.tailing, inv.unknown)
+		fmt.Fprintf(&b, "%s %t %t %t %d:", inv.call, inv.tailing, inv.adrift, inv.unknown, inv.edges)
 		if g.walk.branches == nil {
 			fmt.Fprint(&b, inv.cursor.States())
 		}
@@ -125,28 +125,39 @@ func generated(t *testing.T, p *pair, function *policy.Function, random *rand.Ra
 				m = mutated(m, random)
 			}
 			call := fmt.Sprintf("%032x", 1+random.IntN(4))
-			verdict, failed := granted(nil)
-			if random.IntN(10) == 0 {
-				verdict = policy.Verdict{Reason: policy.ReasonEdgeNotAllowed}
+			answer, failed := &frame.Answer{Allowed: true, Reason: "allowed", Token: guardtest.Token}, error(nil)
+			if m.Callback != "" {
+				answer.Callback = guardtest.Token
 			}
-			if random.IntN(30) == 0 {
-				failed = os.ErrDeadlineExceeded
+			switch random.IntN(40) {
+			case 0, 1, 2, 3:
+				answer = &frame.Answer{Reason: "edge_not_allowed"}
+			case 4:
+				answer = &frame.Answer{Reason: "controller_unavailable"}
+			case 5:
+				answer = &frame.Answer{Allowed: true}
+			case 6:
+				answer, failed = nil, errLinkDown
 			}
 			lost := random.IntN(6) == 0
 			var outcomes [2]Outcome
 			for i, g := range p.guards() {
-				var ask func(*invocation) (policy.Verdict, error)
+				var e *edge
+				said, number := *m, 0
 				if m.Kind == policy.KindInvoke {
-					ask = func(*invocation) (policy.Verdict, error) { return verdict, failed }
+					e = &edge{call: call, ask: func(*invocation, bool) (*frame.Answer, error) { return answer, failed }}
+					said.Callback = "" // which the program does not say
 				}
 				could := g.could(m, m.Kind.String())
 				var inv *invocation
-				outcomes[i], inv = g.judgeOf(nil, call, m, m.Kind.String(), ask)
-				if ask == nil && (could == Allowed) != (outcomes[i] == Allowed) {
+				if outcomes[i], inv = g.judgeEdge(nil, &said, m.Kind.String(), e); e != nil {
+					number = e.number
+				}
+				if e == nil && (could == Allowed) != (outcomes[i] == Allowed) {
 					t.Fatalf("%s: could say %d, and the judge %d", m.Text(), could, outcomes[i])
 				}
 				if lost && outcomes[i] == Allowed {
-					g.unanswered(inv, m)
+					g.lose(inv, &said, number)
 				}
 			}
 			if (outcomes[0] == Allowed) != (outcomes[1] == Allowed) || outcomes[0] == Marked {
@@ -174,7 +185,7 @@ func messagesOf(function *policy.Function, random *rand.Rand) []*policy.Message 
 	for i := range symbols {
 		s := &symbols[i]
 		m := &policy.Message{
-			Kind: s.Kind, Peer: s.Peer, Method: s.Method, Path: placeholder.ReplaceAllString(s.Path, "v"), Callee: s.Callee, Verb: s.Verb,
+			Kind: s.Kind, Peer: s.Peer, Method: s.Method, Path: placeholder.ReplaceAllString(s.Path, "v"), Callee: s.Callee, Verb: s.Verb, Asynchronous: s.Asynchronous, Callback: s.Callback,
 			Read: s.Read, Write: s.Write, From: s.From, To: s.To, Upgrade: s.Upgrade, GRPC: s.GRPC,
 		}
 		if len(s.Query) > 0 {
@@ -206,6 +217,7 @@ func TestAuditGivesTheVerdictsOfEnforceOnGeneratedMessages(t *testing.T) {
 	const folder = "../../../tests/vectors/policies"
 	mode := regexp.MustCompile(`"mode":"[a-z]+"`)
 	times := regexp.MustCompile(`"(invocation_timeout_ms|tail_ms)":[0-9]+`)
+	failModes := regexp.MustCompile(`"app_edge":"[a-z_]+"`)
 	texts := map[string]string{}
 	paths, err := filepath.Glob(filepath.Join(folder, "*.json"))
 	if err != nil {
@@ -238,6 +250,7 @@ func TestAuditGivesTheVerdictsOfEnforceOnGeneratedMessages(t *testing.T) {
 				text := regexp.MustCompile(`"max_inflight":[0-9]+`).ReplaceAllString(text, fmt.Sprintf(`"max_inflight":%d`, inflight))
 				text = strings.ReplaceAll(text, `"reuse":"never"`, `"reuse":"always"`)
 				text = times.ReplaceAllString(text, `"$1":60000`) // no clock decides anything here
+				text = failModes.ReplaceAllString(text, `"app_edge":"`+[]string{"deny", "allow", "last_known"}[seed%3]+`"`)
 				p := newPair(t, Identity{Container: "c", App: compiled.App, Function: function}, func(as string) *frame.Welcome {
 					welcome := guardtest.Welcome(t, as)
 					welcome.Names, welcome.Policy = hosts, guardtest.Sign(t, mode.ReplaceAllString(text, `"mode":"`+as+`"`))

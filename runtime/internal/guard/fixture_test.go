@@ -63,6 +63,11 @@ func edited(t testing.TB, mode string, pairs ...string) (*Guard, *guardtest.Cont
 	return g, c
 }
 
+// failDeny is what the policy says of app edges that nobody answers for; failing says something else.
+const failDeny = `"app_edge":"deny"`
+
+func failing(mode string) string { return `"app_edge":"` + mode + `"` }
+
 // setPolicy brings a newer version.
 func setPolicy(t testing.TB, g *Guard, mode, version string, pairs ...string) {
 	t.Helper()
@@ -79,7 +84,7 @@ var selectItems = &policy.Message{Kind: policy.KindMySQL, Peer: "database", Verb
 func judged(t testing.TB, g *Guard, want Outcome, messages ...*policy.Message) {
 	t.Helper()
 	for _, m := range messages {
-		if outcome, _ := g.judge(nil, m, m.Kind.String(), nil); outcome != want {
+		if outcome, _ := g.judge(nil, m, m.Kind.String()); outcome != want {
 			t.Fatalf("%s: outcome %d, want %d", m.Text(), outcome, want)
 		}
 	}

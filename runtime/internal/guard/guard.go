@@ -8,6 +8,7 @@ import (
 	"crypto/ed25519"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -27,16 +28,20 @@ const (
 	// before, and may keep the answer for its time to live and some more.
 	pinnedFor = ttlSeconds*time.Second + 5*time.Minute
 	labelMax  = 128 // bytes of X-Call-Id that are logged
-	tokenMax  = 128 // bytes of a token that are worth asking about
 )
 
 // Controller is whom the guard asks and tells. Link is the real one.
 type Controller interface {
-	// Start and Invoke return an error when no answer came until the deadline.
+	// Start and Invoke return errLinkDown or errNoAnswer when there was nobody to answer until the deadline, and another error
+	// when the question itself was one too many.
 	Start(deadline time.Time, question *frame.Start) (*frame.Answer, error)
 	Invoke(deadline time.Time, question *frame.Invoke) (*frame.Answer, error)
+	// Finish is an End that is answered, as a question is.
+	Finish(deadline time.Time, over *frame.Finish) (*frame.Answer, error)
 	// End tells that an invocation is over. It does not wait.
 	End(over *frame.End)
+	// Mode tells which mode is in force. It does not wait.
+	Mode(inForce *frame.Mode)
 	// Log takes a verdict for the log, and keeps nothing of the record. An error means that it will not be logged, so it
 	// must not be acted upon.
 	Log(deadline time.Time, record *frame.VerdictRecord) error
@@ -61,12 +66,15 @@ type Guard struct {
 
 	keys   *tlsopen.Keys
 	rate   bucket // of support traffic
+	noise  noise  // of denials
 	slot   slot
 	rest   rest
 	walk   walk
 	timers *timers // nil when nothing is measured
 
 	authority *authority // of TLS that ends in the guard
+
+	told frame.Mode // that was told last; guarded by walk.mu
 
 	connections  atomic.Int64
 	terminations atomic.Int64
@@ -109,6 +117,9 @@ func New(identity Identity, key ed25519.PublicKey, welcome *frame.Welcome, contr
 	if verified.App != identity.App {
 		return nil, fmt.Errorf("the policy is for app %q and the sandbox belongs to %q", verified.App, identity.App)
 	}
+	if !slices.Contains(frame.Protos(), welcome.Proto) {
+		return nil, fmt.Errorf("the agent answered in version %d of the protocol, and this guard speaks %v", welcome.Proto, frame.Protos())
+	}
 	if welcome.Port < 1 || welcome.Port > 65535 {
 		return nil, fmt.Errorf("port %d for invocations", welcome.Port)
 	}
@@ -134,6 +145,9 @@ func New(identity Identity, key ed25519.PublicKey, welcome *frame.Welcome, contr
 		return nil, err
 	}
 	g.Renew(welcome.LeaseMS)
+	g.walk.mu.Lock()
+	defer g.walk.mu.Unlock()
+	g.tellMode()
 	return g, nil
 }
 
@@ -182,11 +196,13 @@ func (g *Guard) SetPolicy(app string, envelope []byte) error {
 	if g.walk.mu.TryLock() {
 		defer g.walk.mu.Unlock()
 		g.renewStartup()
+		g.tellMode()
 	} else {
 		go func() {
 			g.walk.mu.Lock()
 			defer g.walk.mu.Unlock()
 			g.renewStartup()
+			g.tellMode()
 		}()
 	}
 	return nil
@@ -334,7 +350,8 @@ const (
 // subject is how a unit appears in its verdict.
 type subject struct {
 	kind, text, peer, judging string
-	never                     bool // no mode lets it pass, because there is nothing to pass on
+	failMode                  string // by which an app edge was decided without the controller
+	never                     bool   // no mode lets it pass, because there is nothing to pass on
 }
 
 // records are verdicts on their way to the log.
@@ -357,6 +374,9 @@ func (g *Guard) settle(s standing, what subject, v policy.Verdict, began time.Ti
 	if s.off() {
 		return outcome
 	}
+	if outcome != Allowed {
+		g.noise.hear(g.now())
+	}
 	if v.Reason == "" {
 		v.Reason = policy.ReasonMalformed
 	}
@@ -367,7 +387,7 @@ func (g *Guard) settle(s standing, what subject, v policy.Verdict, began time.Ti
 		Kind: what.kind, Message: policy.Printable(what.text, policy.MessageTextMax), Peer: what.peer, Judging: what.judging,
 		Allowed: outcome != Denied, WouldDeny: outcome == Marked, Reason: string(v.Reason),
 		Expected: v.Expected, Line: v.Line, States: v.States,
-		LatencyUS: int(g.now().Sub(began).Microseconds()),
+		LatencyUS: int(g.now().Sub(began).Microseconds()), FailMode: what.failMode,
 	}
 	if s.policy != nil {
 		record.Mode, record.PolicyVersion = s.mode.String(), s.policy.Version

@@ -235,7 +235,7 @@ func (in *Incoming) release(head *http1.RequestHead, n int, inv *invocation) Adm
 	in.exchange = &exchange{inv: inv, method: head.Method}
 	in.idle = make(chan struct{})
 	// With several requests at a time, the call of an app edge is told by what the program copies from its request. The
-	// client's own label stays with the guard. See judgeOf.
+	// client's own label stays with the guard. See judgeEdge.
 	var call []http1.Field
 	if inv != nil && inv.call != "" && inv.function.MaxInflight > 1 {
 		call = []http1.Field{{Name: callField, Value: inv.call}}
@@ -260,38 +260,52 @@ const (
 func (g *Guard) start(s standing, head *http1.RequestHead, began time.Time) (inv *invocation, reason policy.Reason, detail string) {
 	what := subject{kind: "start", text: "start " + g.identity.Function}
 	verdict := policy.Verdict{Reason: s.refusal}
-	var call, id string
+	inv = &invocation{rule: s.rule}
 	token, label, whole := tokenAndLabel(head)
-	if s.refusal == "" {
-		answer := &frame.Answer{Reason: string(policy.ReasonBadToken)}
-		if whole {
-			var err error
-			answer, err = g.controller.Start(g.now().Add(s.deadline()), &frame.Start{
-				Step: newStep(), Token: token, Label: label, Version: s.policy.Version,
-			})
-			if err != nil {
-				answer = &frame.Answer{Reason: string(policy.ReasonControllerUnavailable), Detail: err.Error()}
-			}
-		}
-		verdict = verdictOf(answer, answer.Call != "" && answer.Invocation != "")
-		detail = answer.Detail
-		if verdict.Allowed {
-			call, id = answer.Call, answer.Invocation
+	switch {
+	case s.refusal != "":
+	case !whole:
+		verdict.Reason = policy.ReasonBadToken
+	default:
+		answer, err := g.controller.Start(g.now().Add(s.deadline()), &frame.Start{
+			Step: newStep(), Token: token, Label: label, Version: s.policy.Version,
+		})
+		function := g.identity.Function
+		known := verdictIf(token == "" && s.policy.Entries[function] || s.policy.Invoked(function), policy.ReasonNotAnEntry)
+		d := g.decide(s.rule, answer, err, err == nil && isID(answer.Call) && isID(answer.Invocation), known)
+		verdict, what.failMode, inv.adrift = d.Verdict, d.failMode, d.unanswered
+		switch {
+		case err != nil:
+			detail = err.Error()
+		case verdict.Allowed && !d.unanswered:
+			inv.call, inv.id, inv.held = answer.Call, answer.Invocation, answer.Hold
+		default:
+			detail = answer.Detail
 		}
 	}
+	if inv.adrift && !verdict.Allowed && g.rest.retired.Load() { // the agent went while it was asked for
+		verdict.Reason, what.never, detail = policy.ReasonRetired, true, detailRetired
+	}
+	if inv.call == "" && inv.adrift && s.maxInflight() > 1 {
+		inv.call = newID() // by which the program says whose edge it means
+	}
 	// The verdict belongs to the invocation that it begins.
-	s.invocation = &invocation{rule: s.rule, call: call, id: id}
+	s.invocation = inv
 	if g.settle(s, what, verdict, began) == Denied {
 		if verdict.Allowed {
-			g.controller.End(&frame.End{Call: call, Invocation: id, Outcome: outcomeClosed})
-			verdict.Reason = policy.ReasonControllerUnavailable
+			if inv.id != "" {
+				g.controller.End(&frame.End{Call: inv.call, Invocation: inv.id, Outcome: outcomeClosed})
+			}
+			verdict.Reason = policy.ReasonOverloaded
 		}
 		return nil, verdict.Reason, detail
 	}
-	return g.begin(s.rule, call, id, label), "", ""
+	inv.label = label
+	g.begin(inv)
+	return inv, "", ""
 }
 
-// tokenAndLabel reads the fields that are for the guard. Two tokens are not a token.
+// tokenAndLabel reads the fields that are for the guard. Two tokens are not a token, and neither is what no controller mints.
 func tokenAndLabel(head *http1.RequestHead) (token, label string, whole bool) {
 	tokens := 0
 	for i := range head.Fields {
@@ -303,14 +317,15 @@ func tokenAndLabel(head *http1.RequestHead) (token, label string, whole bool) {
 			label = policy.Printable(field.Value, labelMax)
 		}
 	}
-	return token, label, tokens == 0 || tokens == 1 && token != "" && len(token) <= tokenMax
+	return token, label, tokens == 0 || tokens == 1 && isID(token)
 }
 
 // refusal is the answer that the guard gives in the program's place.
 func refusal(reason policy.Reason, detail string) Admission {
 	status := "403 Forbidden"
 	switch reason {
-	case policy.ReasonControllerUnavailable, policy.ReasonLeaseExpired, policy.ReasonReentrant, policy.ReasonHeldTooLong, policy.ReasonRetired:
+	case policy.ReasonControllerUnavailable, policy.ReasonLeaseExpired, policy.ReasonReentrant, policy.ReasonHeldTooLong, policy.ReasonRetired,
+		policy.ReasonOverloaded:
 		status = "503 Service Unavailable"
 	}
 	body, err := json.Marshal(struct {
@@ -325,7 +340,8 @@ func refusal(reason policy.Reason, detail string) Admission {
 }
 
 // Answer judges bytes that the program writes. The first n of them are the answer to the released request and leave.
-// Denied: the rest is not, and the connection must be ended.
+// Denied: the rest is not, and the connection must be ended. Where a join waits for the answer, its end waits here until the
+// controller knows of it, for the policy's deadline at most.
 func (in *Incoming) Answer(b []byte) (n int, outcome Outcome) {
 	if in.free.Load() {
 		// Audit may have become enforce since the connection was marked.
@@ -341,11 +357,19 @@ func (in *Incoming) Answer(b []byte) (n int, outcome Outcome) {
 		return 0, in.refuse("bytes that answer no request", policy.ReasonNoInvocation, false)
 	}
 	n, done, err := x.feed(b)
-	if done {
+	held := done && x.held()
+	if done && !held {
 		in.finish()
 	}
 	in.mu.Unlock()
-	if done {
+	switch {
+	case held:
+		outcome = in.deliver(x.inv)
+		in.delivered(x, outcome)
+		if in.g.left(x.inv); outcome == Denied {
+			return 0, Denied
+		}
+	case done:
 		in.g.answered(x, outcomeAnswered)
 	}
 	switch {
@@ -394,12 +418,53 @@ func (in *Incoming) Lost() {
 	}
 }
 
-// Close is told that the program closed the connection, or its writing side.
-func (in *Incoming) Close() {
+// held tells that a join waits for the answer.
+func (x *exchange) held() bool { return x.inv != nil && x.inv.held }
+
+// deliver ends an invocation by its whole answer, for which a join waits, and says whether the end of the answer may leave: the
+// caller must not go on before the controller knows. It is called with no lock held.
+func (in *Incoming) deliver(inv *invocation) Outcome {
+	g := in.g
+	began := g.now()
+	g.mu.RLock()
+	s := standing{rule: inv.rule, force: g.force.mode, invocation: inv}
+	g.mu.RUnlock()
+	what := subject{kind: "incoming", text: fmt.Sprintf("incoming %s: the end of an answer that a join waits for", in.from)}
+	if !g.end(inv, outcomeAnswered) {
+		return g.refuse(s, what, policy.ReasonNoInvocation, began)
+	}
+	answer, err := g.controller.Finish(began.Add(s.deadline()), &frame.Finish{Call: inv.call, Invocation: inv.id, Outcome: outcomeAnswered})
+	d := g.decide(s.rule, answer, err, true, verdictIf(true, ""))
+	if d.Allowed && !d.unanswered {
+		return Allowed
+	}
+	what.failMode = d.failMode
+	outcome := g.settle(s, what, d.Verdict, began)
+	over := &frame.End{Call: inv.call, Invocation: inv.id, Outcome: outcomeAnswered} // means nothing where the FINISH has arrived
+	if outcome == Denied {
+		over.Outcome = outcomeClosed
+	}
+	g.controller.End(over)
+	return outcome
+}
+
+// delivered makes room for the next request behind x, unless the connection is to be ended.
+func (in *Incoming) delivered(x *exchange, outcome Outcome) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.over = in.over || outcome == Denied
+	if in.exchange == x {
+		in.finish()
+	}
+}
+
+// Close is told that the program closed the connection, or its writing side; cut: by a reset, which is no end of an answer.
+// Denied: the end must not look like that of an answer.
+func (in *Incoming) Close(cut bool) Outcome {
 	in.mu.Lock()
 	if in.over {
 		in.mu.Unlock()
-		return
+		return Allowed
 	}
 	in.over = true
 	x := in.exchange
@@ -408,13 +473,20 @@ func (in *Incoming) Close() {
 	}
 	in.mu.Unlock()
 	if x == nil {
-		return
+		return Allowed
 	}
-	outcome := outcomeClosed
-	if x.toClose {
-		outcome = outcomeAnswered
+	whole := x.toClose && !cut
+	switch {
+	case whole && x.held():
+		outcome := in.deliver(x.inv)
+		in.g.left(x.inv)
+		return outcome
+	case whole:
+		in.g.answered(x, outcomeAnswered)
+	default:
+		in.g.answered(x, outcomeClosed)
 	}
-	in.g.answered(x, outcome)
+	return Allowed
 }
 
 // feed follows the answer to its end.

@@ -1,7 +1,6 @@
 package guard
 
 import (
-	"errors"
 	"net/netip"
 	"strings"
 	"sync"
@@ -103,7 +102,7 @@ func TestARefusedStartIsAnsweredByTheGuard(t *testing.T) {
 
 func TestWithoutTheControllerNoInvocationBegins(t *testing.T) {
 	g, c := newGuard(t, "enforce")
-	c.OnStart = func(*frame.Start) (*frame.Answer, error) { return nil, errors.New("no answer") }
+	c.OnStart = func(*frame.Start) (*frame.Answer, error) { return nil, errNoAnswer }
 	in := accept(t, g)
 	refusedWith(t, in.Admit([]byte(postRequest), nil), "503", "controller_unavailable")
 	c.OnStart = guardtest.GrantStart
@@ -167,7 +166,7 @@ func TestAnAnswerToAProbeIsShort(t *testing.T) {
 
 func TestAConnectionWhoseAnswersEndedAsksForNoFurtherStart(t *testing.T) {
 	_, c, in := invoked(t, "enforce")
-	in.Close()
+	in.Close(false)
 
 	if a := in.Admit([]byte(postRequest), nil); !a.Gone {
 		t.Errorf("admitted: %+v", a)
@@ -251,7 +250,7 @@ func TestTheEndOfTheConnectionEndsAnAnswerWithoutALength(t *testing.T) {
 		t.Fatal("the invocation ended too early")
 	}
 
-	in.Close()
+	in.Close(false)
 
 	if ends := c.Ended(); len(ends) != 1 || ends[0].Outcome != "answered" {
 		t.Errorf("ends %+v", ends)
@@ -261,7 +260,7 @@ func TestTheEndOfTheConnectionEndsAnAnswerWithoutALength(t *testing.T) {
 func TestAConnectionThatClosesWithoutAnAnswerEndsTheInvocation(t *testing.T) {
 	g, c, in := invoked(t, "enforce")
 
-	in.Close()
+	in.Close(false)
 
 	if ends := c.Ended(); len(ends) != 1 || ends[0].Outcome != "closed" || g.live != nil {
 		t.Errorf("ends %+v", ends)
@@ -280,7 +279,7 @@ func TestALostPeerEndsTheInvocationButNotTheTurn(t *testing.T) {
 	go func() { next <- second.Admit([]byte(postRequest), nil) }()
 	untilWaiting(t, g, 1)
 
-	in.Close() // the program noticed
+	in.Close(false) // the program noticed
 
 	released(t, <-next)
 }
@@ -458,7 +457,7 @@ func TestAuditGoesOnWithoutAGrant(t *testing.T) {
 	if r := c.Last(t); r.WouldDeny {
 		t.Errorf("verdict %+v", r)
 	}
-	in.Close()
+	in.Close(false)
 	if len(c.Ended()) != 0 {
 		t.Error("an invocation ended that the controller does not know")
 	}

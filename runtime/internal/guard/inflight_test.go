@@ -24,8 +24,9 @@ func inflight(t *testing.T, mode string, n int, pairs ...string) (*Guard, *guard
 
 var invokePayer = &policy.Message{Kind: policy.KindInvoke, Peer: "gateway", Callee: "payer"}
 
-func granted(*invocation) (policy.Verdict, error) {
-	return policy.Verdict{Allowed: true, Reason: policy.ReasonAllowed}, nil
+// granted is an app edge that the controller grants, of a call.
+func granted(call string) *edge {
+	return &edge{call: call, ask: func(*invocation, bool) (*frame.Answer, error) { return guardtest.GrantInvoke(nil) }}
 }
 
 func TestSeveralRequestsRunAtATimeAndNoMore(t *testing.T) {
@@ -57,7 +58,7 @@ func TestTheMessagesOfSeveralInvocationsAreAllowedInEveryOrderThatTheirCFGsAllow
 			request1(t, g)
 			var got strings.Builder
 			for _, m := range try.messages {
-				outcome, _ := g.judge(nil, m, m.Kind.String(), nil)
+				outcome, _ := g.judge(nil, m, m.Kind.String())
 				got.WriteByte("-+"[map[bool]int{true: 1}[outcome == Allowed]])
 			}
 			if got.String() != try.want {
@@ -70,7 +71,7 @@ func TestTheMessagesOfSeveralInvocationsAreAllowedInEveryOrderThatTheirCFGsAllow
 func TestWhoseAMessageIsStaysOpenUntilItMatters(t *testing.T) {
 	g, c := inflight(t, "enforce", 2)
 	first, second := request1(t, g), request1(t, g)
-	outcome, inv := g.judge(nil, getA, "http", nil)
+	outcome, inv := g.judge(nil, getA, "http")
 	if r := c.Last(t); outcome != Allowed || len(inv.among) != 2 || r.Call != "" || inv.over() {
 		t.Errorf("outcome %d, verdict %+v", outcome, r)
 	}
@@ -103,7 +104,7 @@ func TestAnAppEdgeNeedsTheCallThatTheProgramCopied(t *testing.T) {
 		judged(t, g, Allowed, getA, getA, selectItems, selectItems)
 
 		for _, call := range []string{"", "label", fmt.Sprintf("%032x", 3)} {
-			outcome, _ := g.judgeOf(nil, call, invokePayer, "invoke", granted)
+			outcome, _ := g.judgeEdge(nil, invokePayer, "invoke", granted(call))
 			if outcome == Allowed {
 				t.Errorf("call %q: outcome %d", call, outcome)
 			}
@@ -111,12 +112,12 @@ func TestAnAppEdgeNeedsTheCallThatTheProgramCopied(t *testing.T) {
 		}
 		for i := 2; i > 0; i-- {
 			call := fmt.Sprintf("%032x", i)
-			outcome, inv := g.judgeOf(nil, call, invokePayer, "invoke", granted)
+			outcome, inv := g.judgeEdge(nil, invokePayer, "invoke", granted(call))
 			if r := c.Last(t); outcome != Allowed || inv.call != call || r.Call != call || inv.label != map[int]string{1: "label"}[i] {
 				t.Errorf("outcome %d, verdict %+v", outcome, r)
 			}
 		}
-		if outcome, _ := g.judgeOf(nil, fmt.Sprintf("%032x", 1), invokePayer, "invoke", granted); outcome == Allowed {
+		if outcome, _ := g.judgeEdge(nil, invokePayer, "invoke", granted(fmt.Sprintf("%032x", 1))); outcome == Allowed {
 			t.Error("the edge was taken twice")
 		}
 		lastReason(t, c, policy.ReasonOutOfOrder)
@@ -128,7 +129,7 @@ func TestWithOneRequestAtATimeTheCallIdIsALabel(t *testing.T) {
 	request1(t, g)
 	judged(t, g, Allowed, getA, selectItems)
 
-	if outcome, _ := g.judgeOf(nil, "any label", invokePayer, "invoke", granted); outcome != Allowed {
+	if outcome, _ := g.judgeEdge(nil, invokePayer, "invoke", granted("any label")); outcome != Allowed {
 		t.Errorf("outcome %d", outcome)
 	}
 }
@@ -140,7 +141,7 @@ func TestBranchesAreBounded(t *testing.T) {
 	}
 	allowed := 0
 	for range 16 {
-		outcome, _ := g.judge(nil, getA, "http", nil)
+		outcome, _ := g.judge(nil, getA, "http")
 		if len(g.walk.branches) > branchesMax {
 			t.Fatalf("%d branches", len(g.walk.branches))
 		}

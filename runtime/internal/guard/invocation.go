@@ -35,7 +35,10 @@ type invocation struct {
 	released      bool // the program saw the request
 	tailing       bool // it was answered, and goes on with its tail
 	ended         bool
-	unknown       bool // the outcome of an app edge is not known, so where the call stands is not known either
+	held          bool // a join waits for its answer, whose last byte leaves when the controller knows of it
+	adrift        bool // nobody answered for it, so the controller does not know where it stands: the fail mode decides its app edges
+	unknown       bool // nor may the fail mode: it takes no further app edge
+	edges         int  // that it has taken
 	timer         *time.Timer
 	retire        *time.Timer // not nil after a released request that was not answered; runs until the instance is at rest
 	lost          []lostMessage
@@ -44,15 +47,14 @@ type invocation struct {
 	among []*invocation
 }
 
-// begin makes a live invocation. The caller holds the slot.
-func (g *Guard) begin(r rule, call, id, label string) *invocation {
-	inv := &invocation{rule: r, call: call, id: id, label: label, cursor: r.function.Start()}
+// begin makes an invocation live. The caller holds the slot.
+func (g *Guard) begin(inv *invocation) {
+	inv.cursor = inv.function.Start()
 	g.walk.mu.Lock()
 	defer g.walk.mu.Unlock()
 	g.walk.add(inv)
-	inv.timer = time.AfterFunc(time.Duration(r.function.InvocationTimeoutMS)*time.Millisecond, func() { g.finish(inv, outcomeTimeout) })
+	inv.timer = time.AfterFunc(time.Duration(inv.function.InvocationTimeoutMS)*time.Millisecond, func() { g.finish(inv, outcomeTimeout) })
 	g.choose()
-	return inv
 }
 
 // released marks that the program is about to see the request. From here on the startup is over. released says no when
@@ -78,14 +80,21 @@ func (g *Guard) begun() {
 	g.walk.started = true
 }
 
-// finish ends the invocation: by its answer its tail begins, if the CFG has one there. Only the first end counts. The
-// slot is released by whoever knows that the program is done with the request: until then a message could still be a
-// late one of this invocation.
+// finish ends the invocation and tells the controller.
 func (g *Guard) finish(inv *invocation, outcome string) {
+	if g.end(inv, outcome) && inv.id != "" {
+		g.controller.End(&frame.End{Call: inv.call, Invocation: inv.id, Outcome: outcome})
+	}
+}
+
+// end ends the invocation: by its answer its tail begins, if the CFG has one there. Only the first end counts, and is one.
+// The slot is released by whoever knows that the program is done with the request: until then a message could still be a
+// late one of this invocation.
+func (g *Guard) end(inv *invocation, outcome string) bool {
 	g.walk.mu.Lock()
+	defer g.walk.mu.Unlock()
 	if inv.ended {
-		g.walk.mu.Unlock()
-		return
+		return false
 	}
 	inv.ended = true
 	inv.timer.Stop()
@@ -106,10 +115,7 @@ func (g *Guard) finish(inv *invocation, outcome string) {
 	if outcome != outcomeAnswered && inv.released {
 		g.unsettle(inv)
 	}
-	g.walk.mu.Unlock()
-	if inv.id != "" {
-		g.controller.End(&frame.End{Call: inv.call, Invocation: inv.id, Outcome: outcome})
-	}
+	return true
 }
 
 // drop ends a tail. The walk's lock is held.
@@ -132,6 +138,37 @@ func (g *Guard) choose() {
 	g.mu.Lock()
 	g.live = chosen
 	g.mu.Unlock()
+	g.tellMode()
+}
+
+// tellMode says which mode is in force and by which version, when that has changed. The walk's lock is held.
+func (g *Guard) tellMode() {
+	inForce := frame.Mode{}
+	inForce.Mode, inForce.Version = g.inForce()
+	if inForce != g.told {
+		g.told = inForce
+		g.controller.Mode(&inForce)
+	}
+}
+
+// inForce is the mode that the sandbox is really in: the newest policy's, or that of an invocation that is not over and
+// began with a more lenient one. A function that the policy lacks has everything refused.
+func (g *Guard) inForce() (mode string, version int) {
+	g.mu.RLock()
+	r := g.force
+	g.mu.RUnlock()
+	if r.mode == policy.ModeOff {
+		return r.mode.String(), r.policy.Version
+	}
+	if r.function == nil {
+		r.mode = policy.ModeEnforce
+	}
+	for _, inv := range g.walk.parts {
+		if inv.mode < r.mode {
+			r = inv.rule
+		}
+	}
+	return r.mode.String(), r.policy.Version
 }
 
 // beginStartup opens the CFG of what the program sends before its first request.
@@ -192,5 +229,12 @@ func (inv *invocation) over() bool {
 func newStep() string {
 	var raw [frame.StepBytes / 2]byte
 	rand.Read(raw[:]) // never fails, see its documentation
+	return hex.EncodeToString(raw[:])
+}
+
+// newID is what the controller would have minted.
+func newID() string {
+	var raw [idDigits / 2]byte
+	rand.Read(raw[:]) // as above
 	return hex.EncodeToString(raw[:])
 }

@@ -1,22 +1,33 @@
 package guard
 
 import (
+	"kalium.dev/kalium/runtime/internal/frame"
 	"kalium.dev/kalium/runtime/internal/policy"
 )
 
 // retryJudging marks the verdict of a message that is sent again and moves nothing.
 const retryJudging = "retry"
 
-// judge steps the function CFG with m, which is what an invocation wants to send, and returns the invocation that the
-// message was attributed to. ask is the app edge's question, nil for other messages; the cursor moves only when both
-// agree.
-func (g *Guard) judge(t *timing, m *policy.Message, kind string, ask func(*invocation) (policy.Verdict, error)) (Outcome, *invocation) {
-	return g.judgeOf(t, "", m, kind, ask)
+// edge is what an app edge has besides its message.
+type edge struct {
+	// call is what the program says that it belongs to. That is looked at only where it could belong to several.
+	call string
+	// ask asks the controller. again: the same edge once more, whose connection ended without a byte of an answer.
+	ask func(inv *invocation, again bool) (*frame.Answer, error)
+
+	token, callback string // that were granted
+	number          int    // among the edges that its invocation has taken
 }
 
-// judgeOf is judge for a message that says which call it belongs to. That is asked for only where an app edge could
-// belong to several.
-func (g *Guard) judgeOf(t *timing, call string, m *policy.Message, kind string, ask func(*invocation) (policy.Verdict, error)) (Outcome, *invocation) {
+// judge steps the function CFG with m, which is what an invocation wants to send, and returns the invocation that the
+// message was attributed to.
+func (g *Guard) judge(t *timing, m *policy.Message, kind string) (Outcome, *invocation) {
+	return g.judgeEdge(t, m, kind, nil)
+}
+
+// judgeEdge is judge for an app edge, where e is not nil. The cursor moves only when function CFG and controller agree. The
+// callback of an asynchronous one is written into m.
+func (g *Guard) judgeEdge(t *timing, m *policy.Message, kind string, e *edge) (Outcome, *invocation) {
 	if g == nil {
 		return Denied, nil
 	}
@@ -34,7 +45,18 @@ func (g *Guard) judgeOf(t *timing, call string, m *policy.Message, kind string, 
 		return g.refuse(s, what, policy.ReasonNoInvocation, began), nil
 	}
 	t.mark(phaseEvent)
-	step := g.walk.try(call, m, ask != nil, s.invocation)
+	call := ""
+	if e != nil {
+		call = e.call
+		if m.Asynchronous {
+			clear := g.walk.callback(call, m, s.invocation)
+			what.text = g.walk.text(m)
+			if !clear {
+				return g.refuse(s, what, policy.ReasonGatewayRule, began), nil
+			}
+		}
+	}
+	step := g.walk.try(call, m, e != nil, s.invocation)
 	t.mark(phaseLocal)
 	inv := step.by
 	s.invocation, s.rule = inv, inv.rule
@@ -46,16 +68,9 @@ func (g *Guard) judgeOf(t *timing, call string, m *policy.Message, kind string, 
 		g.walk.states = step.next.AppendStates(g.walk.states[:0])
 		verdict.States = g.walk.states
 	}
-	if verdict.Allowed && ask != nil {
+	if verdict.Allowed && e != nil {
 		states, line := verdict.States, verdict.Line
-		if inv.unknown {
-			verdict = policy.Verdict{Reason: policy.ReasonControllerUnavailable}
-		} else if answered, err := ask(inv); err != nil {
-			inv.unknown = true
-			verdict = policy.Verdict{Reason: policy.ReasonControllerUnavailable}
-		} else {
-			verdict = answered
-		}
+		verdict, what.failMode = g.cross(inv, m, e, step.again != nil)
 		t.mark(phaseController)
 		if verdict.Line, verdict.States = line, states; !verdict.Allowed {
 			verdict.States = inv.cursor.States()
@@ -66,9 +81,35 @@ func (g *Guard) judgeOf(t *timing, call string, m *policy.Message, kind string, 
 		if complete := g.walk.take(&step, m); complete != nil {
 			g.drop(complete)
 		}
+		if e != nil {
+			e.number = inv.edges
+		}
 	}
 	t.judged(kind, inv)
 	return outcome, inv
+}
+
+// cross decides an app edge that the function CFG allows. The walk's lock is held.
+func (g *Guard) cross(inv *invocation, m *policy.Message, e *edge, again bool) (v policy.Verdict, failMode string) {
+	known := verdictIf(inv.policy.Edge(g.identity.Function, m.Callee), policy.ReasonEdgeNotAllowed)
+	switch {
+	case inv.unknown:
+		return policy.Verdict{Reason: policy.ReasonUnknownState}, ""
+	case inv.adrift:
+		d := g.unanswered(inv.rule, known)
+		if d.Reason == policy.ReasonControllerUnavailable {
+			d.Reason = policy.ReasonUnknownState // it may have come back
+		}
+		return d.Verdict, d.failMode
+	}
+	answer, err := e.ask(inv, again)
+	complete := err == nil && isID(answer.Token) && (m.Callback == "" && answer.Callback == "" || m.Callback != "" && isID(answer.Callback))
+	d := g.decide(inv.rule, answer, err, complete, known)
+	inv.adrift, inv.unknown = d.unanswered, d.unknown
+	if d.Allowed && !d.unanswered {
+		e.token, e.callback = answer.Token, answer.Callback
+	}
+	return d.Verdict, d.failMode
 }
 
 // could tells whether m would be allowed now. Nothing moves, and only a denial is logged.

@@ -29,10 +29,13 @@ var (
 // sandbox: when it is down, questions fail at once and local decisions go on until the lease ends.
 type Link struct {
 	conn  io.ReadWriteCloser // Close ends reads and writes that are under way
-	queue chan *[]byte       // frames
+	asks  chan *[]byte       // questions, each of them pending: they never wait behind what is only told
+	mode  chan *[]byte       // the newest word on the mode in force
+	queue chan *[]byte       // other frames
 	spare chan *[]byte       // buffers of frames that were written
 	down  chan struct{}
 	once  sync.Once
+	lost  func() // hears that the agent is gone, before anybody who asks does
 	// fallback takes verdicts of which the agent will not hear any more.
 	fallback func(*frame.VerdictRecord)
 
@@ -52,7 +55,8 @@ type question struct {
 // NewLink makes a link of conn, on which Hello and Welcome were exchanged with ids up to lastID. Call Serve to begin.
 func NewLink(conn io.ReadWriteCloser, lastID uint32, fallback func(*frame.VerdictRecord)) *Link {
 	return &Link{
-		conn: conn, queue: make(chan *[]byte, queueMax), spare: make(chan *[]byte, queueMax), down: make(chan struct{}), fallback: fallback,
+		conn: conn, asks: make(chan *[]byte, pendingMax), mode: make(chan *[]byte, 1), queue: make(chan *[]byte, queueMax),
+		spare: make(chan *[]byte, queueMax), down: make(chan struct{}), lost: func() {}, fallback: fallback,
 		last: lastID, pending: map[uint32]*question{},
 	}
 }
@@ -60,12 +64,14 @@ func NewLink(conn io.ReadWriteCloser, lastID uint32, fallback func(*frame.Verdic
 // Serve reads and writes until the connection fails, in two goroutines that Serve starts. reader may hold bytes that
 // came behind the Welcome. What the agent tells goes to g; report hears why it stopped, and of updates that were refused.
 func (l *Link) Serve(reader *frame.Reader, g *Guard, report func(string)) {
+	l.lost = g.orphaned
 	go l.write(report)
 	go l.read(reader, g, report)
 }
 
 func (l *Link) fail(report func(string), why error) {
 	l.once.Do(func() {
+		l.lost()
 		close(l.down)
 		l.conn.Close()
 		report(why.Error())
@@ -74,20 +80,38 @@ func (l *Link) fail(report func(string), why error) {
 
 func (l *Link) write(report func(string)) {
 	for {
-		select {
-		case queued := <-l.queue:
-			for b := *queued; len(b) > 0; {
-				n, err := l.conn.Write(b)
-				if err != nil {
-					l.fail(report, fmt.Errorf("write to the agent: %w", err))
-					return
-				}
-				b = b[n:]
-			}
-			l.recycle(queued)
-		case <-l.down:
+		queued := l.nextFrame()
+		if queued == nil {
 			return
 		}
+		for b := *queued; len(b) > 0; {
+			n, err := l.conn.Write(b)
+			if err != nil {
+				l.fail(report, fmt.Errorf("write to the agent: %w", err))
+				return
+			}
+			b = b[n:]
+		}
+		l.recycle(queued)
+	}
+}
+
+// nextFrame is what is to be written next; nil: nothing any more.
+func (l *Link) nextFrame() *[]byte {
+	select {
+	case b := <-l.asks:
+		return b
+	default:
+	}
+	select {
+	case b := <-l.asks:
+		return b
+	case b := <-l.mode:
+		return b
+	case b := <-l.queue:
+		return b
+	case <-l.down:
+		return nil
 	}
 }
 
@@ -205,7 +229,19 @@ func (l *Link) send(b *[]byte, timeout <-chan time.Time) error {
 	}
 }
 
+// settled forgets a question that nobody will answer.
+func (l *Link) settled(id uint32) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.pending, id)
+}
+
 func (l *Link) ask(deadline time.Time, m frame.Message, start bool) (*frame.Answer, error) {
+	select {
+	case <-l.down:
+		return nil, errLinkDown
+	default:
+	}
 	q := &question{answer: make(chan *frame.Answer, 1), start: start}
 	l.mu.Lock()
 	if len(l.pending) >= pendingMax {
@@ -221,23 +257,29 @@ func (l *Link) ask(deadline time.Time, m frame.Message, start bool) (*frame.Answ
 	l.pending[id] = q
 	l.mu.Unlock()
 	b, err := frame.Append(nil, id, m)
-	timer := time.NewTimer(time.Until(deadline))
-	defer timer.Stop()
 	if err == nil {
-		err = l.send(&b, timer.C)
+		select {
+		case l.asks <- &b:
+		default: // there is room for all that are pending, as long as nobody answers what was not asked
+			err = errQueueStuck
+		}
 	}
 	if err != nil {
-		l.mu.Lock()
-		delete(l.pending, id)
-		l.mu.Unlock()
+		l.settled(id)
 		return nil, err
 	}
+	timer := time.NewTimer(time.Until(deadline))
+	defer timer.Stop()
 	select {
 	case answer := <-q.answer:
 		return answer, nil
 	case <-timer.C:
 		err = errNoAnswer
+		if len(l.queue) == cap(l.queue) {
+			err = errQueueStuck
+		}
 	case <-l.down:
+		l.settled(id)
 		err = errLinkDown
 	}
 	l.mu.Lock()
@@ -259,6 +301,26 @@ func (l *Link) Start(deadline time.Time, m *frame.Start) (*frame.Answer, error) 
 // Invoke implements Controller.
 func (l *Link) Invoke(deadline time.Time, m *frame.Invoke) (*frame.Answer, error) {
 	return l.ask(deadline, m, false)
+}
+
+// Finish implements Controller.
+func (l *Link) Finish(deadline time.Time, m *frame.Finish) (*frame.Answer, error) {
+	return l.ask(deadline, m, false)
+}
+
+// Mode implements Controller. It takes the place of what was not written yet.
+func (l *Link) Mode(m *frame.Mode) {
+	b, err := frame.Append(nil, 0, m)
+	if err != nil {
+		panic(err) // a mode and a version fit every frame
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	select {
+	case <-l.mode:
+	default:
+	}
+	l.mode <- &b
 }
 
 // End implements Controller. While the queue is full it waits in the background; an end that is never told is one that

@@ -31,7 +31,11 @@ func linked(t *testing.T) (*Link, *agent, *Guard, chan string, *[]frame.VerdictR
 	}
 	reports := make(chan string, 10)
 	l.Serve(&frame.Reader{}, g, func(why string) { reports <- why })
-	return l, &agent{t: t, conn: theirs}, g, reports, fallen
+	a := &agent{t: t, conn: theirs}
+	if id, m := a.next(); id != 0 || *m.(*frame.Mode) != (frame.Mode{Mode: "enforce", Version: 3}) {
+		t.Fatalf("the first word is %+v", m)
+	}
+	return l, a, g, reports, fallen
 }
 
 func (a *agent) next() (uint32, frame.Message) {

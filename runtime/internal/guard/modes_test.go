@@ -2,11 +2,14 @@ package guard
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
 	"kalium.dev/kalium/runtime/internal/frame"
+	"kalium.dev/kalium/runtime/internal/guard/guardtest"
 	"kalium.dev/kalium/runtime/internal/policy"
 )
 
@@ -190,5 +193,101 @@ func TestKeysAreTheSandboxsOwn(t *testing.T) {
 	first, second := g.Keys(), g.Keys()
 	if first == nil || first != second || (*Guard)(nil).Keys() == nil {
 		t.Error("no store of keys")
+	}
+}
+
+func modes(c *guardtest.Controller) string {
+	var list []string
+	for _, m := range c.Modes() {
+		list = append(list, fmt.Sprintf("%s %d", m.Mode, m.Version))
+	}
+	return strings.Join(list, ", ")
+}
+
+func TestTheModeInForceIsToldAtEachChange(t *testing.T) {
+	g, c := newGuard(t, "enforce")
+	for _, next := range []struct{ mode, version string }{{"enforce", "4"}, {"enforce", "4"}, {"off", "5"}, {"learn", "6"}, {"audit", "7"}, {"enforce", "8"}} {
+		setPolicy(t, g, next.mode, next.version)
+		respond(t, request1OrFree(t, g))
+	}
+
+	if got := modes(c); got != "enforce 3, enforce 4, off 5, learn 6, audit 7, enforce 8" {
+		t.Errorf("told: %s", got)
+	}
+}
+
+// request1OrFree is a request that nobody looks at in mode off.
+func request1OrFree(t *testing.T, g *Guard) *Incoming {
+	t.Helper()
+	in := accept(t, g)
+	if a := in.Admit([]byte(postRequest), nil); a.Release == nil && !a.Free {
+		t.Fatalf("%+v", a)
+	}
+	return in
+}
+
+// What an invocation does by an older and more lenient version is not enforced, so nobody may say that it is.
+func TestTheModeInForceIsTheMostLenientOneThatStillCounts(t *testing.T) {
+	g, c := newGuard(t, "audit")
+	in := request1(t, g)
+
+	setPolicy(t, g, "enforce", "4")
+
+	if got := modes(c); got != "audit 3" {
+		t.Errorf("told: %s", got)
+	}
+	respond(t, in)
+	if got := modes(c); got != "audit 3, enforce 4" {
+		t.Errorf("told: %s", got)
+	}
+	// A stricter one that still runs weakens nothing; the new mode counts for the next.
+	in = request1(t, g)
+	setPolicy(t, g, "audit", "5")
+	respond(t, in)
+	if got := modes(c); got != "audit 3, enforce 4, audit 5" {
+		t.Errorf("told: %s", got)
+	}
+	// Off is for everything at once.
+	request1(t, g)
+	setPolicy(t, g, "off", "6")
+	if got := modes(c); got != "audit 3, enforce 4, audit 5, off 6" {
+		t.Errorf("told: %s", got)
+	}
+}
+
+func TestAFunctionThatThePolicyLacksIsNotInAnyLenientMode(t *testing.T) {
+	g, c := newGuard(t, "audit")
+
+	setPolicy(t, g, "audit", "4", `"functions":{"buyer":`, `"functions":{"another":`, `"entries":["buyer"]`, `"entries":["another"]`,
+		`"app_cfg":{"buyer"`, `"app_cfg":{"another"`)
+
+	if got := modes(c); got != "audit 3, enforce 4" {
+		t.Errorf("told: %s", got)
+	}
+	refusedWith(t, accept(t, g).Admit([]byte(postRequest), nil), "403", "unknown_function")
+}
+
+func TestTheNewestModeIsToldWhenTheAgentReads(t *testing.T) {
+	_, a, g, _, _ := linked(t)
+	for version := 4; version < 9; version++ { // nobody reads
+		setPolicy(t, g, "audit", fmt.Sprint(version))
+	}
+	setPolicy(t, g, "enforce", "9")
+
+	last := frame.Mode{}
+	for last != (frame.Mode{Mode: "enforce", Version: 9}) {
+		_, m := a.next()
+		last = *m.(*frame.Mode)
+	}
+}
+
+func TestAWelcomeInAnotherVersionOfTheProtocolIsRefused(t *testing.T) {
+	for _, proto := range []int{0, 1, 3, -1} {
+		welcome := guardtest.Welcome(t, "enforce")
+		welcome.Proto = proto
+
+		if g, err := New(testIdentity, guardtest.PublicKey, welcome, guardtest.NewController()); err == nil || g != nil || !strings.Contains(err.Error(), "version") {
+			t.Errorf("proto %d: %v", proto, err)
+		}
 	}
 }

@@ -22,7 +22,11 @@ func (quiet) Start(_ time.Time, m *frame.Start) (*frame.Answer, error) {
 func (quiet) Invoke(_ time.Time, m *frame.Invoke) (*frame.Answer, error) {
 	return guardtest.GrantInvoke(m)
 }
+func (quiet) Finish(_ time.Time, m *frame.Finish) (*frame.Answer, error) {
+	return guardtest.GrantFinish(m)
+}
 func (quiet) End(*frame.End)                            {}
+func (quiet) Mode(*frame.Mode)                          {}
 func (quiet) Log(time.Time, *frame.VerdictRecord) error { return nil }
 
 // looping is a guard whose function may GET /a without end, in the middle of an invocation.

@@ -50,8 +50,8 @@ func (h *http1Speaker) request(data []byte, w *output) ruling {
 	case peer.Gateway:
 		outcome, h.inv = o.invoke(peer, head, message, w)
 	default:
-		if outcome, h.inv = o.g.judge(o.t, message, h.protocol, nil); outcome == Allowed {
-			o.asked(h.inv, message)
+		if outcome, h.inv = o.g.judge(o.t, message, h.protocol); outcome == Allowed {
+			o.asked(h.inv, message, 0)
 		}
 	}
 	if outcome == Allowed && message.Upgrade {

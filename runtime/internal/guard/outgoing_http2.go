@@ -54,9 +54,9 @@ func (h *http2Speaker) request(unit *http2.Unit) Outcome {
 	if head.Scheme != policy.ProtocolHTTPS || peer.Gateway {
 		return h.o.refuse(message.Text()+" by HTTP/2", policy.ReasonUnsupported) // a token cannot be put in
 	}
-	outcome, inv := h.o.g.judge(h.o.t, message, policy.ProtocolHTTPS, nil)
+	outcome, inv := h.o.g.judge(h.o.t, message, policy.ProtocolHTTPS)
 	if outcome == Allowed {
-		h.o.asked(inv, cloned(message))
+		h.o.asked(inv, cloned(message), 0)
 	}
 	if outcome == Allowed && !unit.End {
 		h.bodies[unit.Stream] = &streamBody{inv: inv, left: bound}

@@ -64,6 +64,6 @@ func (m *mysqlSpeaker) unit(data []byte, _ *output) ruling {
 		}
 		return ruling{n: n, outcome: o.support(policy.ProtocolMySQL, unit.Text)}
 	}
-	outcome, _ := o.g.judge(o.t, message, policy.ProtocolMySQL, nil)
+	outcome, _ := o.g.judge(o.t, message, policy.ProtocolMySQL)
 	return ruling{n: n, outcome: outcome}
 }

@@ -18,15 +18,16 @@ const (
 type sentRequest struct {
 	inv     *invocation
 	message policy.Message
+	edge    int // its number, when it is an app edge
 }
 
 // asked remembers a request that leaves. The lock is held.
-func (o *Outgoing) asked(inv *invocation, m *policy.Message) {
+func (o *Outgoing) asked(inv *invocation, m *policy.Message, edge int) {
 	if o.isAnswered() {
 		o.sent = o.sent[:0]
 	}
 	if len(o.sent) < unansweredMax {
-		o.sent = append(o.sent, sentRequest{inv, *m})
+		o.sent = append(o.sent, sentRequest{inv, *m, edge})
 	}
 	o.came.Store(0)
 }
@@ -34,7 +35,7 @@ func (o *Outgoing) asked(inv *invocation, m *policy.Message) {
 // cloned is a message whose texts are no parts of a parser's memory.
 func cloned(m *policy.Message) *policy.Message {
 	c := *m
-	c.Method, c.Path, c.Query = strings.Clone(m.Method), strings.Clone(m.Path), slices.Clone(m.Query)
+	c.Method, c.Path, c.Query, c.Callee = strings.Clone(m.Method), strings.Clone(m.Path), slices.Clone(m.Query), strings.Clone(m.Callee)
 	for i := range c.Query {
 		c.Query[i] = strings.Clone(c.Query[i])
 	}
@@ -63,7 +64,7 @@ func (o *Outgoing) Ended() {
 func (o *Outgoing) ended() {
 	if !o.isAnswered() {
 		for i := range o.sent {
-			o.g.unanswered(o.sent[i].inv, cloned(&o.sent[i].message)) // the connection may go on to use the memory
+			o.g.lose(o.sent[i].inv, cloned(&o.sent[i].message), o.sent[i].edge) // the connection may go on to use the memory
 		}
 	}
 	o.sent = nil

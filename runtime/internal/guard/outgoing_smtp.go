@@ -49,7 +49,7 @@ func (s *smtpSpeaker) unit(data []byte, _ *output) ruling {
 		return ruling{n: n, outcome: outcome}
 	}
 	var outcome Outcome
-	outcome, s.inv = o.g.judge(o.t, message, policy.ProtocolSMTP, nil)
+	outcome, s.inv = o.g.judge(o.t, message, policy.ProtocolSMTP)
 	s.left = o.bodyMax()
 	return ruling{n: n, outcome: outcome}
 }

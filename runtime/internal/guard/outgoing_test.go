@@ -1,7 +1,6 @@
 package guard
 
 import (
-	"errors"
 	"net/netip"
 	"strings"
 	"testing"
@@ -203,12 +202,12 @@ func TestAfterAnUnknownOutcomeNoAppEdgeIsAsked(t *testing.T) {
 	g, c, _ := invoked(t, "enforce")
 	g.live.cursor = atState(g, 2)
 	asked := 0
-	c.OnInvoke = func(*frame.Invoke) (*frame.Answer, error) { asked++; return nil, errors.New("no answer") }
+	c.OnInvoke = func(*frame.Invoke) (*frame.Answer, error) { asked++; return nil, errNoAnswer }
 
-	for range 2 {
+	for _, reason := range []string{"controller_unavailable", "unknown_state", "unknown_state"} {
 		expect(t, connect(t, g, api), request("POST /function/payer", "gateway:8080"), "", Denied)
-		if r := c.Last(t); r.Reason != "controller_unavailable" {
-			t.Errorf("verdict %+v", r)
+		if r := c.Last(t); r.Reason != reason || r.FailMode != "deny" {
+			t.Errorf("verdict %+v, want %s", r, reason)
 		}
 	}
 
@@ -217,17 +216,32 @@ func TestAfterAnUnknownOutcomeNoAppEdgeIsAsked(t *testing.T) {
 	}
 }
 
-func TestAnAnswerThatContradictsItselfIsNone(t *testing.T) {
+func TestAnAnswerThatContradictsItselfIsNoAnswerAndNoSilence(t *testing.T) {
 	for _, answer := range []frame.Answer{
 		{Allowed: true, Reason: "allowed"}, // without a token
+		{Allowed: true, Reason: "allowed", Token: "short"},
+		{Allowed: true, Reason: "allowed", Token: guardtest.Token[:31] + "\n"},
+		{Allowed: true, Reason: "allowed", Token: guardtest.Token, Callback: guardtest.Token}, // which nobody asked for
 		{Allowed: true, Reason: "bad_token", Token: guardtest.Token},
+		{Allowed: true, Reason: "controller_unavailable", Token: guardtest.Token},
 		{Allowed: false, Reason: "allowed", Token: guardtest.Token},
+		{Allowed: false, Reason: "because"},
+		{},
 	} {
-		g, c, _ := invoked(t, "enforce")
-		g.live.cursor = atState(g, 2)
-		c.OnInvoke = func(*frame.Invoke) (*frame.Answer, error) { return &answer, nil }
+		for _, mode := range []string{"deny", "allow", "last_known"} {
+			g, c := edited(t, "enforce", failDeny, failing(mode))
+			request1(t, g)
+			g.live.cursor = atState(g, 2)
+			c.OnInvoke = func(*frame.Invoke) (*frame.Answer, error) { return &answer, nil }
 
-		expect(t, connect(t, g, api), request("POST /function/payer", "gateway:8080"), "", Denied)
+			for _, reason := range []string{"malformed", "unknown_state"} {
+				expect(t, connect(t, g, api), request("POST /function/payer", "gateway:8080"), "", Denied)
+
+				if r := c.Last(t); r.Reason != reason || r.FailMode != "" {
+					t.Errorf("%+v in %s: verdict %+v", answer, mode, r)
+				}
+			}
+		}
 	}
 }
 
@@ -237,8 +251,24 @@ func TestTheGatewayIsReachedInOneSpelling(t *testing.T) {
 		request("POST /function/payer/sub", "gateway:8080"),
 		request("POST /function/payer?x=1", "gateway:8080"),
 		request("POST /function/", "gateway:8080"),
-		request("POST /async-function/payer", "gateway:8080"),
+		request("GET /async-function/payer", "gateway:8080"),
+		request("POST /async-function/payer/", "gateway:8080"),
+		request("POST /async-function/payer?x=1", "gateway:8080"),
+		request("POST /async-function/", "gateway:8080"),
+		request("POST /async-function", "gateway:8080"),
+		request("POST /function/payer.openfaas-fn", "gateway:8080"),
+		request("POST /async-function/payer.other", "gateway:8080"),
+		request("POST /function/Payer", "gateway:8080"),
+		request("POST /function/payer-", "gateway:8080"),
+		request("POST /function/pay_er", "gateway:8080"),
+		request("POST /function/payer/", "gateway:8080"),
+		request("POST /Function/payer", "gateway:8080"),
+		request("POST /function/"+strings.Repeat("p", 64), "gateway:8080"),
 		request("GET /system/functions", "gateway:8080"),
+		request("POST /system/functions", "gateway:8080"),
+		request("POST /system/function/payer", "gateway:8080"),
+		request("POST /", "gateway:8080"),
+		request("GET /healthz", "gateway:8080"),
 		request("POST /function/payer", "gateway:8080", "X-Callback-Url: http://elsewhere/\r\n"),
 		request("POST /function/payer", "gateway:8080", "x-callback-url: http://elsewhere/\r\n"),
 	} {
@@ -249,6 +279,22 @@ func TestTheGatewayIsReachedInOneSpelling(t *testing.T) {
 
 		if r := c.Last(t); r.Reason != "gateway_rule" || r.Kind != "invoke" {
 			t.Errorf("%q: verdict %+v", m, r)
+		}
+	}
+}
+
+func TestASecondSpellingOfAPathIsNoRequest(t *testing.T) {
+	for _, target := range []string{
+		"/function/%70ayer", "/function/payer?", "/function/payer%2f", "/function/./payer", "/function/../system/functions", "//function/payer",
+		"/function//payer", "/function/payer/..", "/x/../function/payer", "/function/payer;x", "http://gateway:8080/function/payer", "/function/payer#x", "*", "gateway:8080",
+	} {
+		g, c, _ := invoked(t, "enforce")
+		g.live.cursor = atState(g, 2)
+
+		expect(t, connect(t, g, api), request("POST "+target, "gateway:8080"), "", Denied)
+
+		if r := c.Last(t); r.Reason != "malformed" && r.Reason != "unsupported" {
+			t.Errorf("%s: verdict %+v", target, r)
 		}
 	}
 }

@@ -25,8 +25,8 @@ func admitted(t *testing.T, g *Guard) time.Duration {
 func TestAfterTroubleTheInstanceHasToBeSilent(t *testing.T) {
 	const quiet = 60 * time.Millisecond
 	for name, trouble := range map[string]func(*Guard, *Incoming){
-		"the program closes":                   func(_ *Guard, in *Incoming) { in.Close() },
-		"the peer goes, and the program sees":  func(_ *Guard, in *Incoming) { in.Lost(); in.Close() },
+		"the program closes":                   func(_ *Guard, in *Incoming) { in.Close(false) },
+		"the peer goes, and the program sees":  func(_ *Guard, in *Incoming) { in.Lost(); in.Close(false) },
 		"the answer comes after the peer went": func(_ *Guard, in *Incoming) { in.Lost(); in.Answer([]byte(noContentAnswer)) },
 		"a timeout and an answer": func(g *Guard, in *Incoming) {
 			g.finish(g.live, outcomeTimeout)
@@ -51,7 +51,7 @@ func TestWhatTheProgramSendsPutsTheRestOff(t *testing.T) {
 	g, _ := edited(t, "enforce", guardtest.Quiet, `"quiet_ms":1000`)
 	in := request1(t, g)
 	out := connect(t, g, api)
-	in.Close()
+	in.Close(false)
 	began := time.Now()
 	done := make(chan time.Time, 1)
 	go func() { admitted(t, g); done <- time.Now() }()
@@ -91,7 +91,7 @@ func TestAnInstanceThatDoesNotComeToRestIsRetired(t *testing.T) {
 		}
 		refusedWith(t, accept(t, g).Admit([]byte(postRequest), nil), "503", "retired")
 		refusedWith(t, accept(t, g).Admit([]byte(probe), nil), "503", "retired")
-		in.Close()
+		in.Close(false)
 		time.Sleep(250 * time.Millisecond)
 		refusedWith(t, accept(t, g).Admit([]byte(postRequest), nil), "503", "retired")
 		if n := len(c.Started()); n != 1 {
@@ -103,7 +103,7 @@ func TestAnInstanceThatDoesNotComeToRestIsRetired(t *testing.T) {
 func TestAnInstanceThatCameToRestIsNotRetired(t *testing.T) {
 	t.Parallel()
 	g, _ := edited(t, "enforce", guardtest.Retire, `"retire_ms":1500`, guardtest.Quiet, `"quiet_ms":1`)
-	request1(t, g).Close()
+	request1(t, g).Close(false)
 	respond(t, request1(t, g))
 	time.Sleep(2 * time.Second)
 

@@ -18,15 +18,16 @@ type lostMessage struct {
 
 func (l *lostMessage) take() { l.left, l.waiting = l.left-1, false }
 
-// unanswered is told by the holder of a connection that m, which was allowed for the invocation, got no byte of an answer
-// before the connection ended. The same message then stays in the state, as often as the policy's line says.
-func (g *Guard) unanswered(inv *invocation, m *policy.Message) {
+// lose is told by the holder of a connection that m, which was allowed for the invocation, got no byte of an answer before
+// the connection ended. The same message then stays in the state, as often as the policy's line says. number is that of an
+// app edge: only the last one is the controller's to repeat.
+func (g *Guard) lose(inv *invocation, m *policy.Message, number int) {
 	if inv == nil {
 		return
 	}
 	g.walk.mu.Lock()
 	defer g.walk.mu.Unlock()
-	if inv.over() || inv.among != nil {
+	if inv.over() || inv.among != nil || number != 0 && number != inv.edges {
 		return
 	}
 	for i := range inv.lost {
@@ -63,18 +64,35 @@ func (inv *invocation) retry(m *policy.Message) *lostMessage {
 	return nil
 }
 
-// forget is told that m was sent as a message of its own: it may be sent again in its turn. The walk's lock is held.
-func (inv *invocation) forget(m *policy.Message) {
+// retryTo finds the lost app edge that m repeats, whatever its callback is. The walk's lock is held.
+func (inv *invocation) retryTo(m *policy.Message) *lostMessage {
+	repeated := *m
 	for i := range inv.lost {
-		if sameMessage(&inv.lost[i].message, m) { // of which there is one at most
-			inv.lost = slices.Delete(inv.lost, i, i+1)
-			return
+		repeated.Callback = inv.lost[i].message.Callback
+		if l := &inv.lost[i]; l.waiting && l.left > 0 && sameMessage(&l.message, &repeated) {
+			return l
 		}
 	}
+	return nil
 }
 
-// sameMessage compares requests. Messages of other kinds are never sent again.
+// forget is told that m was sent as a message of its own: it may be sent again in its turn, and after an app edge no
+// earlier one. The walk's lock is held.
+func (inv *invocation) forget(m *policy.Message) {
+	inv.lost = slices.DeleteFunc(inv.lost, func(l lostMessage) bool {
+		return sameMessage(&l.message, m) || m.Kind == policy.KindInvoke && l.message.Kind == policy.KindInvoke
+	})
+}
+
+// sameMessage compares requests and invokes. Messages of other kinds are never sent again.
 func sameMessage(a, b *policy.Message) bool {
-	return a.Kind == b.Kind && (a.Kind == policy.KindHTTP || a.Kind == policy.KindHTTPS) && a.Peer == b.Peer && a.Method == b.Method &&
-		a.Path == b.Path && slices.Equal(a.Query, b.Query) && a.Upgrade == b.Upgrade && a.GRPC == b.GRPC
+	switch {
+	case a.Kind != b.Kind || a.Peer != b.Peer:
+		return false
+	case a.Kind == policy.KindInvoke:
+		return a.Callee == b.Callee && a.Asynchronous == b.Asynchronous && a.Callback == b.Callback
+	case a.Kind == policy.KindHTTP, a.Kind == policy.KindHTTPS:
+		return a.Method == b.Method && a.Path == b.Path && slices.Equal(a.Query, b.Query) && a.Upgrade == b.Upgrade && a.GRPC == b.GRPC
+	}
+	return false
 }

@@ -13,19 +13,19 @@ func TestAMessageWithoutAnAnswerMayBeSentAgain(t *testing.T) {
 	for _, mode := range []string{"enforce", "audit"} {
 		g, c := edited(t, mode, guardtest.RetriesOfGet, retryOnce)
 		request1(t, g)
-		_, inv := g.judge(nil, getA, "http", nil)
-		if outcome, _ := g.judge(nil, getA, "http", nil); outcome == Allowed {
+		_, inv := g.judge(nil, getA, "http")
+		if outcome, _ := g.judge(nil, getA, "http"); outcome == Allowed {
 			t.Error("it was sent again while the first one may be answered")
 		}
-		g.unanswered(inv, getA)
+		g.lose(inv, getA, 0)
 
-		outcome, by := g.judge(nil, getA, "http", nil)
+		outcome, by := g.judge(nil, getA, "http")
 
 		if r := c.Last(t); outcome != Allowed || by != inv || r.Judging != "retry" || len(r.States) != 1 || r.States[0] != 1 {
 			t.Errorf("outcome %d, verdict %+v", outcome, r)
 		}
-		g.unanswered(inv, getA)
-		if outcome, _ := g.judge(nil, getA, "http", nil); outcome == Allowed {
+		g.lose(inv, getA, 0)
+		if outcome, _ := g.judge(nil, getA, "http"); outcome == Allowed {
 			t.Error("it was sent a third time")
 		}
 		judged(t, g, Allowed, selectItems) // the cursor is where it was
@@ -46,9 +46,9 @@ func TestWhatMayNotBeSentAgainIsNot(t *testing.T) {
 		g, _ := edited(t, "enforce", try.pairs...)
 		request1(t, g)
 		judged(t, g, Allowed, getA, selectItems)
-		g.unanswered(g.live, try.lost)
+		g.lose(g.live, try.lost, 0)
 
-		if outcome, _ := g.judge(nil, try.next, "http", nil); outcome != Denied {
+		if outcome, _ := g.judge(nil, try.next, "http"); outcome != Denied {
 			t.Errorf("%s: outcome %d", name, outcome)
 		}
 	}
@@ -62,14 +62,14 @@ func TestRetriesEndWithTheInvocationAndAreBounded(t *testing.T) {
 	for i := range 2 * lostMax {
 		m := *getA
 		m.Path += string(rune('a' + i))
-		g.unanswered(inv, &m)
+		g.lose(inv, &m, 0)
 	}
 	if len(inv.lost) != lostMax {
 		t.Errorf("%d messages are kept", len(inv.lost))
 	}
-	g.unanswered(nil, getA)
+	g.lose(nil, getA, 0)
 	respond(t, in)
-	g.unanswered(inv, getA)
+	g.lose(inv, getA, 0)
 	request1(t, g)
 	judged(t, g, Allowed, getA)
 	judged(t, g, Denied, getA)

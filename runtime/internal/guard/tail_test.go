@@ -44,12 +44,12 @@ func TestTheTailGoesOnAfterTheAnswerWithTheSameCursor(t *testing.T) {
 		if ends := c.Ended(); len(ends) != 1 || ends[0].Outcome != "answered" {
 			t.Errorf("ends %+v", ends)
 		}
-		if outcome, _ := g.judge(nil, getA, "http", nil); (outcome == Denied) != (mode == "enforce") {
+		if outcome, _ := g.judge(nil, getA, "http"); (outcome == Denied) != (mode == "enforce") {
 			t.Errorf("a message of the body after the answer: outcome %d", outcome)
 		}
 		lastReason(t, c, policy.ReasonOutOfOrder)
 
-		outcome, inv := g.judge(nil, selectItems, "mysql", nil)
+		outcome, inv := g.judge(nil, selectItems, "mysql")
 
 		if r := c.Last(t); outcome != Allowed || r.Call != guardtest.Call || r.Reason != "allowed" {
 			t.Errorf("outcome %d, verdict %+v", outcome, r)
@@ -57,7 +57,7 @@ func TestTheTailGoesOnAfterTheAnswerWithTheSameCursor(t *testing.T) {
 		if tails(g) != 0 || !inv.over() {
 			t.Error("a complete tail is not over")
 		}
-		if outcome, _ := g.judge(nil, selectItems, "mysql", nil); outcome == Allowed {
+		if outcome, _ := g.judge(nil, selectItems, "mysql"); outcome == Allowed {
 			t.Error("the tail was sent twice")
 		}
 	}
@@ -114,7 +114,7 @@ func TestAMessageOfATailGoesToTheOldestThatAllowsIt(t *testing.T) {
 	invocations = append(invocations, g.live)
 
 	for i, inv := range invocations {
-		if outcome, by := g.judge(nil, selectItems, "mysql", nil); outcome != Allowed || by != inv {
+		if outcome, by := g.judge(nil, selectItems, "mysql"); outcome != Allowed || by != inv {
 			t.Errorf("message %d: outcome %d, another invocation: %t", i, outcome, by != inv)
 		}
 	}
@@ -157,7 +157,7 @@ func TestOnlyAnAnswerBeginsATail(t *testing.T) {
 	g, _ := edited(t, "enforce", selectText, selectTail)
 	in := request1(t, g)
 	judged(t, g, Allowed, getA)
-	in.Close()
+	in.Close(false)
 
 	judged(t, g, Denied, selectItems)
 }
@@ -173,7 +173,7 @@ func TestAStartupIsJudgedUntilTheFirstRequest(t *testing.T) {
 		if r := c.Last(t); r.Call != "" || r.Invocation != "" || r.Line != 9 {
 			t.Errorf("verdict %+v", r)
 		}
-		if outcome, _ := g.judge(nil, getA, "http", nil); (outcome == Denied) != (mode == "enforce") {
+		if outcome, _ := g.judge(nil, getA, "http"); (outcome == Denied) != (mode == "enforce") {
 			t.Errorf("a second one: outcome %d", outcome)
 		}
 		lastReason(t, c, policy.ReasonOutOfOrder)
@@ -181,7 +181,7 @@ func TestAStartupIsJudgedUntilTheFirstRequest(t *testing.T) {
 		in := request1(t, g)
 		judged(t, g, Allowed, getA) // the invocation's own
 		respond(t, in)
-		if outcome, _ := g.judge(nil, getA, "http", nil); outcome == Allowed {
+		if outcome, _ := g.judge(nil, getA, "http"); outcome == Allowed {
 			t.Error("the startup is still there after the first request")
 		}
 		lastReason(t, c, policy.ReasonNoInvocation)
@@ -224,11 +224,11 @@ func TestANewPolicyRenewsAStartup(t *testing.T) {
 	} {
 		g, _ := edited(t, try.before, withStartup()...)
 		if try.sent {
-			g.judge(nil, getA, "http", nil)
+			g.judge(nil, getA, "http")
 		}
 		setPolicy(t, g, try.after, "4", try.pairs...)
 
-		if outcome, _ := g.judge(nil, getA, "http", nil); outcome != try.want {
+		if outcome, _ := g.judge(nil, getA, "http"); outcome != try.want {
 			t.Errorf("%s: outcome %d, want %d", name, outcome, try.want)
 		}
 	}
@@ -250,7 +250,7 @@ func TestThereIsNoStartupBehindTheRequestsOfOffMode(t *testing.T) {
 		come(g)
 		setPolicy(t, g, "enforce", "6", withStartup()...)
 
-		if outcome, _ := g.judge(nil, getA, "http", nil); outcome != Denied {
+		if outcome, _ := g.judge(nil, getA, "http"); outcome != Denied {
 			t.Errorf("%s: outcome %d", name, outcome)
 		}
 		lastReason(t, c, policy.ReasonNoInvocation)

@@ -134,12 +134,13 @@ func (w *walk) beyond(max int) (oldest *invocation) {
 //
 // Nothing changes before take.
 func (w *walk) try(call string, m *policy.Message, edge bool, suspect *invocation) step {
-	if !edge {
-		for _, inv := range w.parts {
-			if again := inv.retry(m); again != nil {
-				v := policy.Verdict{Allowed: true, Reason: policy.ReasonAllowed, States: inv.cursor.States()}
-				return step{verdict: v, by: inv, again: again}
-			}
+	for _, inv := range w.parts {
+		if edge && !inv.runs(call) {
+			continue
+		}
+		if again := inv.retry(m); again != nil {
+			v := policy.Verdict{Allowed: true, Reason: policy.ReasonAllowed, States: inv.cursor.States()}
+			return step{verdict: v, by: inv, again: again}
 		}
 	}
 	running := 0
@@ -238,6 +239,44 @@ func (inv *invocation) owns(call string, edge bool) bool {
 	return !edge || inv.function.MaxInflight <= 1 || call != "" && call == inv.call
 }
 
+// runs tells whether the invocation is not answered and may take an app edge of a call.
+func (inv *invocation) runs(call string) bool { return !inv.tailing && inv.owns(call, true) }
+
+// callback finds the function that the result of an asynchronous invoke goes to, which the policy says and not the program:
+// that of the edge which m repeats, or else of the one line that allows m now. It says no when several lines do, with
+// different callbacks. When none does, m becomes the first of them that there is.
+func (w *walk) callback(call string, m *policy.Message, suspect *invocation) bool {
+	found, allowed := false, false
+	for _, inv := range w.parts {
+		if !inv.runs(call) {
+			continue
+		}
+		if again := inv.retryTo(m); again != nil {
+			m.Callback = again.message.Callback
+			return true
+		}
+		for i := range inv.function.Symbols {
+			symbol := &inv.function.Symbols[i]
+			possible := *m
+			if possible.Callback = symbol.Callback; !symbol.Matches(&possible) || allowed && possible.Callback == m.Callback {
+				continue
+			}
+			switch {
+			case !w.try(call, &possible, true, suspect).verdict.Allowed:
+				if !found {
+					found, m.Callback = true, possible.Callback
+				}
+			case allowed:
+				m.Callback = ""
+				return false
+			default:
+				found, allowed, m.Callback = true, true, possible.Callback
+			}
+		}
+	}
+	return true
+}
+
 // denial says why m is not allowed, as suspect's CFG sees it.
 func (w *walk) denial(call string, m *policy.Message, edge bool, suspect *invocation) policy.Verdict {
 	cursor := suspect.cursor
@@ -268,6 +307,9 @@ func (w *walk) take(s *step, m *policy.Message) (complete *invocation) {
 	}
 	if len(s.by.lost) > 0 {
 		s.by.forget(m)
+	}
+	if m.Kind == policy.KindInvoke {
+		s.by.edges++
 	}
 	if s.by.tailing && !w.tailAt(s.by) {
 		return s.by

@@ -73,12 +73,14 @@ type Controller struct {
 	OnInvoke func(*frame.Invoke) (*frame.Answer, error)
 	OnLog    func(*frame.VerdictRecord) // nil: nothing more than to keep it
 	OnEnd    func(*frame.End)           // the same
+	OnFinish func(*frame.Finish) (*frame.Answer, error)
 
 	mu      sync.Mutex
 	stuck   bool
 	records []frame.VerdictRecord
 	ends    []frame.End
 	starts  []frame.Start
+	modes   []frame.Mode
 }
 
 // Start implements guard.Controller.
@@ -102,6 +104,25 @@ func (c *Controller) End(m *frame.End) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.ends = append(c.ends, *m)
+}
+
+// Finish implements guard.Controller.
+func (c *Controller) Finish(_ time.Time, m *frame.Finish) (*frame.Answer, error) {
+	return c.OnFinish(m)
+}
+
+// Mode implements guard.Controller.
+func (c *Controller) Mode(m *frame.Mode) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.modes = append(c.modes, *m)
+}
+
+// Modes lists what was told of the mode in force.
+func (c *Controller) Modes() []frame.Mode {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return append([]frame.Mode(nil), c.modes...)
 }
 
 // Log implements guard.Controller.
@@ -164,10 +185,15 @@ func GrantInvoke(*frame.Invoke) (*frame.Answer, error) {
 	return &frame.Answer{Allowed: true, Reason: "allowed", Token: Token}, nil
 }
 
+// GrantFinish acknowledges every end.
+func GrantFinish(*frame.Finish) (*frame.Answer, error) {
+	return &frame.Answer{Allowed: true, Reason: "allowed"}, nil
+}
+
 // Welcome is what an agent says that has the policy.
 func Welcome(t testing.TB, mode string) *frame.Welcome {
 	return &frame.Welcome{
-		OK: true, Policy: Signed(t, mode, "3"), LeaseMS: 60000, Port: 8080, Sources: []string{"10.137.0.1/32"}, HealthPath: "/_/health",
+		OK: true, Proto: frame.Protos()[0], Policy: Signed(t, mode, "3"), LeaseMS: 60000, Port: 8080, Sources: []string{"10.137.0.1/32"}, HealthPath: "/_/health",
 		Names: map[string][]string{
 			"api.test": {HostAddress}, "gateway": {HostAddress}, "database": {HostAddress}, "images.test": {HostAddress}, "images.other": {HostAddress},
 		},
@@ -175,7 +201,9 @@ func Welcome(t testing.TB, mode string) *frame.Welcome {
 }
 
 // NewController grants everything.
-func NewController() *Controller { return &Controller{OnStart: GrantStart, OnInvoke: GrantInvoke} }
+func NewController() *Controller {
+	return &Controller{OnStart: GrantStart, OnInvoke: GrantInvoke, OnFinish: GrantFinish}
+}
 
 // Stick makes the log refuse verdicts.
 func (c *Controller) Stick() {
