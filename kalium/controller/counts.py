@@ -21,7 +21,7 @@ class Counts:
     """Plain integers since the start of the process. Keys of the maps are written by our own code alone."""
 
     __slots__ = (
-        "audit_entries", "audit_failures", "batch_ns", "batches", "closed", "evicted", "leases", "policies_refused", "refused", "steps",
+        "batch_ns", "batches", "closed", "evicted", "leases", "policies_refused", "refused", "steps",
         "store_errors", "store_ns", "store_round_trips",
     )  # fmt: skip
 
@@ -37,8 +37,6 @@ class Counts:
         self.store_round_trips = 0
         self.store_errors = 0
         self.store_ns = 0
-        self.audit_entries = 0
-        self.audit_failures = 0
 
     def batch(self, ns: int) -> None:
         """One read of a connection has been worked on, and answered, in `ns` nanoseconds."""

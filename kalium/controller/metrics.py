@@ -35,11 +35,17 @@ MODES = tuple(mode.value for mode in Mode)
 class Exporter(Collector):
     """Reads counts, and asks for what is there now, whenever somebody scrapes."""
 
-    def __init__(self, counts: Counts, *, status: Callable[[], StatusReport], not_after: Callable[[], float]) -> None:
-        """`status` is what STATUS is answered with; `not_after` the end of the certificate in force, seconds since 1970."""
+    def __init__(
+        self, counts: Counts, *, status: Callable[[], StatusReport], not_after: Callable[[], float], faults: Callable[[], Mapping[str, str]]
+    ) -> None:
+        """`status` is what STATUS is answered with; `not_after` the end of the certificate in force, seconds since 1970.
+
+        `faults` is what /readyz looks at: by the name of a check, what is wrong, and "" when nothing is.
+        """
         self._counts = counts
         self._status = status
         self._not_after = not_after
+        self._faults = faults
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -70,8 +76,6 @@ class Exporter(Collector):
             ("store_round_trips", "Round trips to the shared store.", counts.store_round_trips),
             ("store_errors", "Round trips to the shared store that failed.", counts.store_errors),
             ("store_seconds", "Time that round trips to the shared store took.", counts.store_ns / 1e9),
-            ("audit_entries", "Entries of the audit log.", counts.audit_entries),
-            ("audit_failures", "Times that the audit log could not be written.", counts.audit_failures),
         ):
             yield CounterMetricFamily(PREFIX + name, documentation, value=value)
         yield from self._now()
@@ -88,6 +92,10 @@ class Exporter(Collector):
             ("controllers", "Controllers that share the store, this one included.", max(1, len(report.controllers))),
         ):
             yield GaugeMetricFamily(PREFIX + name, documentation, value=value)
+        faults = GaugeMetricFamily(PREFIX + "fault", "Whether the check of /readyz fails.", labels=["check"])
+        for check, found in self._faults().items():
+            faults.add_metric([check], 1 if found else 0)
+        yield faults
         versions = GaugeMetricFamily(PREFIX + "policy_version", "Version of each app's newest policy.", labels=["app"])
         for app, version in sorted(report.policies.items()):
             versions.add_metric([app], version)

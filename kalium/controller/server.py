@@ -171,7 +171,7 @@ class Controller:
                 "draining": "the controller stops" if is_stopping() else "",
             }
 
-        exporter = Exporter(self._counts, status=self._state.status, not_after=lambda: door.not_after_s)
+        exporter = Exporter(self._counts, status=self._state.status, not_after=lambda: door.not_after_s, faults=faults)
         return Monitor(exporter.text, faults)
 
     async def close_all(self) -> None:

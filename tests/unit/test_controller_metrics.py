@@ -29,7 +29,7 @@ REPORT = StatusReport(
 
 def samples(counts: Counts, report: StatusReport = REPORT) -> dict[tuple[str, ...], float]:
     """Every sample of a scrape: (name, label values in the order of label names) -> value."""
-    text = Exporter(counts, status=lambda: report, not_after=lambda: 1234.0).text().decode()
+    text = Exporter(counts, status=lambda: report, not_after=lambda: 1234.0, faults=lambda: {"store": "it is away", "audit": ""}).text().decode()
     return {
         (sample.name.removeprefix(metrics.PREFIX), *(value for _, value in sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
@@ -123,6 +123,7 @@ def test_what_is_there_now_comes_from_the_status() -> None:
     assert {name: found[name,] for name in ("agents", "calls", "invocations", "controllers", "start_time_seconds")} == {
         "agents": 2, "calls": 3, "invocations": 4, "controllers": 2, "start_time_seconds": 1.5,
     }  # fmt: skip
+    assert (found["fault", "store"], found["fault", "audit"]) == (1, 0)
     assert (found["policy_version", "shop"], found["certificate_not_after_seconds",]) == (7, 1234)
 
 

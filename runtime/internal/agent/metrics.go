@@ -189,7 +189,7 @@ func (s *scene) write(e *exposition) {
 	e.family(name, gauge, "Whether the log can be written; while one cannot, every guard is closed.")
 	e.sample(name, truth(s.auditOK), label{"log", "audit"})
 	e.sample(name, truth(s.verdictsOK), label{"log", "verdicts"})
-	e.single(metricPrefix+"audit_entries", gauge, "Number of the last entry of the audit log.", float64(s.auditSeq))
+	e.single(metricPrefix+"audit_seq", gauge, "Number of the last entry of the audit log.", float64(s.auditSeq))
 	name = metricPrefix + "policy_version"
 	e.family(name, gauge, "Version of each app's policy in force.")
 	for _, app := range slices.Sorted(maps.Keys(s.policies)) {

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"encoding/json"
+	"flag"
 	"fmt"
 	"go/ast"
 	"go/parser"
@@ -9,7 +10,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -245,5 +248,47 @@ func TestEveryEventIsCounted(t *testing.T) {
 	slices.Sort(declared)
 	if len(declared) < 20 || !slices.Equal(declared, counted) {
 		t.Errorf("log.go has the events %v, loggedEvents %v", declared, counted)
+	}
+}
+
+var update = flag.Bool("update", false, "write the vectors anew")
+
+// What the agent exports is a vector: tests/unit/test_dashboards.py reads it with Prometheus's own parser and holds the dashboard
+// and the alerts against it.
+func TestTheVectorIsWhatTheAgentExports(t *testing.T) {
+	const path = "../../../tests/vectors/metrics/agent.prom"
+	var m metrics
+	for _, r := range []frame.VerdictRecord{
+		{Mode: "enforce", Reason: "allowed", Allowed: true},
+		{Mode: "enforce", Reason: "out_of_order"},
+		{Mode: "audit", Reason: "unknown_peer", Allowed: true, WouldDeny: true},
+		{Mode: "enforce", Reason: "controller_unavailable", FailMode: "last_known"},
+		{Mode: "enforce", Reason: "no reason of ours"},
+	} {
+		m.verdict("shop", &r)
+	}
+	m.suppress("out_of_order", 7)
+	m.answered(&frame.Start{}, 300*time.Microsecond)
+	m.answered(&frame.Invoke{}, 40*time.Microsecond)
+	m.answered(&frame.Invoke{}, 2*time.Second)
+	now := &scene{
+		connected: true, policies: map[string]int{"shop": 7}, leaseLeft: 59 * time.Second, guards: 3, notAfter: time.Unix(1_800_000_000, 0),
+		verdictsOK: true, auditSeq: 12,
+		instances: map[instanceKey]int{
+			{"shop", "buy", "enforce", "enforce"}: 2, {"shop", "buy", "enforce", "none"}: 1, {labelOther, labelOther, labelOther, modeNone}: 1,
+		},
+	}
+	var text exposition
+	m.write(&text, now)
+	got := strings.NewReplacer(Version(), "VERSION", runtime.Version(), "GO").Replace(text.String())
+
+	if *update {
+		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	if want := string(must(os.ReadFile(path))); got != want {
+		t.Errorf("the agent exports something else than %s; when that is meant: go test ./internal/agent -run TheVector -update\n%s", path, got)
 	}
 }
