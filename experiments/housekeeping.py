@@ -10,9 +10,9 @@ from experiments.cluster import ClusterView
 from experiments.entries import E2_FUNCTIONS, FUNCTIONS
 from experiments.errors import ExperimentError
 from experiments.gateway import Gateway
-from experiments.health import HostState
+from experiments.health import Finding, HostState
 from experiments.paths import RunPaths
-from experiments.site import Site
+from experiments.site import Host, Site
 
 
 def runs(site: Site) -> list[RunPaths]:
@@ -38,14 +38,16 @@ def status(site: Site) -> str:
     if any(host == site.control and isinstance(state, ExperimentError) for host, state in states):
         lines.append(f"gateway {site.gateway}: not asked, since host {site.control.name} is not reachable")  # nor is the API server
     else:
-        lines += _nodes(site)
+        told, away = _nodes(site)
+        lines += told
+        found += away
         try:
             gateway = Gateway.of(site)
             version = (gateway.information().get("version") or {}).get("release", "unknown")
             lines += [f"gateway {gateway.url}: version {version}", f"functions: {', '.join(gateway.functions()) or 'none'}"]
         except ExperimentError as error:
             lines.append(f"gateway {site.gateway}: {error.found}")
-            found.append(health.Finding(site.control.name, error.found, error.next_step))
+            found.append(Finding(site.control.name, error.found, error.next_step))
     for run in runs(site):
         record = json.loads(run.run.read_text(encoding="utf-8"))
         lines.append(f"{run.experiment}/{run.stamp}: {record['profile']}, {state_of(run)}, commit {record['commit'][:12]}")
@@ -63,11 +65,14 @@ def _host_line(state: HostState | ExperimentError) -> str:
     return ", ".join(["reachable", f"at least {free} MiB free", *units])
 
 
-def _nodes(site: Site) -> list[str]:
-    """Nodes of the cluster and what the controller's host says of connected agents; nothing on a site of one machine."""
+def _nodes(site: Site) -> tuple[list[str], list[Finding]]:
+    """Nodes of the cluster and what the controllers' hosts say of connected agents, and what is wrong with agents.
+
+    Nothing on a site of one machine. What is wrong with nodes is found by `health` already.
+    """
     view = ClusterView.of(site)
     if view is None:
-        return []
+        return [], []
     lines = []
     try:
         lines += [f"node {node.name}: {'; '.join(node.troubles) or 'Ready'}" for node in view.nodes()]
@@ -76,13 +81,22 @@ def _nodes(site: Site) -> list[str]:
     try:
         connected = connected_agents(site)
     except ExperimentError as error:
-        return [*lines, f"agents: {error.found}"]
-    return [*lines, *(f"agent of {node.name}: {'connected' if node.name in connected else 'not connected'}" for node in site.nodes)]
+        return [*lines, f"agents: {error.found}"], [Finding(site.members("controller")[0].name, error.found, error.next_step)]
+    lines += [f"agent of {node.name}: {'connected' if node.name in connected else 'not connected'}" for node in site.nodes]
+    away = [
+        Finding(node.name, "its agent is not connected to a controller", f"see `kalium-agent status` and the agent's log on {node.name}")
+        for node in site.nodes
+        if node.name not in connected
+    ]
+    return lines, away
 
 
 def connected_agents(site: Site) -> set[str]:
-    """Names of the nodes from which a connection to the controller is open, as the controller's host sees it."""
-    controller = site.members("controller")[0]
+    """Names of the nodes from which a connection to a controller is open, as the controllers' hosts see it."""
+    return {name for controller in site.members("controller") for name in _connected_to(site, controller)}
+
+
+def _connected_to(site: Site, controller: Host) -> set[str]:
     command = ["ss", "-Htn", "state", "established", f"( sport = :{site.controller_port} )"]
     lines = [line.split() for line in machine.of(controller).checked(command, again=True).decode().splitlines()]
     peers = {line[3].rpartition(":")[0].strip("[]").removeprefix("::ffff:") for line in lines if len(line) > 3}

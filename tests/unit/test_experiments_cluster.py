@@ -357,7 +357,7 @@ def test_an_agent_is_known_by_the_address_of_its_host_too(site: Site, fakes: dic
 
 def test_status_tells_hosts_nodes_agents_gateway_functions_and_runs(whole: Site, gateway: Listing, fakes: dict[str, FakeRemote]) -> None:
     gateway.deployed["hello"] = {}
-    fakes["control"].answers["ss -Htn"] = connections(f"{whole.hosts['node1'].lan}:1")
+    fakes["control"].answers["ss -Htn"] = connections(f"{whole.hosts['node1'].lan}:1", f"{whole.hosts['node2'].lan}:1")
     run = RunPaths.create("e1", results=whole.checkout / "results")
     run.write_record({"schema": RESULTS_SCHEMA, "profile": "quick", "commit": "c" * 40})
 
@@ -366,10 +366,38 @@ def test_status_tells_hosts_nodes_agents_gateway_functions_and_runs(whole: Site,
     assert lines[1:] == [
         "host node1 (operator@node1.example:22) (function_nodes): reachable, at least 64 MiB free, kubelet active",
         "host node2 (operator@node2.example:22) (function_nodes): reachable, at least 64 MiB free, kubelet active",
-        "node node1: Ready", "node node2: Ready", "agent of node1: connected", "agent of node2: not connected",
+        "node node1: Ready", "node node2: Ready", "agent of node1: connected", "agent of node2: connected",
         f"gateway {whole.gateway}: version fake", "functions: hello", f"e1/{run.stamp}: quick, incomplete, commit cccccccccccc",
     ]  # fmt: skip
     assert lines[0].startswith("host control (operator@control.example:22) (build, kube_control, controller,")
+
+
+def test_an_agent_that_is_not_connected_makes_status_an_error(whole: Site, fakes: dict[str, FakeRemote], capsys: pytest.CaptureFixture[str]) -> None:
+    """What runs on its node is denied once the lease has ended, and a script that only looks at the exit code has to hear of it."""
+    fakes["control"].answers["ss -Htn"] = connections(f"{whole.hosts['node1'].lan}:1")
+
+    with pytest.raises(ExperimentError, match="find site local well: node2: its agent is not connected to a controller") as caught:
+        housekeeping.status(whole)
+
+    said = capsys.readouterr().out
+    assert "agent of node1: connected\nagent of node2: not connected\n" in said
+    assert "kalium-agent status" in caught.value.next_step and "functions: none" in said
+
+
+def test_a_controllers_host_that_cannot_list_its_connections_makes_status_an_error(whole: Site, fakes: dict[str, FakeRemote]) -> None:
+    fakes["control"].fault = lambda what: "ss -Htn" in what
+
+    with pytest.raises(ExperimentError, match="control: the link is down"):
+        housekeeping.status(whole)
+
+
+def test_an_agent_may_be_connected_to_any_controller(site: Site, fakes: dict[str, FakeRemote]) -> None:
+    """After a fail-over it is another one than the first."""
+    two = replace(site, groups={**site.groups, "controller": ("control", "node1")})
+    fakes["control"].answers["ss -Htn"] = b""
+    fakes["node1"].answers["ss -Htn"] = connections(f"{site.hosts['node2'].lan}:1", "127.0.0.1:2")
+
+    assert connected_agents(two) == {"node1", "node2"}
 
 
 def test_status_of_a_site_that_is_unwell_is_printed_and_then_an_error(
