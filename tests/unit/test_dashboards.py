@@ -177,7 +177,10 @@ def test_panels_have_places_of_their_own() -> None:
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: the package prometheus)")
-def test_prometheus_takes_the_rules() -> None:
-    done = subprocess.run(["promtool", "check", "rules", str(ALERTS)], capture_output=True, text=True, check=False, timeout=60)
+@pytest.mark.parametrize(
+    "command", [["check", "rules", str(ALERTS)], ["test", "rules", str(ALERTS.with_name("alerts_test.yml"))]], ids=["check", "test"]
+)
+def test_prometheus_takes_the_rules_and_they_fire_when_they_should(command: list[str]) -> None:
+    done = subprocess.run(["promtool", *command], capture_output=True, text=True, check=False, timeout=60)
 
     assert done.returncode == 0, done.stdout + done.stderr
