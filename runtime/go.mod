@@ -5,6 +5,7 @@ go 1.26.3
 require (
 	github.com/containerd/containerd v1.6.36
 	github.com/containerd/log v0.1.0
+	github.com/coreos/go-systemd/v22 v22.6.0
 	github.com/google/subcommands v1.0.2-0.20190508160503-636abe8753b8
 	golang.org/x/crypto v0.49.0
 	golang.org/x/net v0.52.0
@@ -25,7 +26,6 @@ require (
 	github.com/containerd/go-runc v1.0.0 // indirect
 	github.com/containerd/ttrpc v1.1.2 // indirect
 	github.com/containerd/typeurl v1.0.2 // indirect
-	github.com/coreos/go-systemd/v22 v22.6.0 // indirect
 	github.com/creack/pty v1.1.24 // indirect
 	github.com/docker/go-events v0.0.0-20190806004212-e31b211e4f1c // indirect
 	github.com/docker/go-units v0.4.0 // indirect

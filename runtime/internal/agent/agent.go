@@ -31,6 +31,8 @@ type Agent struct {
 	timings  *timingLog
 	names    *names
 	link     *link
+	counts   *counts
+	reports  *reports
 	metrics  *metrics
 
 	// mu guards the tables. Nothing under it waits: guards are written to without blocking, the controller never.
@@ -39,7 +41,7 @@ type Agent struct {
 	instances map[string]*instance // guarded by mu; container -> registration
 	leaseEnd  time.Time            // guarded by mu
 	waiting   int                  // guarded by mu; hellos that wait for their registration
-	admitted  chan struct{}        // guarded by mu; closed, and replaced, when a registration is acknowledged
+	admitted  chan struct{}        // guarded by mu; closed, and replaced, when a hello that waits may be asked again
 
 	stopping <-chan struct{}
 }
@@ -60,7 +62,10 @@ func Serve(ctx context.Context, config *Config, log io.Writer, reopen <-chan os.
 func run(ctx context.Context, config *Config, log *slog.Logger, reopen <-chan os.Signal, resolve lookup) (err error) {
 	counted := &metrics{}
 	log = slog.New(countingHandler{log.Handler(), counted})
-	a := &Agent{config: config, log: log, metrics: counted, policies: map[string]*held{}, instances: map[string]*instance{}, admitted: make(chan struct{}), stopping: ctx.Done()}
+	a := &Agent{
+		config: config, log: log, metrics: counted, counts: newCounts(), policies: map[string]*held{}, instances: map[string]*instance{},
+		admitted: make(chan struct{}), stopping: ctx.Done(),
+	}
 	if err := config.checkRoots(); err != nil {
 		return err
 	}
@@ -70,7 +75,8 @@ func run(ctx context.Context, config *Config, log *slog.Logger, reopen <-chan os
 	if a.versions, err = openVersions(config.StateDir); err != nil {
 		return err
 	}
-	a.link = &link{config: config, runID: newRun(), hooks: a, log: log}
+	a.link = newLink(config, newRun(), a, counted, log)
+	a.reports = newReports(a.sendReport)
 	a.names = newNames(config.Names, resolve, log, a.namesChanged)
 	a.verdicts, err = openVerdictLog(config.VerdictLog, config.Node, a.verdictsFailed, func() { log.Warn(eventVerdictsWell) })
 	if err != nil {
@@ -94,17 +100,25 @@ func run(ctx context.Context, config *Config, log *slog.Logger, reopen <-chan os
 			return errors.Join(err, guards.Close(), registrations.Close(), os.Remove(config.GuardSocket), os.Remove(config.RegisterSocket))
 		}
 	}
-	var parts sync.WaitGroup
+	// The link outlives the guards: their last words go over it.
+	linked, unlink := context.WithCancel(context.WithoutCancel(ctx))
+	defer unlink()
+	var parts, linking sync.WaitGroup
+	linking.Go(func() { a.link.run(linked) })
 	parts.Go(func() { a.accept(ctx, config.GuardSocket, guards, guardsMax, a.serveGuard) })
 	parts.Go(func() { a.accept(ctx, config.RegisterSocket, registrations, registerConnsMax, a.serveRegister) })
-	parts.Go(func() { a.link.run(ctx) })
 	parts.Go(func() { a.names.run(ctx) })
+	parts.Go(func() { a.reports.run(ctx) })
 	parts.Go(func() { a.reopenVerdicts(ctx, reopen) })
 	if monitored != nil {
 		parts.Go(func() { a.monitor(ctx, monitored) })
 	}
+	parts.Go(func() { a.notifySystem(ctx) })
 	log.Info(eventStarted, keyNode, config.Node)
 	parts.Wait()
+	a.leave()
+	unlink()
+	linking.Wait()
 	log.Info(eventStopped, keyNode, config.Node)
 	return errors.Join(os.Remove(config.GuardSocket), os.Remove(config.RegisterSocket))
 }
@@ -285,8 +299,8 @@ func (a *Agent) welcomed(c *linkConn, welcome *frame.ControllerWelcome) {
 				a.log.Warn(eventInstanceRefused, keyInstance, i.container, keyApp, i.app, keyFunction, i.function, keyReason, answer.Reason)
 			}
 		}
-		if !c.ask(i.frame(), questionsMax, answered) {
-			a.log.Warn(eventInstanceRefused, keyInstance, i.container, keyReason, policy.ReasonControllerUnavailable)
+		if refused, _ := c.ask(&question{m: i.frame(), max: questionsMax, done: answered}); refused != "" {
+			a.log.Warn(eventInstanceRefused, keyInstance, i.container, keyReason, refused)
 		}
 		c.registered = append(c.registered, i)
 	}
@@ -304,7 +318,16 @@ func (a *Agent) opened(c *linkConn) {
 	a.mu.Unlock()
 	c.registered = nil
 	for _, container := range gone {
-		a.tellGone(c, container)
+		a.tellGone(container)
+	}
+	a.sendReport()
+}
+
+// leave tells the controller that the instances are gone. A sandbox cannot connect to the next agent, so whatever it asked
+// would be denied, and nobody should wait for an invocation of it.
+func (a *Agent) leave() {
+	for _, i := range a.acknowledged() {
+		a.tellGone(i.container)
 	}
 }
 

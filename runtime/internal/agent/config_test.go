@@ -114,7 +114,7 @@ func TestAFileThatCannotBeReadSaysWhatToDo(t *testing.T) {
 
 func TestOnlyAnEd25519KeyIsAnOperatorsKey(t *testing.T) {
 	dir := t.TempDir()
-	cert, private := newAuthority(t).issue("x")
+	cert, private := newAuthority(t).issue(roleAgent, "x")
 	for name, data := range map[string][]byte{
 		"a certificate": cert, "a private key": private, "nothing": nil,
 		"rubbish in PEM": pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: []byte("x")}),
@@ -199,17 +199,25 @@ func TestAVersionThatCannotBeRecordedDoesNotComeIntoForce(t *testing.T) {
 
 func TestStatusSpeaksToPeopleAndPrograms(t *testing.T) {
 	s := newSite(t)
+	s.another()
 	s.startConnected()
-	s.register("c1", "pay")
+	s.register("c2", "ship")
+	g := s.guard("c1", "pay")
+	g.send(0, &frame.Mode{Mode: "audit", Version: 1})
+	first, second := s.config.Controllers[0].Address, s.config.Controllers[1].Address
 	var people, programs strings.Builder
+	s.until("the mode is known", func() bool { return strings.Contains(s.ask(`{"op":"status"}`), `"audit"`) })
 
 	err := Status(s.config, &people, false)
 	jsonErr := Status(s.config, &programs, true)
 
-	if err != nil || people.String() != "controller: yes\ninstances: 1\npolicy shop: version 1\n" {
+	if want := "controller controller at " + first + ": connected\ncontroller controller at " + second + ": not connected\npolicy shop: version 1\n" +
+		"instance c1 of shop/pay: audit by version 1\ninstance c2 of shop/ship: no guard\n"; err != nil || people.String() != want {
 		t.Errorf("%q, %v", people.String(), err)
 	}
-	if jsonErr != nil || programs.String() != `{"ok":true,"controller":true,"policies":{"shop":1},"instances":1}`+"\n" {
+	if want := `{"ok":true,"controller":true,"controllers":[{"address":"` + first + `","name":"controller","connected":true},{"address":"` + second +
+		`","name":"controller","connected":false}],"policies":{"shop":1},"instances":[{"container":"c1","app":"shop","function":"pay","mode":"audit","version":1},` +
+		`{"container":"c2","app":"shop","function":"ship","mode":"none","version":0}]}` + "\n"; jsonErr != nil || programs.String() != want {
 		t.Errorf("%q, %v", programs.String(), jsonErr)
 	}
 }

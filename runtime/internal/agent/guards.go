@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -21,6 +22,9 @@ type guard struct {
 	sender   sender
 	identity frame.Identity
 	protos   []int // that the guard speaks
+
+	mode    string // guarded by the agent's mu; what is in force in the sandbox; "" while the guard has not said it
+	version int    // guarded by the agent's mu; by which policy
 
 	mu   sync.Mutex
 	open map[uint32]struct{} // guarded by mu; ids of questions without an answer
@@ -93,7 +97,7 @@ func (a *Agent) welcome(g *guard, reader *frameReader) error {
 	g.identity = frame.Identity{Instance: hello.Container, App: hello.App, Function: hello.Function}
 	if reason := a.admitInTime(g, id); reason != "" {
 		err := fmt.Errorf("refused: %s", reason)
-		data, encodeErr := frame.Append(nil, id, &frame.Welcome{Reason: string(reason)})
+		data, encodeErr := frame.Append(nil, id, &frame.Welcome{Reason: reason})
 		if encodeErr != nil {
 			return errors.Join(err, encodeErr)
 		}
@@ -106,30 +110,43 @@ func (a *Agent) welcome(g *guard, reader *frameReader) error {
 	return g.conn.SetReadDeadline(time.Time{}) // from here on a guard speaks when its function does
 }
 
-// admitInTime admits the guard, or waits for its registration: on a cluster both follow from the same pod, and either may
-// come first. It returns the reason for a refusal, or "".
-func (a *Agent) admitInTime(g *guard, id uint32) policy.Reason {
+// admitInTime admits the guard, or waits for what may pass by itself: for its registration, since on a cluster both follow
+// from the same pod and either may come first, and for the end of the guard that the instance has, since a container that
+// was started again may be faster than the last bytes of its last run. It returns the reason for a refusal, or "".
+func (a *Agent) admitInTime(g *guard, id uint32) string {
 	reason, news := a.admit(g, id)
-	if news == nil || a.config.AdmitWaitMS == 0 || !a.enterWaiting() {
+	if news == nil || a.patience(reason) == 0 || !a.enterWaiting() {
 		return reason
 	}
 	defer a.leaveWaiting()
-	a.log.Info(eventGuardWaits, keyInstance, g.identity.Instance, keyApp, g.identity.App, keyFunction, g.identity.Function)
-	deadline := time.NewTimer(time.Duration(a.config.AdmitWaitMS) * time.Millisecond)
-	defer deadline.Stop()
-	for {
+	a.log.Info(eventGuardWaits, keyInstance, g.identity.Instance, keyApp, g.identity.App, keyFunction, g.identity.Function, keyReason, reason)
+	begin := time.Now()
+	for news != nil {
+		left := time.NewTimer(a.patience(reason) - time.Since(begin))
 		select {
 		case <-news:
-			if reason, news = a.admit(g, id); news == nil {
-				return reason
-			}
-		case <-deadline.C:
-			return reason
+			reason, news = a.admit(g, id)
+		case <-left.C:
+			news = nil
 		case <-a.stopping:
-			return reason
+			news = nil
 		}
+		left.Stop()
 	}
+	return reason
 }
+
+// patience is how long a hello waits for what may pass by itself.
+func (a *Agent) patience(reason string) time.Duration {
+	if reason == reasonConnected {
+		return guardEndWait
+	}
+	return time.Duration(a.config.AdmitWaitMS) * time.Millisecond
+}
+
+// reasonConnected is the reason of a welcome that says no because the instance has a guard. One instance is one sandbox: a
+// second one under its name is somebody else.
+const reasonConnected = "already_connected"
 
 // enterWaiting says no when as many hellos wait as may.
 func (a *Agent) enterWaiting() bool {
@@ -149,29 +166,32 @@ func (a *Agent) leaveWaiting() {
 }
 
 // admit checks the guard's identity and sends the welcome, in one step with what makes it receive later policies and
-// leases, so that none is missed in between. It returns the reason for a refusal, or "". Where only the registration is
-// missing, news is closed when there is a new one.
-func (a *Agent) admit(g *guard, id uint32) (reason policy.Reason, news <-chan struct{}) {
+// leases, so that none is missed in between. It returns the reason for a refusal, or "". Where the refusal may pass by
+// itself, news is closed when it is worth to ask again.
+func (a *Agent) admit(g *guard, id uint32) (reason string, news <-chan struct{}) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	// Under mu: a failure that comes later finds this guard in the table and drops it.
 	if !a.verdicts.healthy() {
-		return policy.ReasonNoGuard, nil
+		return string(policy.ReasonNoGuard), nil
 	}
 	registered := a.instances[g.identity.Instance]
 	if registered == nil || !registered.acknowledged {
-		return policy.ReasonUnregistered, a.admitted
+		return string(policy.ReasonUnregistered), a.admitted
 	}
 	if registered.identity() != g.identity {
-		return policy.ReasonUnregistered, nil
+		return string(policy.ReasonUnregistered), nil
+	}
+	if registered.guard != nil {
+		return reasonConnected, a.admitted
 	}
 	held := a.policies[g.identity.App]
 	if held == nil {
-		return policy.ReasonPolicyMismatch, nil
+		return string(policy.ReasonPolicyMismatch), nil
 	}
 	function := held.policy.Functions[g.identity.Function]
 	if function == nil {
-		return policy.ReasonUnknownFunction, nil
+		return string(policy.ReasonUnknownFunction), nil
 	}
 	welcome := &frame.Welcome{
 		OK: true, Proto: frame.Negotiated(g.protos), Policy: held.envelope, LeaseMS: a.leaseLeft(), Names: a.names.of(held.hosts),
@@ -186,12 +206,8 @@ func (a *Agent) admit(g *guard, id uint32) (reason policy.Reason, news <-chan st
 		welcome.Names = map[string][]string{}
 		if data, err = frame.Append(nil, id, welcome); err != nil {
 			a.log.Error(eventGuardRefused, keyApp, g.identity.App, keyError, err)
-			return policy.ReasonPolicyMismatch, nil
+			return string(policy.ReasonPolicyMismatch), nil
 		}
-	}
-	if registered.guard != nil {
-		// The container was started again and the end of its last run has not been read yet.
-		registered.guard.sender.close()
 	}
 	registered.guard = g
 	if err := g.sender.send(data); err == nil && behind != nil {
@@ -213,13 +229,21 @@ func (a *Agent) push(g *guard, m frame.Message) {
 	}
 }
 
-// forget takes g from its instance, unless a newer guard has taken its place.
+// forget takes g from its instance.
 func (a *Agent) forget(g *guard) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if registered := a.instances[g.identity.Instance]; registered != nil && registered.guard == g {
 		registered.guard = nil
+		a.tellWaiting()
+		a.reports.soon()
 	}
+}
+
+// tellWaiting wakes the hellos that wait. It needs mu.
+func (a *Agent) tellWaiting() {
+	close(a.admitted)
+	a.admitted = make(chan struct{})
 }
 
 // listen serves a welcomed guard. The error says why it ended.
@@ -238,11 +262,10 @@ func (a *Agent) listen(g *guard, reader *frameReader) error {
 			err = a.question(g, id, m, &m.Identity)
 		case *frame.End:
 			err = a.ended(g, m)
-		case *frame.Mode: // is for who asks what is in force
+		case *frame.Mode:
+			err = a.mode(g, m)
 		case *frame.Verdict:
-			if err = a.verdicts.add(&g.identity, &m.Record); err == nil {
-				a.metrics.verdict(g.identity.App, &m.Record)
-			}
+			err = a.verdict(g, &m.Record)
 		case *frame.Times:
 			a.timings.add(&g.identity, m)
 		default:
@@ -284,15 +307,26 @@ func (a *Agent) question(g *guard, id uint32, m frame.Message, identity *frame.I
 		delete(g.open, id)
 		g.mu.Unlock()
 		if answer == nil {
-			answer = denial(policy.ReasonControllerUnavailable, "no connection to the controller")
+			answer = denial(policy.ReasonControllerUnavailable, "no connection to a controller")
 		}
-		if err := g.answer(id, answer); err != nil && !errors.Is(err, errClosed) {
+		err := g.answer(id, answer)
+		if err == nil {
+			return
+		}
+		if !errors.Is(err, errClosed) {
 			a.log.Warn(eventGuardClosed, keyInstance, g.identity.Instance, keyError, err)
 		}
+		if _, start := m.(*frame.Start); start && answer.Allowed {
+			// The sandbox went while it asked: what was begun for it is over, and nobody else knows.
+			a.link.ended(&frame.End{Call: answer.Call, Invocation: answer.Invocation, Outcome: "closed", Identity: g.identity})
+		}
 	}
-	c := a.link.current()
-	if c == nil || !c.ask(m, stepQuestionsMax, reply) {
+	switch refused := a.link.ask(&question{m: m, max: stepQuestionsMax, again: true, done: reply}); refused {
+	case "":
+	case policy.ReasonControllerUnavailable:
 		reply(nil)
+	default:
+		reply(denial(refused, "the agent cannot ask it"))
 	}
 	return nil
 }
@@ -310,20 +344,27 @@ func (g *guard) answer(id uint32, answer *frame.Answer) error {
 	return g.sender.send(data)
 }
 
-// ended passes the end of an invocation on. When the controller is away it is dropped: a controller that comes back
-// ends calls by its own clock.
+// ended passes the end of an invocation on, now or to the next controller.
 func (a *Agent) ended(g *guard, m *frame.End) error {
 	if m.Identity != (frame.Identity{}) {
 		return errSpoken
 	}
 	m.Identity = g.identity
-	c := a.link.current()
-	if c == nil {
-		a.log.Info(eventEndDropped, keyInstance, g.identity.Instance, keyReason, policy.ReasonControllerUnavailable)
-		return nil
+	a.link.ended(m)
+	return nil
+}
+
+// modes are those that a guard can be in.
+var modes = []string{policy.ModeOff.String(), policy.ModeLearn.String(), policy.ModeAudit.String(), policy.ModeEnforce.String()}
+
+// mode keeps what is in force in the sandbox, by its own word.
+func (a *Agent) mode(g *guard, m *frame.Mode) error {
+	if !slices.Contains(modes, m.Mode) || m.Version < 0 {
+		return fmt.Errorf("mode %q by version %d, which a guard cannot be in", m.Mode, m.Version)
 	}
-	if err := c.tell(m); err != nil {
-		a.log.Info(eventEndDropped, keyInstance, g.identity.Instance, keyError, err)
-	}
+	a.mu.Lock()
+	g.mode, g.version = m.Mode, m.Version
+	a.mu.Unlock()
+	a.reports.soon()
 	return nil
 }

@@ -27,7 +27,8 @@ const (
 	registerLineMax   = 4096
 	readBytes         = 16 * 1024 // one read from a guard
 	linkReadBytes     = 64 * 1024
-	nameBytesMax      = 253 // of an app, a function, a container
+	linkWriteBytes    = 64 * 1024 // of what has waited for a connection, with one write
+	nameBytesMax      = 253       // of an app, a function, a container
 	imageBytesMax     = 512
 	sourcesMax        = 16
 	addressesMax      = 16 // of one name
@@ -39,20 +40,36 @@ const (
 	logTextMax        = 200
 	leaseMSMax        = 10 * 60 * 1000
 	admitWaitMSMax    = 30 * 1000 // the runtime waits for 5 s more
+	endsMax           = 4096      // ENDs that wait for the next connection, and those that the present one may not have read
+	countersMax       = 512       // of one kind, before apps are counted together
+	inlineWritesMax   = 4         // of one goroutine for others; then another one goes on
+	sayAwayEvery      = 5         // rounds of attempts between two lines about controllers that cannot be reached
+	redialsMax        = 30        // in the time of redialEvery, when a certificate has seconds left
 	acceptPause       = 100 * time.Millisecond
 
 	helloTimeout       = 5 * time.Second
 	guardWriteTimeout  = 5 * time.Second
 	registerTimeout    = 5 * time.Second // until the controller acknowledges
 	registerIdle       = 10 * time.Minute
-	dialTimeout        = 5 * time.Second // TCP and TLS
-	welcomeTimeout     = 5 * time.Second
+	attemptPatient     = 5 * time.Second // TCP, TLS and welcome
+	attemptBrief       = time.Second     // the same, while another controller has not been tried
 	linkWriteTimeout   = 5 * time.Second
-	linkIdle           = 60 * time.Second // three leases are sent in this time
-	answerTimeout      = 10 * time.Second // a controller that leaves a question open for longer is taken for dead
-	answerCheck        = time.Second
+	linkFinishTimeout  = time.Second            // for what was sent before the agent ends a connection itself
+	pingAfter          = 250 * time.Millisecond // of silence
+	silenceAmongOthers = 750 * time.Millisecond // until a controller is given up for the next one
+	silenceAlone       = 5 * time.Second        // and when there is no other one
+	parkMax            = time.Second            // of a question between two connections
+	stableAfter        = time.Second            // a connection that ends sooner counts as a failure to connect
+	answerTimeout      = 10 * time.Second       // a controller that leaves a question open for longer is taken for dead
+	redialBefore       = 10 * time.Minute       // a certificate expires: a third of a week is left when it is renewed
+	redialEvery        = time.Minute
 	backoffMin         = 50 * time.Millisecond
-	backoffMax         = 2 * time.Second
+	backoffMax         = 2 * time.Second        // while no controller can be reached
+	backoffLost        = 250 * time.Millisecond // while connections do not last; what is parked must not wait for longer
+	reportEvery        = 5 * time.Second
+	reportPause        = 200 * time.Millisecond // between two reports
+	guardEndWait       = 2 * time.Second        // of a guard for the end of the one before it; the runtime waits for 5 s
+	stopMax            = 3 * time.Second        // for what is still to be told at the end
 	verdictDelay       = 20 * time.Millisecond
 	verdictRetry       = time.Second
 	verdictWaitMax     = 5 * time.Second // of a guard whose verdict does not fit the batch
@@ -70,4 +87,7 @@ var (
 	_ [guardsMax - instancesMax - waitingMax]struct{}
 	_ [guardPendingMax - 2*frame.FrameBytesMax - 2*frame.HeaderBytes]struct{} // the largest frame may follow another
 	_ [linkPendingMax - 2*frame.FrameBytesMax]struct{}
+	_ [parkMax - backoffLost]struct{}
+	_ [time.Second - silenceAmongOthers - pingAfter/2]struct{} // a silent controller is replaced within a second
+	_ [silenceAmongOthers - 2*pingAfter]struct{}               // a lost answer to one ping is not yet silence
 )

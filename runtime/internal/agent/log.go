@@ -14,6 +14,9 @@ const (
 	eventControllerUp      = "controller.connected"
 	eventControllerLost    = "controller.lost"
 	eventControllerAway    = "controller.unreachable"
+	eventDuplicateAgent    = "controller.duplicate_agent"
+	eventRedialled         = "controller.redialled"
+	eventRedialFailed      = "controller.redial_failed"
 	eventPolicyAccepted    = "policy.accepted"
 	eventPolicyRefused     = "policy.refused"
 	eventRoots             = "guard.roots_unreadable"
@@ -35,6 +38,8 @@ const (
 	eventEndDropped        = "end.dropped"
 	eventMonitorFailed     = "metrics.failed"
 	eventMonitorListens    = "metrics.listening"
+	eventReportDropped     = "report.dropped"
+	eventSystemUntold      = "system.untold"
 )
 
 // loggedEvents are all of them: each is counted, and its series begins with 0.
@@ -45,7 +50,8 @@ var loggedEvents = [...]string{
 	eventGuardsDropped, eventInstanceAdded, eventInstanceRefused, eventInstanceGone,
 	eventRegisterClosed, eventConnectionRefused, eventVerdictsFailed, eventVerdictsWell,
 	eventVerdictsReopened, eventTimingsFailed, eventNameFailed, eventEndDropped,
-	eventMonitorFailed, eventMonitorListens,
+	eventMonitorFailed, eventMonitorListens, eventReportDropped, eventSystemUntold,
+	eventDuplicateAgent, eventRedialled, eventRedialFailed,
 }
 
 // Keys of its fields.
@@ -59,6 +65,7 @@ const (
 	keyReason   = "reason"
 	keyError    = "error"
 	keyAddress  = "address"
+	keyName     = "name"
 	keyHost     = "host"
 	keySocket   = "socket"
 	keyCount    = "count"

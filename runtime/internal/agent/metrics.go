@@ -130,7 +130,7 @@ type scene struct {
 	instances  map[instanceKey]int
 	leaseLeft  time.Duration
 	guards     int
-	notAfter   time.Time // of the certificate that the connection was made with; zero: none was made
+	notAfter   time.Time // when the first certificate of the connection ends; zero: there is none
 	verdictsOK bool
 	auditOK    bool
 	auditSeq   int
@@ -183,7 +183,7 @@ func (s *scene) write(e *exposition) {
 	e.single(metricPrefix+"lease_seconds", gauge, "How long guards may decide before they need the controller again.", s.leaseLeft.Seconds())
 	e.single(metricPrefix+"guards", gauge, "Guards that are connected.", float64(s.guards))
 	if !s.notAfter.IsZero() {
-		e.single(metricPrefix+"certificate_not_after_seconds", gauge, "When the certificate of the connection ends, since 1970.", float64(s.notAfter.Unix()))
+		e.single(metricPrefix+"certificate_not_after_seconds", gauge, "When the first certificate of the connection ends, since 1970.", float64(s.notAfter.Unix()))
 	}
 	name := metricPrefix + "log_writable"
 	e.family(name, gauge, "Whether the log can be written; while one cannot, every guard is closed.")
@@ -290,9 +290,13 @@ func (s *scene) readiness() (int, []byte) {
 
 // scene looks at everything once.
 func (a *Agent) scene() *scene {
+	c := a.link.current()
 	s := &scene{
-		connected: a.link.current() != nil, verdictsOK: a.verdicts.healthy(), auditOK: true,
+		connected: c != nil, verdictsOK: a.verdicts.healthy(), auditOK: true,
 		policies: map[string]int{}, instances: map[instanceKey]int{},
+	}
+	if c != nil {
+		s.notAfter = c.expires
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -302,6 +306,7 @@ func (a *Agent) scene() *scene {
 	}
 	for _, i := range a.instances {
 		key := instanceKey{i.app, i.function, labelOther, modeNone}
+		key.mode, _ = i.effective()
 		if held := a.policies[i.app]; held != nil && held.policy.Functions[i.function] != nil {
 			key.asked = held.policy.ModeOf(i.function).String()
 		} else {

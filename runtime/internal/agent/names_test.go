@@ -191,6 +191,7 @@ func TestAChangedAddressReachesTheGuards(t *testing.T) {
 	// The lookup may have ended before the guard came or end after it.
 	want := []string{"8.8.8.8"}
 	s.until("the guard can learn it", func() bool {
+		_ = g.conn.Close()
 		other, welcome := s.hello("c1", "shop", "pay")
 		g = other
 		return reflect.DeepEqual(welcome.Names["shop.example"], want)

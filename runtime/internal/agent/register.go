@@ -3,6 +3,7 @@ package agent
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"io"
@@ -34,13 +35,30 @@ type request struct {
 
 // result answers it. The fields of a status and of a list are there only in their answers.
 type result struct {
-	OK         bool            `json:"ok"`
-	Error      string          `json:"error,omitempty"`
-	Detail     string          `json:"detail,omitempty"`
-	Controller *bool           `json:"controller,omitempty"`
-	Policies   *map[string]int `json:"policies,omitempty"`
-	Instances  *int            `json:"instances,omitempty"`
-	Containers *[]string       `json:"containers,omitempty"`
+	OK          bool                `json:"ok"`
+	Error       string              `json:"error,omitempty"`
+	Detail      string              `json:"detail,omitempty"`
+	Controller  *bool               `json:"controller,omitempty"` // one is connected
+	Controllers *[]controllerStatus `json:"controllers,omitempty"`
+	Policies    *map[string]int     `json:"policies,omitempty"`
+	Instances   *[]instanceStatus   `json:"instances,omitempty"`
+	Containers  *[]string           `json:"containers,omitempty"`
+}
+
+// controllerStatus is one of the configured controllers, in the order of the configuration.
+type controllerStatus struct {
+	Address   string `json:"address"`
+	Name      string `json:"name"`
+	Connected bool   `json:"connected"`
+}
+
+// instanceStatus is one instance that the controller has acknowledged, with the mode in force in it.
+type instanceStatus struct {
+	Container string `json:"container"`
+	App       string `json:"app"`
+	Function  string `json:"function"`
+	Mode      string `json:"mode"`
+	Version   int    `json:"version"`
 }
 
 func refusal(code, detail string) result {
@@ -137,43 +155,51 @@ func (a *Agent) register(i *instance) result {
 		policy.Printable(i.image, imageBytesMax) != i.image {
 		return refusal(codeBadRequest, "register takes container, app, function and image, printable and bounded")
 	}
-	unavailable := refusal(string(policy.ReasonControllerUnavailable), "no connection to the controller")
 	known, refused := a.reserve(i)
 	switch {
 	case refused != nil && refused.Error == codeUnknownApp && a.link.current() == nil:
-		return a.refused(i, unavailable) // the controller may yet bring a policy, so the engine should ask again
+		// A controller may yet bring a policy, so the engine should ask again.
+		return a.refused(i, refusal(string(policy.ReasonControllerUnavailable), "no connection to a controller"))
 	case refused != nil:
 		return a.refused(i, *refused)
 	case known:
 		return result{OK: true}
 	}
-	c := a.link.current()
-	answered := make(chan *frame.Answer, 1)
-	if c == nil || !c.ask(i.frame(), questionsMax, func(answer *frame.Answer) { answered <- answer }) {
+	outcome := make(chan result, 1)
+	// Acknowledged on the link's goroutine: were the connection lost in between, the next one would not register it.
+	asked := a.link.ask(&question{m: i.frame(), max: questionsMax, again: true, done: func(answer *frame.Answer) { outcome <- a.registered(i, answer) }})
+	if asked != "" {
 		a.release(i)
-		return a.refused(i, unavailable)
+		return a.refused(i, refusal(string(asked), "the controller cannot be asked"))
 	}
 	timer := time.NewTimer(registerTimeout)
 	defer timer.Stop()
-	var answer *frame.Answer
 	select {
-	case answer = <-answered:
+	case r := <-outcome:
+		if !r.OK {
+			return a.refused(i, r)
+		}
+		a.log.Info(eventInstanceAdded, keyInstance, i.container, keyApp, i.app, keyFunction, i.function)
+		return r
 	case <-timer.C:
+		a.release(i) // an answer that comes now finds it gone, and says so to the controller
+		return a.refused(i, refusal(string(policy.ReasonControllerUnavailable), "the controller did not acknowledge"))
 	}
+}
+
+// registered takes the controller's answer to a registration; nil when there was none.
+func (a *Agent) registered(i *instance, answer *frame.Answer) result {
 	switch {
 	case answer == nil:
-		// It may have been recorded there all the same.
 		a.release(i)
-		a.tellGone(c, i.container)
-		return a.refused(i, refusal(string(policy.ReasonControllerUnavailable), "the controller did not acknowledge"))
+		return refusal(string(policy.ReasonControllerUnavailable), "the controller did not acknowledge")
 	case !answer.Allowed:
 		a.release(i)
-		return a.refused(i, refusal(answer.Reason, answer.Detail))
+		return refusal(answer.Reason, answer.Detail)
 	case !a.acknowledge(i):
-		a.tellGone(c, i.container)
-		return a.refused(i, refusal(codeUnregistered, "the instance was unregistered while the controller was asked"))
+		a.tellGone(i.container)
+		return refusal(codeUnregistered, "the instance was unregistered while the controller was asked")
 	}
-	a.log.Info(eventInstanceAdded, keyInstance, i.container, keyApp, i.app, keyFunction, i.function)
 	return result{OK: true}
 }
 
@@ -236,8 +262,8 @@ func (a *Agent) acknowledge(i *instance) bool {
 		return false
 	}
 	i.acknowledged = true
-	close(a.admitted)
-	a.admitted = make(chan struct{})
+	a.tellWaiting()
+	a.reports.soon()
 	return true
 }
 
@@ -252,30 +278,39 @@ func (a *Agent) unregister(container string) {
 	if i == nil {
 		return
 	}
-	if c := a.link.current(); c != nil {
-		a.tellGone(c, container)
-	}
+	a.tellGone(container)
+	a.reports.soon()
 	a.log.Info(eventInstanceGone, keyInstance, container, keyApp, i.app, keyFunction, i.function)
 }
 
-// tellGone sends UNREGISTER. When the connection breaks, the controller forgets the node's instances by itself and the
-// next connection registers only those that are left.
-func (a *Agent) tellGone(c *linkConn, container string) {
-	if err := c.tell(&frame.Unregister{Instance: container}); err != nil {
+// tellGone sends UNREGISTER. When there is no connection, a controller forgets the node's instances by itself and the next
+// one is told only of those that are left.
+func (a *Agent) tellGone(container string) {
+	if err := a.link.tell(&frame.Unregister{Instance: container}); err != nil && !errors.Is(err, errAway) {
 		a.log.Warn(eventInstanceGone, keyInstance, container, keyError, err)
 	}
 }
 
 func (a *Agent) status() result {
-	connected := a.link.current() != nil
+	controllers := a.link.status()
+	connected := slices.ContainsFunc(controllers, func(c controllerStatus) bool { return c.Connected })
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	versions := make(map[string]int, len(a.policies))
 	for app, held := range a.policies {
 		versions[app] = held.policy.Version
 	}
-	instances := len(a.instances)
-	return result{OK: true, Controller: &connected, Policies: &versions, Instances: &instances}
+	instances := []instanceStatus{}
+	for _, i := range a.instances {
+		if i.acknowledged {
+			mode, version := i.effective()
+			instances = append(instances, instanceStatus{Container: i.container, App: i.app, Function: i.function, Mode: mode, Version: version})
+		}
+	}
+	slices.SortFunc(instances, func(a, b instanceStatus) int {
+		return cmp.Or(cmp.Compare(a.App, b.App), cmp.Compare(a.Function, b.Function), cmp.Compare(a.Container, b.Container))
+	})
+	return result{OK: true, Controller: &connected, Controllers: &controllers, Policies: &versions, Instances: &instances}
 }
 
 // list names the registrations that the controller has acknowledged.

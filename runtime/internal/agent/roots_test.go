@@ -11,7 +11,7 @@ import (
 
 func TestTrustRootsReachTheGuardsThatNeedThem(t *testing.T) {
 	s := newSite(t)
-	certificate, _ := newAuthority(t).issue("x")
+	certificate, _ := newAuthority(t).issue(roleController, "x")
 	s.config.TLSRoots = filepath.Join(t.TempDir(), "roots.pem")
 	if err := os.WriteFile(s.config.TLSRoots, append([]byte("# a comment\n"), certificate...), 0o600); err != nil {
 		t.Fatal(err)
@@ -35,7 +35,7 @@ func TestTrustRootsReachTheGuardsThatNeedThem(t *testing.T) {
 }
 
 func TestTrustRootsThatCannotBeUsedEndTheStart(t *testing.T) {
-	certificate, key := newAuthority(t).issue("x")
+	certificate, key := newAuthority(t).issue(roleController, "x")
 	for name, content := range map[string][]byte{
 		"nothing":  {},
 		"no PEM":   []byte("roots"),

@@ -88,6 +88,95 @@ func TestAPeerThatDoesNotReadIsGivenUpAtTheBound(t *testing.T) {
 	}
 }
 
+// gate is a connection that takes a write when it is told to.
+type gate struct {
+	net.Conn
+	begun  chan int // bytes of the write that waits
+	finish chan error
+}
+
+func newGate() *gate { return &gate{begun: make(chan int), finish: make(chan error)} }
+
+func (g *gate) Write(data []byte) (int, error) {
+	g.begun <- len(data)
+	return len(data), <-g.finish
+}
+func (g *gate) SetWriteDeadline(time.Time) error { return nil }
+func (g *gate) Close() error                     { return nil }
+
+func TestWhatManySendMeanwhileLeavesWithOneWrite(t *testing.T) {
+	g := newGate()
+	s := &sender{conn: g, inline: true, max: 1000}
+	sent := make(chan error, 1)
+	go func() { sent <- s.send([]byte("lone")) }()
+
+	if n := <-g.begun; n != 4 { // nobody was waited for
+		t.Errorf("the first write has %d bytes", n)
+	}
+	for range 10 {
+		if err := s.send([]byte("many")); err != nil { // does not wait for the write that is under way
+			t.Fatal(err)
+		}
+	}
+	g.finish <- nil
+	if n := <-g.begun; n != 40 {
+		t.Errorf("the second write has %d bytes", n)
+	}
+	g.finish <- nil
+	if err := <-sent; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestWhoWritesForOthersIsRelieved(t *testing.T) {
+	g := newGate()
+	s := &sender{conn: g, inline: true, max: 1000}
+	sent := make(chan error, 1)
+	go func() { sent <- s.send([]byte("x")) }()
+	for range inlineWritesMax {
+		<-g.begun
+		if err := s.send([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		g.finish <- nil
+	}
+
+	if err := <-sent; err != nil { // although there is more
+		t.Error(err)
+	}
+	<-g.begun // by another goroutine
+	g.finish <- nil
+}
+
+func TestTheEndWaitsForWhatWasSent(t *testing.T) {
+	g := newGate()
+	s := &sender{conn: g, inline: true, max: 1000}
+	if err := s.sendAside([]byte("last words")); err != nil {
+		t.Fatal(err)
+	}
+	<-g.begun
+	ended := make(chan struct{})
+	go func() { s.finish(patience); close(ended) }()
+	select {
+	case <-ended:
+		t.Error("ended in the middle of a write")
+	case g.finish <- nil:
+	}
+	<-ended
+
+	if err := s.send([]byte("x")); !errors.Is(err, errClosed) {
+		t.Errorf("%v", err)
+	}
+	// Not for ever.
+	s = &sender{conn: g, inline: true, max: 1000}
+	if err := s.sendAside([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	<-g.begun
+	s.finish(time.Millisecond)
+	g.finish <- errClosed
+}
+
 func TestAWayWithoutBlockingStaysOpenAfterADeadline(t *testing.T) {
 	server, client := pair(t)
 	g := must(newGuard(server))
@@ -95,7 +184,7 @@ func TestAWayWithoutBlockingStaysOpenAfterADeadline(t *testing.T) {
 	g.sender.mu.Lock()
 	g.sender.writing = true
 	g.sender.mu.Unlock()
-	if err := g.sender.drain(); err != nil { // sets and clears the deadline
+	if err := g.sender.drain(0); err != nil { // sets and clears the deadline
 		t.Fatal(err)
 	}
 

@@ -21,6 +21,7 @@ import (
 	"math/big"
 	"net"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -48,7 +49,7 @@ type site struct {
 	reopen   chan os.Signal
 	stop     func() error // ends the agent and returns what it returned
 
-	controller *fakeController
+	controller *fakeController // the first one
 }
 
 type syncBuffer struct {
@@ -93,7 +94,7 @@ func newSite(t *testing.T) *site {
 	})
 	s.write("operator.pub", pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: must(x509.MarshalPKIXPublicKey(public))}))
 	s.write("ca.crt", s.ca.pem())
-	cert, key := s.ca.issue("agent")
+	cert, key := s.ca.issue(roleAgent, "node-0")
 	s.write("agent.crt", cert)
 	s.write("agent.key", key)
 	s.controller = newFakeController(t, s.ca, "controller")
@@ -108,6 +109,14 @@ func newSite(t *testing.T) *site {
 		LeaseMS:   60000, peerUID: uint32(os.Getuid()),
 	}
 	return s
+}
+
+// another adds a controller to the configuration, with what the first one offers.
+func (s *site) another() *fakeController {
+	s.t.Helper()
+	c := newFakeController(s.t, s.ca, "controller")
+	s.config.Controllers = append(s.config.Controllers, Controller{Address: c.address, Name: "controller"})
+	return c
 }
 
 func (s *site) write(name string, data []byte) {
@@ -283,11 +292,25 @@ func (a *authority) pem() []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.der})
 }
 
-func (a *authority) issue(name string) (cert, key []byte) {
+// issue makes a pair for a role: who is its node or name, and a controller's is a name of the network too.
+func (a *authority) issue(role, who string) (cert, key []byte) {
+	return a.issueUntil(role, who, time.Now().Add(time.Hour))
+}
+
+func (a *authority) issueUntil(role, who string, expires time.Time) (cert, key []byte) {
+	return a.issueFor(role, who, who, expires)
+}
+
+// issueFor has no URI without a role.
+func (a *authority) issueFor(role, who, host string, expires time.Time) (cert, key []byte) {
+	var uris []*url.URL
+	if role != "" {
+		uris = append(uris, must(url.Parse("kalium://"+role+"/"+who)))
+	}
 	private := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	template := &x509.Certificate{
-		SerialNumber: must(rand.Int(rand.Reader, big.NewInt(1<<60))), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
+		SerialNumber: must(rand.Int(rand.Reader, big.NewInt(1<<60))), Subject: pkix.Name{CommonName: who}, DNSNames: []string{host}, URIs: uris,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: expires, KeyUsage: x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
 	der := must(x509.CreateCertificate(rand.Reader, template, a.cert, &private.PublicKey, a.key))
@@ -306,6 +329,10 @@ type fakeController struct {
 	policies map[string][]byte
 	refuse   map[string]string // function -> reason
 	silent   bool              // registrations stay without an answer
+	mute     bool              // pings too
+	pings    int
+	no       string     // the reason of every welcome, which says no then
+	store    *fakeStore // answers questions by itself; nil: they come out of received
 	leaseMS  int
 	listener net.Listener
 	conns    []net.Conn
@@ -324,7 +351,7 @@ func newFakeController(t *testing.T, ca *authority, name string) *fakeController
 	t.Helper()
 	pool := x509.NewCertPool()
 	pool.AddCert(ca.cert)
-	cert, key := ca.issue(name)
+	cert, key := ca.issue(roleController, name)
 	c := &fakeController{
 		t: t, policies: map[string][]byte{}, refuse: map[string]string{}, leaseMS: 60000, received: make(chan received, 10000),
 		tls: &tls.Config{Certificates: []tls.Certificate{must(tls.X509KeyPair(cert, key))}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: pool},
@@ -400,21 +427,42 @@ func (c *fakeController) serve(conn net.Conn) {
 		switch m := m.(type) {
 		case *frame.AgentHello:
 			c.received <- received{id, m, conn}
-			c.send(conn, id, &frame.ControllerWelcome{OK: true, Proto: 2, LeaseMS: c.leaseMS, Policies: c.policies})
+			if c.no != "" {
+				c.send(conn, id, &frame.ControllerWelcome{Reason: c.no})
+			} else {
+				c.send(conn, id, &frame.ControllerWelcome{OK: true, Proto: 2, LeaseMS: c.leaseMS, Policies: c.policies})
+			}
+		case *frame.Ping:
+			c.pings++
+			if !c.mute {
+				c.send(conn, id, &frame.Pong{})
+			}
 		case *frame.Register:
 			reason, refused := c.refuse[m.Function]
 			if !refused {
 				reason = "allowed"
+			}
+			if c.store != nil {
+				c.store.register(conn, m.Instance)
 			}
 			if !c.silent {
 				c.send(conn, id, &frame.Answer{Allowed: !refused, Reason: reason, Expected: []string{}})
 			}
 			c.received <- received{id, m, conn}
 		default:
-			c.received <- received{id, m, conn}
+			if c.store == nil || !c.store.take(c, conn, id, m) {
+				c.received <- received{id, m, conn}
+			}
 		}
 		c.mu.Unlock()
 	}
+}
+
+// with changes the controller's behaviour while it runs.
+func (c *fakeController) with(change func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	change()
 }
 
 func (c *fakeController) send(conn net.Conn, id uint32, m frame.Message) {

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -23,27 +24,46 @@ func Status(config *Config, out io.Writer, asJSON bool) error {
 	if asJSON {
 		err = json.NewEncoder(out).Encode(answer)
 	} else {
-		connected := "no"
-		if *answer.Controller {
-			connected = "yes"
-		}
-		_, err = fmt.Fprintf(out, "controller: %s\ninstances: %d\n", connected, *answer.Instances)
-		for _, app := range slices.Sorted(maps.Keys(*answer.Policies)) {
-			if err == nil {
-				_, err = fmt.Fprintf(out, "policy %s: version %d\n", app, (*answer.Policies)[app])
-			}
-		}
+		_, err = io.WriteString(out, answer.text())
 	}
 	if err != nil {
 		return environment("agent.output", "cannot write the status", "check where standard output goes", "%v", err)
 	}
 	if !*answer.Controller {
+		var addresses []string
+		for _, controller := range config.Controllers {
+			addresses = append(addresses, controller.Address)
+		}
 		return &Error{
-			Code: "agent.controller_away", Attempted: "cannot call the agent well", Found: "it has no connection to the controller at " + config.Controllers[0].Address,
-			Next: "see why with `supervisorctl status kalium-controller` and in the agent's log", Exit: ExitNo,
+			Code: "agent.controller_away", Attempted: "cannot call the agent well",
+			Found: "it has no connection to a controller at " + strings.Join(addresses, " or "),
+			Next:  "see why with `kalium controller status` where they run, and in the agent's log", Exit: ExitNo,
 		}
 	}
 	return nil
+}
+
+// text is a status for people.
+func (r *result) text() string {
+	var text strings.Builder
+	for _, controller := range *r.Controllers {
+		state := "not connected"
+		if controller.Connected {
+			state = "connected"
+		}
+		fmt.Fprintf(&text, "controller %s at %s: %s\n", controller.Name, controller.Address, state)
+	}
+	for _, app := range slices.Sorted(maps.Keys(*r.Policies)) {
+		fmt.Fprintf(&text, "policy %s: version %d\n", app, (*r.Policies)[app])
+	}
+	for _, instance := range *r.Instances {
+		state := "no guard"
+		if instance.Mode != modeNone {
+			state = fmt.Sprintf("%s by version %d", instance.Mode, instance.Version)
+		}
+		fmt.Fprintf(&text, "instance %s of %s/%s: %s\n", instance.Container, instance.App, instance.Function, state)
+	}
+	return text.String()
 }
 
 func askStatus(socket string) (*result, error) {
@@ -66,7 +86,7 @@ func askStatus(socket string) (*result, error) {
 	if err := json.Unmarshal(line, answer); err != nil {
 		return nil, err
 	}
-	if !answer.OK || answer.Controller == nil || answer.Policies == nil || answer.Instances == nil {
+	if !answer.OK || answer.Controller == nil || answer.Controllers == nil || answer.Policies == nil || answer.Instances == nil {
 		return nil, errors.New("the answer is no status")
 	}
 	return answer, nil
