@@ -21,6 +21,7 @@ NOUNS = {
     "policy": "write, check, compile and sign policies",
     "controller": "serve the controller, ask it for its status",
     "pki": "make the certificates and keys of a site",
+    "audit": "verify and show audit logs",
     "engine": "serve the OpenFaaS API and run functions on this machine",
     "registrar": "register a cluster node's pods with its agent",
     "imageserver": "serve the benchmark's image over HTTPS",

@@ -13,7 +13,8 @@ ALLOWED: dict[str, set[str]] = {
     "kalium.policy": {"kalium.policy"},
     "kalium.protocol": {"kalium.protocol", "kalium.policy"},
     "kalium.pki": {"kalium.pki"},
-    "kalium.controller": {"kalium.controller", "kalium.protocol", "kalium.policy"},
+    "kalium.audit": {"kalium.audit"},
+    "kalium.controller": {"kalium.controller", "kalium.protocol", "kalium.policy", "kalium.audit"},
     "kalium.engine": {"kalium.engine"},
     "kalium.registrar": {"kalium.registrar", "kalium.engine"},  # for the agent's socket, which both register at
     "kalium.builder": {"kalium.builder"},
