@@ -126,6 +126,8 @@ class Verification:
             if report.torn_bytes:
                 self._say("torn", 0, f"{report.torn_bytes} bytes without a line feed end a file that another one follows")
                 report.torn_bytes = 0
+            elif self._file and not self._line:
+                self._say("empty", 0, "a file without entries, which another one follows")
             self._file, self._line = source.name, 0
             report.files.append(source.name)
             while raw := source.read_line(LINE_BYTES_MAX + 1):
@@ -197,9 +199,9 @@ class Verification:
         expected = ("first",) if line.seq == 1 else ("rotation",) if self._line == 1 else ("restart",)
         if why not in expected:
             self._say("beginning", line.seq, f"an entry `open` for {why} stands where one for {expected[0]} has to: what stood before it was cut off")
-        end = self._file.rpartition(".")[2]
-        if self._line == 1 and len(end) >= 12 and end.isdecimal() and suffix(line.seq) != "." + end:
-            self._say("name", line.seq, f"the file's name says that entry {int(end)} begins it")
+        number = _number_in(self._file)
+        if self._line == 1 and number not in (0, line.seq):
+            self._say("name", line.seq, f"the file's name says that entry {number} begins it")
         report.starts += why in ("first", "restart")
         self._unsigned_ms, self._unsigned_said = None, False  # a writer that was killed has left its last second unsigned
 
@@ -267,6 +269,8 @@ class Verification:
         if self._is_first:
             self._say("empty", 0, "there is no entry")
             self._advance()
+        elif _number_in(self._file) and (report.torn_bytes or not self._line or report.unsigned):
+            self._say("end", 0, "a file that was full ends with a head, and this one does not: its end was cut off")
         while (anchor := self._anchor) is not None:
             self._say_anchor("cut", anchor, f"is of entry {anchor.place.seq}, and the log ends with {report.last_seq}: its end was cut off")
             self._advance()
@@ -306,6 +310,12 @@ class Verification:
             self.report.findings.append(finding)
         else:
             self.report.findings_beyond += 1
+
+
+def _number_in(name: str) -> int:
+    """The number of the entry that begins a full file, by its name; 0 for any other name."""
+    end = name.rpartition(".")[2]
+    return int(end) if end.isdecimal() and suffix(int(end)) == "." + end else 0
 
 
 def _signature_of(line: Line) -> bytes | None:

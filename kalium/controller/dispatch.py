@@ -279,8 +279,9 @@ class Dispatcher:
     def _ping(self, _key: AgentKey, peer: _Peer, frame_id: int, _said: Ping, _now_ns: int) -> None:
         peer.session.answer(frame_id, Pong())
 
-    def _report(self, key: AgentKey, _peer: _Peer, _frame_id: int, said: Report, _now_ns: int) -> None:
+    def _report(self, key: AgentKey, peer: _Peer, _frame_id: int, said: Report, _now_ns: int) -> None:
         self._registry.report(key, said)
+        self._audit.record("anchor", node=peer.node, audit_seq=said.audit_seq, audit_hash=said.audit_hash)
 
     def _status(self, _key: AgentKey, peer: _Peer, frame_id: int, _said: Status, _now_ns: int) -> None:
         peer.session.answer(frame_id, StatusAnswer(self._state.status()))

@@ -15,6 +15,9 @@ from typing import Any, TextIO
 EVENTS = {
     "listening": "info",
     "metrics_listening": "info",
+    "audit_off": "warning",
+    "audit_failed": "error",
+    "audit_well": "warning",
     "stopping": "info",
     "stopped": "info",
     "policy_loaded": "info",
@@ -46,6 +49,7 @@ FIELDS = frozenset(
         "peer",
         "question",
         "reason",
+        "sha256",
         "subject",
         "version",
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import secrets
 import signal
 import socket
@@ -18,6 +19,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
 from kalium.controller import tls
+from kalium.controller.audit import Audit, open_audit
 from kalium.controller.calls import MemoryCalls
 from kalium.controller.config import Config
 from kalium.controller.counts import Counts
@@ -81,15 +83,22 @@ class Controller:
     """The dispatcher with a clock and its connections."""
 
     def __init__(
-        self, *, log: LogLine, name: str = "controller", counts: Counts | None = None, clock_ns: Callable[[], int] = time.monotonic_ns
+        self,
+        *,
+        log: LogLine,
+        name: str = "controller",
+        counts: Counts | None = None,
+        audit: Audit | None = None,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
+        self._audit = audit
         self._counts = Counts() if counts is None else counts
         self._log = log
         self._clock_ns = clock_ns
         registry = Registry()
         calls = MemoryCalls(held=registry.held, mint=lambda: secrets.token_hex(16))
         self._state = State(registry, calls, name=name, started_ms=time.time_ns() // 1_000_000)
-        self._dispatcher = Dispatcher(self._state, log=log, counts=self._counts)
+        self._dispatcher = Dispatcher(self._state, log=log, audit=audit, counts=self._counts)
         self._connections: dict[Connection, None] = {}
         self._all_gone = asyncio.Event()
         self._all_gone.set()
@@ -138,7 +147,8 @@ class Controller:
         if found.policy is not None:
             try:
                 if self._dispatcher.install(found.policy, found.envelope, now_ns=self._clock_ns()):
-                    self._log("policy_loaded", app=found.policy.app, version=found.policy.version, file=found.file)
+                    sha256 = hashlib.sha256(found.envelope).hexdigest()
+                    self._log("policy_loaded", app=found.policy.app, version=found.policy.version, file=found.file, sha256=sha256)
             except KaliumError as error:
                 refusal = error
         if refusal is not None:
@@ -157,6 +167,8 @@ class Controller:
         """Look for what is over every SWEEP_S, for ever. A large portion is followed by the next after a turn of the loop."""
         while True:
             has_more = self._dispatcher.expire(now_ns=self._clock_ns())
+            if self._audit is not None:
+                self._audit.sweep()
             self._flush()
             await asyncio.sleep(0 if has_more else SWEEP_S)
 
@@ -312,7 +324,22 @@ async def serve(config: Config, *, log: LogLine, ready: Callable[[int], None] = 
     directory = PolicyDirectory(config.policies_dir, operator_key(config), clock_ns=time.time_ns)
     counts = Counts()
     log = counts.logging(log)
-    controller = Controller(log=log, name=config.name, counts=counts)
+    if config.audit is None:
+        await _serve(config, context, directory, Controller(log=log, name=config.name, counts=counts), log=log, ready=ready)
+        return
+    audit = open_audit(config.audit, config.name, log=log, loop=asyncio.get_running_loop())
+    try:
+        log = audit.logging(log)
+        await _serve(config, context, directory, Controller(log=log, name=config.name, counts=counts, audit=audit), log=log, ready=ready)
+    finally:
+        lost = await asyncio.to_thread(audit.close)
+        if lost:
+            log("audit_failed", file=str(config.audit.log), detail=f"{lost} bytes of entries are lost")
+
+
+async def _serve(
+    config: Config, context: ssl.SSLContext, directory: PolicyDirectory, controller: Controller, *, log: LogLine, ready: Callable[[int], None]
+) -> None:
     with listen(config) as listener:
         for found in await asyncio.to_thread(directory.changes):
             controller.take(found)
@@ -326,6 +353,8 @@ async def serve(config: Config, *, log: LogLine, ready: Callable[[int], None] = 
         monitor = controller.monitor(door, stop.is_set)
         if config.metrics is not None:
             log("metrics_listening", address=await monitor.start(config.metrics))
+        if config.audit is None:
+            log("audit_off", file=str(config.file))
         log("listening", address=f"{host}:{port}")
         ready(port)
         await run_together(

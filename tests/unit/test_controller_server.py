@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -252,6 +253,43 @@ def test_a_call_goes_its_way_over_tls(site: Site, any_loop: str) -> None:
     assert (report.agents, report.calls, report.invocations) == (1, 0, 0)
     agent.close()
     until(lambda: site.events("connection_closed"), "the line of the closed connection")
+
+
+def test_no_step_is_taken_while_the_audit_log_cannot_be_written_and_then_again(site: Site) -> None:
+    """The file may grow no further, as on a full disk: nothing else of the controller is harmed, and nothing is lost."""
+    files.audit_key(site.path, "audit")
+    site.configure(audit={"log": "audit.jsonl", "key": "audit.key", "fsync": "always", "max_mib": 1})
+    log = site.path / "audit.jsonl"
+    site.start()
+    assert site.process is not None
+    agent = Agent(site)
+    agent.hello()
+    for origin in (FRONT, STOCK):
+        agent.ask(Register(*origin, "image"))
+    front = agent.start(FRONT)
+    for number in range(100):
+        assert agent.invoke(front, "nobody", step=f"{number:016x}").reason == "edge_not_allowed"
+    until(lambda: log.read_bytes().count(b'"event":"step"') == 100, "the denials in the audit log")
+    agent.tell(Report(1, "ab" * 32))
+    until(lambda: b'"event":"anchor","node":"node0","audit_seq":1' in log.read_bytes(), "the anchor")
+
+    unlimited = resource.prlimit(site.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(site.process.pid, resource.RLIMIT_FSIZE, (log.stat().st_size, unlimited[1]))
+    agent.invoke(front, "nobody", step="a" * 16)
+    until(lambda: site.events("audit_failed"), "the failure in the log")
+    refused = agent.start(FRONT, step="b" * 16)
+    resource.prlimit(site.process.pid, resource.RLIMIT_FSIZE, unlimited)
+    until(lambda: site.events("audit_well"), "the recovery in the log")
+    allowed = agent.invoke(front, "stock", step="c" * 16)
+
+    assert (refused.allowed, refused.reason, allowed.allowed) == (False, "overloaded", True)
+    assert site.stop() == 0
+    assert main(["audit", "verify", str(log), "--key", str(site.path / "audit.pub")]) == 0
+    entries = [json.loads(line)["entry"] for line in log.read_bytes().splitlines()]
+    assert [entry["event"] for entry in entries].count("step") == 101
+    (outage,) = [entry for entry in entries if entry["event"] == "outage"]
+    assert (outage["lost"], outage["refused"], outage["error"]) == (0, 1, "File too large")
+    assert entries[-1]["event"] == "head"
 
 
 # Who gets in
