@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from kalium.audit.chain import parse
+from kalium.audit.verify import anchors_of
 from kalium.cli.controller import CONFIG
 from kalium.controller import client
 from kalium.controller.config import Config, load
@@ -22,6 +25,7 @@ from kalium.policy.message import printable
 from kalium.protocol.frames import StatusReport
 
 TEXT_MAX = 120
+AUDIT_TAIL_BYTES = 1024 * 1024  # of the audit log: what is older is the business of `kalium audit verify`
 UNKNOWN = "?"
 EXAMPLES = """\
 examples:
@@ -49,7 +53,7 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Ask, and print."""
     config = load(arguments.config)
-    document = document_of(client.status(config), modes_asked(config))
+    document = document_of(client.status(config), modes_asked(config), audit_heads(config))
     print(json.dumps(document, indent=2) if arguments.output == "json" else "\n".join(text_of(document, now_ms=int(time.time() * 1000))))
     return EXIT_DONE if document["ok"] else EXIT_NO
 
@@ -68,7 +72,29 @@ def modes_asked(config: Config) -> dict[tuple[str, int], str]:
     return found
 
 
-def document_of(report: StatusReport, modes: Mapping[tuple[str, int], str]) -> dict[str, Any]:
+def audit_heads(config: Config) -> dict[str, Any] | None:
+    """The last entry of the controller's audit log, and the last of each node that is on record there; None without a log.
+
+    As it stands at the end of the file: what holds is for `kalium audit verify` to say.
+    """
+    if config.audit is None:
+        return None
+    try:
+        with config.audit.log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - AUDIT_TAIL_BYTES))
+            lines = [line for raw in file.read(AUDIT_TAIL_BYTES).splitlines(keepends=True) if (line := parse(raw)) is not None]
+    except OSError as error:
+        return {"fault": error.strerror or str(error), "seq": 0, "hash": "", "nodes": []}
+    nodes = {anchor.node: anchor.place for anchor in anchors_of(lines, lambda: "")}
+    return {
+        "fault": "" if lines else "no entry yet",
+        "seq": lines[-1].seq if lines else 0,
+        "hash": lines[-1].hash if lines else "",
+        "nodes": [{"node": node, "seq": place.seq, "hash": place.hash} for node, place in sorted(nodes.items())],
+    }
+
+
+def document_of(report: StatusReport, modes: Mapping[tuple[str, int], str], audit: dict[str, Any] | None) -> dict[str, Any]:
     """The report for programs. `ok` is false when an instance is asked to enforce and does not."""
     columns = zip(report.node, report.app, report.function, report.asked, report.mode, report.version, report.count, strict=True)
     instances = [
@@ -95,6 +121,7 @@ def document_of(report: StatusReport, modes: Mapping[tuple[str, int], str]) -> d
         "would_deny": counts(report.would_deny, "reason"),
         "fail_modes": counts(report.fail_modes, "fail_mode"),
         "evicted": [{"reason": reason, "count": count} for reason, count in sorted(report.evicted.items())],
+        "audit": audit,
     }  # fmt: skip
 
 
@@ -114,6 +141,7 @@ def text_of(document: Mapping[str, Any], *, now_ms: int) -> Iterator[str]:
     yield f"others       {', '.join(printable(other, TEXT_MAX) for other in others) or 'none'}"
     yield f"agents       {document['agents']}"
     yield f"live         {document['calls']} calls, {document['invocations']} invocations"
+    yield f"audit        {audit_text(document['audit'])}"
     yield from table("APP VERSION ASKED", [(row["app"], row["version"], row["mode"]) for row in document["apps"]], "no policy is loaded")
     yield from table(
         "FUNCTION NODE VERSION INSTANCES ASKED EFFECTIVE",
@@ -130,6 +158,15 @@ def text_of(document: Mapping[str, Any], *, now_ms: int) -> Iterator[str]:
     yield from table("WOULD-DENY REASON COUNT", [(row["app"], row["reason"], row["count"]) for row in document["would_deny"]], "")
     yield from table("WITHOUT-CONTROLLER FAIL-MODE COUNT", [(row["app"], row["fail_mode"], row["count"]) for row in document["fail_modes"]], "")
     yield from table("EVICTED COUNT", [(row["reason"], row["count"]) for row in document["evicted"]], "")
+
+
+def audit_text(audit: Mapping[str, Any] | None) -> str:
+    """Where the audit logs stand, in one line."""
+    if audit is None:
+        return "there is no audit log"
+    nodes = ", ".join(f"{printable(row['node'], TEXT_MAX)} {row['seq']} {row['hash'][:12]}" for row in audit["nodes"])
+    own = audit["fault"] or f"entry {audit['seq']} {audit['hash'][:12]}"
+    return f"{own}; on record of nodes: {nodes or 'none'}"
 
 
 def table(header: str, rows: Sequence[Sequence[object]], otherwise: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ from controller_samples import compiled
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from kalium.audit.chain import Chain, Writer
 from kalium.cli.main import main
 from kalium.policy.envelope import sign
 from kalium.protocol.frames import StatusReport
@@ -61,6 +62,7 @@ store        redis
 others       c2
 agents       2
 live         3 calls, 4 invocations
+audit        there is no audit log
 
 APP   VERSION  ASKED
 shop  7        enforce
@@ -118,6 +120,25 @@ def test_a_mode_is_shown_only_of_the_version_in_force(answer: Answer, capsys: py
     main(["status", "--config", str(answer(dataclasses.replace(WELL, policies={"shop": 6}))), "--output", "json"])
 
     assert json.loads(capsys.readouterr().out)["apps"] == [{"app": "shop", "version": 6, "mode": "?"}]
+
+
+def test_the_audit_logs_heads_are_shown(answer: Answer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The controller's own, and what it has on record of each node's: two places to compare with the nodes' logs."""
+    config = answer(WELL)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "audit": {"log": "audit.jsonl", "key": "audit.key"}}))
+    chain = Chain(Writer("controller", "c1", "1" * 16, "2" * 16), lambda _: b"", 1 << 20)
+    chain.open(now_ms=1)
+    for number in (4, 7):
+        chain.append("anchor", {"node": "n1", "audit_seq": number, "audit_hash": f"{number:064x}"}, now_ms=2)
+    place = chain.append("policy", {"app": "shop"}, now_ms=3)
+    (tmp_path / "audit.jsonl").write_bytes(b"".join(part.data for part in chain.take()) + b'{"prev":"torn')
+
+    main(["status", "--config", str(config)])
+
+    assert f"audit        entry {place.seq} {place.hash[:12]}; on record of nodes: n1 7 000000000000\n" in capsys.readouterr().out
+    (tmp_path / "audit.jsonl").unlink()
+    main(["status", "--config", str(config), "--output", "json"])
+    assert json.loads(capsys.readouterr().out)["audit"]["fault"] == "No such file or directory"
 
 
 def test_what_a_peer_reports_cannot_write_on_the_terminal(answer: Answer, capsys: pytest.CaptureFixture[str]) -> None:
