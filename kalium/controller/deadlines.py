@@ -1,7 +1,8 @@
-"""Things that expire, each kind after one lifetime: adding, removing and finding the next one due are O(1)."""
+"""Things that expire: adding, removing and finding the next one due cost the same whatever waits."""
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from typing import Generic, TypeVar
 
@@ -40,3 +41,38 @@ class Deadlines(Generic[Item]):
         for item, deadline_ns in self._deadline_ns.items():
             return item if now_ns >= deadline_ns else None
         return None
+
+
+class Buckets(Generic[Item]):
+    """Items with deadlines of any distance that many of them share: one set for each deadline, and a heap of the deadlines.
+
+    Who adds an item remembers its deadline.
+    """
+
+    def __init__(self) -> None:
+        self._sets: dict[int, set[Item]] = {}
+        self._heap: list[int] = []
+
+    def add(self, item: Item, deadline_ns: int) -> None:
+        """Let `item`, which does not wait yet, be due then."""
+        waiting = self._sets.get(deadline_ns)
+        if waiting is None:
+            waiting = self._sets[deadline_ns] = set()
+            heapq.heappush(self._heap, deadline_ns)
+        waiting.add(item)
+
+    def discard(self, item: Item, deadline_ns: int) -> None:
+        """Let `item`, which was to be due then, never be due."""
+        self._sets[deadline_ns].discard(item)  # an empty set goes when its time has come
+
+    def next_due(self, *, now_ns: int) -> Item | None:
+        """Take an item whose time is over; None when there is none."""
+        return self._sets[self._heap[0]].pop() if self.has_due(now_ns=now_ns) else None
+
+    def has_due(self, *, now_ns: int) -> bool:
+        """Whether `next_due` has something to give."""
+        while self._heap and now_ns >= self._heap[0]:
+            if self._sets[self._heap[0]]:
+                return True
+            del self._sets[heapq.heappop(self._heap)]
+        return False

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kalium.policy.limits import INFLIGHT_MAX
 from kalium.protocol.limits import LEASE_MS
+
+INVOCATIONS_PER_CALL_MAX = 256  # the place of one is a byte of its id
 
 
 @dataclass(frozen=True)
 class Limits:
     """A step beyond a bound of a table is denied with `overloaded` and moves nothing; the other rules are beside each."""
 
-    calls: int = 100_000
-    invocations_per_call: int = 256
-    tokens_per_call: int = 64
+    calls: int = 1_000_000
+    invocations: int = 2_000_000  # live ones of all calls
+    tokens: int = 2_000_000  # pending ones of all calls
+    invocations_per_call: int = INVOCATIONS_PER_CALL_MAX
+    tokens_per_call: int = 256
     invocations_per_instance: int = 256  # so that one instance cannot fill the table of calls alone
-    steps_per_invocation: int = 64  # remembered answers; the oldest is forgotten, and asked again it is a new step
-    starts_per_instance: int = 64  # the same for the starts of an instance
+    starts_per_instance: int = INFLIGHT_MAX  # remembered answers; the oldest is forgotten, and asked again it is a new step
     duplicate_heard_ms: int = 3_000  # another run of an agent is refused while this one was heard within this; it pings when idle
     agents: int = 1024  # beyond it the welcome says no
     instances_per_agent: int = 4096
     versions_per_app: int = 8  # beyond it the oldest one is dropped before its drain ends
     token_ms: int = 30_000
+    token_late_ms: int = 600_000  # of asynchronous edges, which wait in the gateway's queue, and of callbacks
     invocation_grace_ms: int = 30_000  # an invocation whose END got lost lives for its timeout and this
     agent_gone_ms: int = LEASE_MS  # instances of an agent that is away are kept so long; their guards decide no longer either
     drain_ms: int = 60_000  # a version that is not the newest any more lives so long; then its calls are denied
@@ -29,3 +34,6 @@ class Limits:
 
 LIMITS = Limits()
 assert LIMITS.agent_gone_ms >= LEASE_MS  # evicting earlier would end invocations whose guards still hold a lease
+assert LIMITS.invocations_per_call <= INVOCATIONS_PER_CALL_MAX
+assert LIMITS.starts_per_instance >= INFLIGHT_MAX  # after a lost connection a guard repeats every question that was open
+assert LIMITS.calls <= LIMITS.invocations

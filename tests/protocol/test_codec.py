@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,7 +80,8 @@ def frames_with_ids(draw: st.DrawFn) -> tuple[int, Frame]:
     frame_type = draw(st.sampled_from(FrameType))
     frame = draw(shape(draw(st.sampled_from(SHAPES[frame_type]))))
     if getattr(frame, "instance", "there") == "" and hasattr(frame, "function"):
-        frame = dataclasses.replace(frame, instance="c")  # an origin may not be empty
+        change = msgspec.structs.replace if isinstance(frame, msgspec.Struct) else dataclasses.replace
+        frame = change(frame, instance="c")  # an origin may not be empty
     return 0 if frame_type in WITHOUT_ID else draw(st.integers(1, limits.ID_MAX)), frame
 
 

@@ -98,6 +98,8 @@ def test_the_bounds_of_the_controller_are_those_of_the_code() -> None:
 
     assert said == {
         "live calls": LIMITS.calls,
+        "live invocations": LIMITS.invocations,
+        "pending tokens": LIMITS.tokens,
         "invocations of a call": LIMITS.invocations_per_call,
         "pending tokens of a call": LIMITS.tokens_per_call,
         "live invocations of an instance": LIMITS.invocations_per_instance,
@@ -114,12 +116,28 @@ def test_the_times_in_the_text_are_those_of_the_code() -> None:
     assert f"| an instance whose agent is away | {LIMITS.agent_gone_ms // 1000} s |" in TEXT
     assert f"heard there within the last {LIMITS.duplicate_heard_ms // 1000} s" in WORDS
     assert f"drains for {LIMITS.drain_ms // 1000} s" in WORDS
-    assert f"the last {LIMITS.steps_per_invocation} steps of an invocation and the last {LIMITS.starts_per_instance} starts" in WORDS
+    assert f"of an asynchronous edge or a callback {LIMITS.token_late_ms // 1000} s after it" in WORDS
+    assert f"| a token of an asynchronous edge or a callback | {LIMITS.token_late_ms // 1000} s |" in TEXT
+    assert f"the last step of an invocation and to the last {LIMITS.starts_per_instance} starts" in WORDS
 
 
 def test_the_reasons_in_the_text_exist() -> None:
     decisions = TEXT.split("## Decisions of the controller")[1].split("## Errors")[0]
-    words = set(re.findall(r"`([a-z_]+)`", decisions)) - {"call", "invocation", "token", "callee", "expected", "invocation_timeout_ms"}
+    words = set(re.findall(r"`([a-z_]+)`", decisions)) - {
+        "call",
+        "invocation",
+        "token",
+        "hold",
+        "retry",
+        "retries",
+        "callback",
+        "answered",
+        "closed",
+        "timeout",
+        "callee",
+        "expected",
+        "invocation_timeout_ms",
+    }
 
     assert words <= {reason.value for reason in Reason}
     assert words >= {"unregistered", "policy_mismatch", "not_an_entry", "bad_token", "unknown_call", "edge_not_allowed", "unknown_function"}

@@ -4,14 +4,13 @@ import base64
 import importlib.util
 import json
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kalium.protocol.codec import FrameReader, ProtocolError, decode, encode
-from kalium.protocol.frames import SHAPES, Frame, FrameType, Lease, Register, StatusReport, VerdictRecord
+from kalium.protocol.frames import SHAPES, Frame, FrameType, Lease, Register, StatusReport, VerdictRecord, kinds_of
 
 VECTORS = Path(__file__).resolve().parents[1] / "vectors"
 FRAMES: list[dict[str, Any]] = json.loads((VECTORS / "frames.json").read_text(encoding="utf-8"))
@@ -34,7 +33,7 @@ def frame_of(vector: dict[str, Any]) -> Frame:
     if "status" in values:
         values["status"] = StatusReport(**values["status"])
     shapes = SHAPES[FrameType(vector["type"])]
-    cls: Callable[..., Frame] = next(shape for shape in shapes if {each.name for each in fields(shape)} == set(values))
+    cls: Callable[..., Frame] = next(shape for shape in shapes if set(kinds_of(shape)) == set(values))
     return cls(**values)
 
 
@@ -81,7 +80,6 @@ def test_every_shape_has_a_vector() -> None:
     shown = {type(frame_of(vector)) for vector in GOOD}
 
     assert shown == {shape for shapes in SHAPES.values() for shape in shapes}
-    assert all(is_dataclass(shape) for shape in shown)
 
 
 def test_a_lease_is_these_bytes() -> None:

@@ -44,6 +44,34 @@ LISTS = """
         at_most: 8
 """
 
+EDGES = """
+schema: kalium/v1
+app: edges
+version: 1
+mode: enforce
+peers:
+  gateway: {host: gateway, port: 8080, protocol: http, role: gateway}
+entries: [fan, single, later, again, single-again, later-again]
+functions:
+  fan:
+    messages:
+      - parallel:
+          - {repeat: {invoke: leaf}, at_most: 3}
+          - {invoke: other}
+        join: answered
+      - {invoke: last}
+  single: {messages: [{invoke: leaf, join: answered}, {invoke: last}]}
+  later: {messages: [{invoke: job, async: true, callback: done}, {invoke: last}]}
+  again: {messages: [{invoke: leaf, retries: 2}, {invoke: last}]}
+  single-again: {messages: [{invoke: leaf, retries: 1, join: answered}, {invoke: last}]}
+  later-again: {messages: [{invoke: job, async: true, callback: done, retries: 1}]}
+  leaf: {messages: []}
+  other: {messages: []}
+  last: {messages: []}
+  job: {messages: [{invoke: leaf}]}
+  done: {messages: [{invoke: last}]}
+"""
+
 
 @cache
 def compiled(version: int = 1, app: str = "shop", entries: str = "front, lists") -> bytes:
@@ -110,10 +138,14 @@ class Node:
         said = InstanceStart(step or self.step(), token, "label", version or self.version, instance or function, self.app, function)
         return at_once(self.state.start(self.key, said, now_ns=self.now_ns))
 
-    def invoke(self, granted: Answer, function: str, callee: str, *, instance: str = "", step: str = "", version: int = 0) -> Answer:
+    def invoke(
+        self, granted: Answer, function: str, callee: str, *, instance: str = "", step: str = "", version: int = 0,
+        asynchronous: bool = False, callback: str = "", retry: bool = False,
+    ) -> Answer:  # fmt: skip
         said = InstanceInvoke(
-            step or self.step(), granted.call, granted.invocation, callee, version or self.version, instance or function, self.app, function
-        )
+            step or self.step(), granted.call, granted.invocation, callee, version or self.version, instance or function, self.app, function,
+            asynchronous=asynchronous, callback=callback, retry=retry,
+        )  # fmt: skip
         return at_once(self.state.invoke(self.key, said, now_ns=self.now_ns))
 
     def end(self, granted: Answer, function: str, *, outcome: str = "answered", instance: str = "") -> bool:
@@ -138,11 +170,22 @@ class Node:
         return report.calls, report.invocations
 
 
-def site(limits: Limits | None = None, functions: str = "front stock pay mail lists") -> Node:
+def site(limits: Limits | None = None, functions: str = "front stock pay mail lists", mint: Callable[[], str] | None = None) -> Node:
     """A state with the policy loaded and one agent whose instances are named after their functions."""
-    state = state_of(limits=limits or LIMITS)
+    state = state_of(limits=limits or LIMITS, mint=mint)
     state.registry.install(policy(), b"signed 1", now_ns=0)
     node = Node(state)
     for function in functions.split():
+        assert node.register(function).allowed
+    return node
+
+
+def edges() -> Node:
+    """A state with the policy EDGES and one agent whose instances are named after their functions."""
+    state = state_of()
+    policy = CompiledPolicy.parse(compile_policy(EDGES.encode(), "edges"))
+    state.registry.install(policy, b"signed edges", now_ns=0)
+    node = Node(state, app="edges")
+    for function in policy.functions:
         assert node.register(function).allowed
     return node

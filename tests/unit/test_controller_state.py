@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import msgspec
 import pytest
 from controller_samples import RUN, Node, compiled, policy, site, state_of
 from hypothesis import given
@@ -221,20 +222,21 @@ def test_an_invoke_asked_again_returns_its_token_and_moves_nothing() -> None:
     front = granted(node.start("front"))
     first = granted(node.invoke(front, "front", "stock", step="a" * 16))
 
-    again = node.invoke(front, "front", "stock", step="a" * 16)
+    assert node.invoke(front, "front", "stock", step="a" * 16) == first
+    granted(node.start("stock", first.token))
+    assert node.invoke(front, "front", "stock", step="a" * 16) == first, "the token was spent meanwhile"
 
-    assert again is first
     granted(node.invoke(front, "front", "pay"))
 
 
-def test_a_denied_invoke_asked_again_stays_denied_though_the_cursor_has_moved() -> None:
-    """One step id, one answer: otherwise asking often enough would be a way to be granted."""
+def test_a_denied_invoke_asked_again_is_the_same_denial() -> None:
     node = site()
     front = granted(node.start("front"))
-    denied(node.invoke(front, "front", "pay", step="a" * 16), "edge_not_allowed")
-    granted(node.invoke(front, "front", "stock"))
 
-    denied(node.invoke(front, "front", "pay", step="a" * 16), "edge_not_allowed")
+    first = denied(node.invoke(front, "front", "pay", step="a" * 16), "edge_not_allowed")
+
+    assert node.invoke(front, "front", "pay", step="a" * 16) is first
+    denied(node.invoke(front, "front", "stock", step="a" * 16), "malformed")
 
 
 def test_two_calls_that_overlap_never_share_a_cursor() -> None:
@@ -277,8 +279,8 @@ def test_ids_that_nobody_issued_are_unknown() -> None:
     node = site()
     front = granted(node.start("front"))
 
-    denied(node.invoke(replace(front, call="f" * 32), "front", "stock"), "unknown_call")
-    denied(node.invoke(replace(front, invocation="f" * 32), "front", "stock"), "unknown_call")
+    denied(node.invoke(msgspec.structs.replace(front, call="f" * 32), "front", "stock"), "unknown_call")
+    denied(node.invoke(msgspec.structs.replace(front, invocation="f" * 32), "front", "stock"), "unknown_call")
 
 
 def test_nothing_follows_the_end_of_an_invocation() -> None:
@@ -619,18 +621,32 @@ def test_agents_have_a_bound_and_one_that_comes_back_is_not_one_more() -> None:
     assert node.state.registry.agent_hello("connection-3", node="node0", run=RUN, now_ns=0) == "connection-1"
 
 
-def test_the_memory_of_steps_has_a_bound_and_forgets_the_oldest() -> None:
-    node = site(replace(LIMITS, steps_per_invocation=2, starts_per_instance=2))
+def test_the_memory_of_starts_has_a_bound_and_forgets_the_oldest() -> None:
+    node = site(replace(LIMITS, starts_per_instance=2))
     lists = granted(node.start("lists", step="0" * 16))
-    first = granted(node.invoke(lists, "lists", "stock", step="a" * 16))
-    second = granted(node.invoke(lists, "lists", "stock", step="b" * 16))
-    granted(node.invoke(lists, "lists", "stock", step="c" * 16))
+    first = granted(node.start("lists", step="1" * 16))
 
-    assert node.invoke(lists, "lists", "stock", step="b" * 16) is second
-    assert node.invoke(lists, "lists", "stock", step="a" * 16).token != first.token  # a new step, judged as one
-    for step in ("1" * 16, "2" * 16):
-        granted(node.start("lists", step=step))
-    assert node.start("lists", step="0" * 16).call != lists.call
+    assert node.start("lists", step="0" * 16) == lists
+    granted(node.start("lists", step="2" * 16))
+
+    assert node.start("lists", step="1" * 16) == first
+    assert node.start("lists", step="0" * 16).call != lists.call  # a new step, judged as one
+
+
+@pytest.mark.parametrize("bound", ["invocations", "tokens"])
+def test_all_calls_together_have_a_bound_of_invocations_and_of_tokens(bound: str) -> None:
+    node = site(replace(LIMITS, **{bound: 1, "calls": 1}))
+    front = granted(node.start("front"))
+    token = granted(node.invoke(front, "front", "stock")).token
+
+    if bound == "tokens":
+        denied(node.invoke(front, "front", "pay"), "overloaded")
+        granted(node.start("stock", token))
+        granted(node.invoke(front, "front", "pay"))
+    else:
+        denied(node.start("stock", token), "overloaded")
+        node.end(front, "front")
+        granted(node.start("stock", token))
 
 
 def test_an_app_has_a_bound_of_versions_and_drops_the_oldest() -> None:
@@ -686,4 +702,5 @@ def test_whatever_happens_nothing_is_left_when_everything_is_over(script: list[t
     assert node.counts() == (0, 0)
     memory = node.state.calls
     assert isinstance(memory, MemoryCalls)
-    assert (len(memory._tokens), len(memory._token_deadlines), memory._invocation_deadlines) == (0, 0, {})
+    assert (memory._calls, memory._tokens, memory._late) == ({}, {}, {})
+    assert not any(record.live for record in memory._records.values())

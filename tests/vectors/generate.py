@@ -13,7 +13,7 @@ import json
 import struct
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import msgpack  # type: ignore[import-untyped]  # noqa: E402
+import msgspec  # noqa: E402
 
 from kalium.protocol import frames  # noqa: E402  # the path has to be set first
 from kalium.protocol.codec import ERROR_CODES, encode  # noqa: E402
-from kalium.protocol.frames import SHAPES, WITHOUT_ID, FrameType  # noqa: E402
+from kalium.protocol.frames import SHAPES, WITHOUT_ID, FrameType, kinds_of  # noqa: E402
 from kalium.protocol.limits import FRAME_BYTES_MAX, INT_MAX, INT_MIN, ITEMS_MAX, TEXT_BYTES_MAX  # noqa: E402
 
 FRAMES_JSON = Path(__file__).with_name("frames.json")
@@ -340,8 +341,8 @@ def as_json(value: Any) -> Any:
     """JSON for a value of the wire; bytes, which JSON lacks, are {"$bin": base64}."""
     if isinstance(value, bytes):
         return {"$bin": base64.b64encode(value).decode()}
-    if is_dataclass(value):
-        return {each.name: as_json(getattr(value, each.name)) for each in fields(value)}
+    if is_dataclass(value) or isinstance(value, msgspec.Struct):
+        return {name: as_json(getattr(value, name)) for name in kinds_of(type(value))}
     if isinstance(value, Mapping):
         return {key: as_json(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
