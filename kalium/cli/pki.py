@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from kalium.errors import EXIT_DONE, EXIT_NO
+from kalium.errors import EXIT_DONE, EXIT_NO, KaliumError
 from kalium.pki import files
 from kalium.pki.authority import DAYS, Role
-from kalium.pki.files import Outcome
+from kalium.pki.files import CaStep, Outcome
 
 EXAMPLES = """\
 examples:
@@ -21,6 +23,8 @@ examples:
   kalium pki operator-key --dir /etc/kalium/operator
   kalium pki operator-key --dir /etc/kalium/operator --print-raw
   kalium pki audit-key --dir /etc/kalium/audit --name agent
+  kalium pki renew --dir /etc/kalium/pki
+  kalium pki change-ca --dir /etc/kalium/pki --step begin
   kalium pki show --dir /etc/kalium/pki
 
 The first word of what a verb prints is `changed` or `unchanged`.
@@ -51,6 +55,21 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--identity", default="", metavar="NAME", help="the node of an agent, the name of a controller or client; default: --name")
     parser.add_argument("--san", action="append", default=[], metavar="DNS:NAME|IP:ADDRESS", help="an alternative name; repeat it; default: DNS:NAME")
     parser.add_argument("--days", type=int, help=f"validity; default: {', '.join(f'{days} for role {role.value}' for role, days in DAYS.items())}")
+    dry_run(parser)
+
+    parser = verb("renew", run_renew, "renew the CA and every pair that it issued here, where it is time; exit 1 when one of them is not ours")
+    parser.add_argument("--every", type=_seconds, metavar="SECONDS", help="do it again and again, and go on after an error")
+    dry_run(parser)
+
+    parser = verb("change-ca", run_change_ca, "change to another CA in three steps, between which every host gets ca.crt and its pairs")
+    parser.add_argument(
+        "--step",
+        required=True,
+        type=CaStep,
+        choices=tuple(CaStep),
+        metavar="|".join(CaStep),
+        help="trust both, issue by the new one, drop the old one",
+    )
     dry_run(parser)
 
     parser = verb("operator-key", run_operator_key, "make the key that signs policies; one that is there is never replaced")
@@ -85,6 +104,29 @@ def run_issue(arguments: argparse.Namespace) -> int:
     return _report(outcome)
 
 
+def run_renew(arguments: argparse.Namespace) -> int:
+    """Renew what is due, once or for ever."""
+    while True:
+        try:
+            done = files.renew(arguments.dir, now=_now(), dry_run=arguments.dry_run)
+        except KaliumError as error:
+            if arguments.every is None:
+                raise
+            print(error.for_humans(), file=sys.stderr, flush=True)
+        else:
+            for each in done:
+                if arguments.every is None or each.why or each.fault:
+                    print(f"fault {each.path}: {each.fault}" if each.fault else _said(each), flush=True)
+            if arguments.every is None:
+                return EXIT_NO if any(each.fault for each in done) else EXIT_DONE
+        time.sleep(arguments.every)
+
+
+def run_change_ca(arguments: argparse.Namespace) -> int:
+    """Take one step of a change of the CA."""
+    return _report(files.change_ca(arguments.dir, arguments.step, now=_now(), dry_run=arguments.dry_run))
+
+
 def run_operator_key(arguments: argparse.Namespace) -> int:
     """Make the operator's key, or print its public half."""
     if arguments.print_raw:
@@ -115,6 +157,17 @@ def _now() -> datetime:
     return datetime.now(timezone.utc)
 
 
+def _seconds(text: str) -> int:
+    seconds = int(text)
+    if seconds < 1:
+        raise ValueError(text)
+    return seconds
+
+
+def _said(outcome: Outcome) -> str:
+    return f"changed {outcome.path}: {outcome.why}" if outcome.why else f"unchanged {outcome.path}"
+
+
 def _report(outcome: Outcome) -> int:
-    print(f"changed {outcome.path}: {outcome.why}" if outcome.why else f"unchanged {outcome.path}")
+    print(_said(outcome))
     return EXIT_DONE

@@ -8,6 +8,7 @@ import time
 
 from kalium.controller import tls
 from kalium.controller.config import Config
+from kalium.controller.identity import Role
 from kalium.errors import KaliumError
 from kalium.protocol.frames import Status, StatusAnswer, StatusReport
 from kalium.protocol.session import ControllerSession
@@ -19,7 +20,7 @@ ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # what a client means
 
 def status(config: Config, *, timeout_s: float = TIMEOUT_S) -> StatusReport:
     """The status of the controller that `config` starts. Raises KaliumError controller.away when it does not answer in time."""
-    context = tls.client_context(config.tls)
+    context = tls.client_context(config.tls, name=config.name)
     host = ANY.get(config.host, config.host)
     deadline = time.monotonic() + timeout_s
     try:
@@ -27,6 +28,9 @@ def status(config: Config, *, timeout_s: float = TIMEOUT_S) -> StatusReport:
             socket.create_connection((host, config.port), timeout=timeout_s) as plain,
             context.wrap_socket(plain, server_hostname=host) as connection,
         ):
+            role = tls.peer_of(connection.getpeercert()).identity.role
+            if role is not Role.CONTROLLER:
+                raise _away(config, f"its certificate has the role {role.value or 'none'}", "see which program has the port")
             return _ask(connection, deadline)
     except ssl.SSLCertVerificationError as error:
         raise _away(

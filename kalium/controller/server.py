@@ -15,8 +15,11 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, cast
+
+from cryptography import x509
 
 from kalium.controller import tls
 from kalium.controller.audit import Audit, open_audit
@@ -24,7 +27,7 @@ from kalium.controller.calls import MemoryCalls
 from kalium.controller.config import Config
 from kalium.controller.counts import Counts
 from kalium.controller.dispatch import Dispatcher
-from kalium.controller.identity import NOBODY, PeerIdentity
+from kalium.controller.identity import Role
 from kalium.controller.limits import LIMITS
 from kalium.controller.log import LogLine
 from kalium.controller.metrics import Exporter
@@ -49,34 +52,48 @@ UNACKNOWLEDGED_MS = 60_000
 
 
 class Connection(asyncio.Protocol):
-    """One peer whose certificate has been verified."""
+    """One peer whose certificate has been verified. What one says whom the controller does not take is not heard."""
 
     def __init__(self, controller: Controller, address: str) -> None:
         self._controller = controller
-        self._address = address
+        self.address = address
+        self.peer = tls.peer_of(None)
         self.transport: asyncio.Transport | None = None
+        self._is_taken = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The handshake is done."""
         self.transport = transport = cast(asyncio.Transport, transport)  # uvloop's is one without inheriting from it
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
-        self._controller.connected(self, identity=identity_of(transport.get_extra_info("peercert")), address=self._address)
+        self.peer = tls.peer_of(transport.get_extra_info("peercert"))
+        self._is_taken = self._controller.connected(self)
+        if not self._is_taken:
+            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Bytes, in any split."""
-        self._controller.received(self, data)
+        if self._is_taken:
+            self._controller.received(self, data)
 
     def eof_received(self) -> None:
         """The peer has closed its side. Returning None lets asyncio close ours behind what is still to be written."""
-        self._controller.received_end(self)
+        if self._is_taken:
+            self._controller.received_end(self)
 
     def pause_writing(self) -> None:
         """More than WRITE_BUFFER_BYTES_MAX waits: the peer does not read, and its answers would come too late anyway."""
-        self._controller.overflowed(self)
+        if self._is_taken:
+            self._controller.overflowed(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is no more."""
-        self._controller.disconnected(self, exc)
+        if self._is_taken:
+            self._controller.disconnected(self, exc)
+
+    def certificate(self) -> x509.Certificate:
+        """The peer's, whole."""
+        assert self.transport is not None
+        return x509.load_der_x509_certificate(self.transport.get_extra_info("ssl_object").getpeercert(binary_form=True))
 
 
 class Controller:
@@ -90,11 +107,13 @@ class Controller:
         counts: Counts | None = None,
         audit: Audit | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
+        wall_s: Callable[[], float] = time.time,
     ) -> None:
         self._audit = audit
         self._counts = Counts() if counts is None else counts
         self._log = log
         self._clock_ns = clock_ns
+        self._wall_s = wall_s
         registry = Registry()
         calls = MemoryCalls(held=registry.held, mint=lambda: secrets.token_hex(16))
         self._state = State(registry, calls, name=name, started_ms=time.time_ns() // 1_000_000)
@@ -108,11 +127,16 @@ class Controller:
         """How many are open."""
         return len(self._connections)
 
-    def connected(self, connection: Connection, *, identity: PeerIdentity, address: str) -> None:
-        """As Dispatcher.connected."""
+    def connected(self, connection: Connection) -> bool:
+        """As Dispatcher.connected, for a peer whose certificate says what it is to us. False: it is refused."""
+        peer = connection.peer
+        if peer.identity.role is Role.NONE:
+            self._log("connection_refused", reason="no_role", detail=f"the certificate of {peer.subject} has no role", peer=connection.address)
+            return False
         self._connections[connection] = None
         self._all_gone.clear()
-        self._dispatcher.connected(connection, identity=identity, address=address, now_ns=self._clock_ns())
+        self._dispatcher.connected(connection, identity=peer.identity, address=connection.address, now_ns=self._clock_ns())
+        return True
 
     def received(self, connection: Connection, data: bytes) -> None:
         """Work, and write what came of it, to whomever."""
@@ -167,6 +191,7 @@ class Controller:
         """Look for what is over every SWEEP_S, for ever. A large portion is followed by the next after a turn of the loop."""
         while True:
             has_more = self._dispatcher.expire(now_ns=self._clock_ns())
+            self._close_expired()
             if self._audit is not None:
                 self._audit.sweep()
             self._flush()
@@ -185,6 +210,20 @@ class Controller:
 
         exporter = Exporter(self._counts, status=self._state.status, not_after=lambda: door.not_after_s, faults=faults)
         return Monitor(exporter.text, faults)
+
+    def _close_expired(self) -> None:
+        """A certificate is good for a connection as long as it is for a handshake; who has a new one dials again."""
+        now_s = self._wall_s()
+        for connection in self._connections:
+            if now_s >= connection.peer.expires_s:
+                self._dispatcher.close(connection, CloseReason.EXPIRED, f"the certificate of {connection.peer.subject} has expired")
+
+    def trust_only(self, authorities: Sequence[x509.Certificate]) -> None:
+        """Close the connections of peers whose CA is not trusted any more."""
+        for connection in self._connections:
+            if not tls.is_issued_by(connection.certificate(), authorities):
+                self._dispatcher.close(connection, CloseReason.DISTRUSTED, f"the CA of {connection.peer.subject} is not trusted any more")
+        self._flush()
 
     async def close_all(self) -> None:
         """Take no more questions, wait for the store's answers, DRAIN_S at most, and close every connection behind them.
@@ -216,12 +255,6 @@ class Controller:
                 connection.transport.close()
                 # TLS waits for the peer to say goodbye too, which a bad one does not do; the loops differ in how long.
                 asyncio.get_running_loop().call_later(CLOSE_S, connection.transport.abort)
-
-
-def identity_of(certificate: dict[str, Any] | None) -> PeerIdentity:
-    """Whom a certificate, as `ssl` shows it, names by its one URI kalium://ROLE/NAME; nobody when it has none or several."""
-    uris = [value for kind, value in (certificate or {}).get("subjectAltName", ()) if kind == "URI"]
-    return PeerIdentity.parse(uris[0]) if len(uris) == 1 else NOBODY
 
 
 def listen(config: Config) -> socket.socket:
@@ -290,13 +323,16 @@ class Door:
     async def _shake_hands(self, peer: socket.socket, address: str) -> None:
         """Make a Connection of `peer`, or close it and say why."""
         loop = asyncio.get_running_loop()
-        connection = Connection(self._controller, address)
+        context, connection = self.context, Connection(self._controller, address)
         try:
-            await loop.connect_accepted_socket(lambda: connection, peer, ssl=self.context, ssl_handshake_timeout=HANDSHAKE_S)
+            await loop.connect_accepted_socket(lambda: connection, peer, ssl=context, ssl_handshake_timeout=HANDSHAKE_S)
         except ssl.SSLError as error:
             self._log("connection_refused", reason="tls", detail=reason_of(error), peer=address)
         except OSError as error:
             self._log("connection_refused", reason="lost", detail=str(error) or type(error).__name__, peer=address)
+        else:
+            if context is not self.context and connection.transport is not None:
+                connection.transport.abort()  # it was verified by a CA that may just have been dropped: let it try again
 
 
 def configure(peer: socket.socket) -> None:
@@ -320,7 +356,7 @@ async def serve(config: Config, *, log: LogLine, ready: Callable[[int], None] = 
 
     Raises KaliumError for what keeps the controller from starting: the port, a certificate, the operator's key, the directory.
     """
-    context = tls.server_context(config.tls)
+    context = tls.server_context(config.tls, name=config.name)
     directory = PolicyDirectory(config.policies_dir, operator_key(config), clock_ns=time.time_ns)
     counts = Counts()
     log = counts.logging(log)
@@ -362,7 +398,7 @@ async def _serve(
             controller.renew_leases(),
             controller.sweep(),
             _follow_policies(directory, controller, log),
-            _follow_certificate(config, door, log),
+            _follow_certificate(config, door, controller, log),
             until=stop,
         )
     log("stopping", agents=controller.connections)
@@ -422,18 +458,24 @@ async def _follow_policies(directory: PolicyDirectory, controller: Controller, l
             controller.take(found)
 
 
-async def _follow_certificate(config: Config, door: Door, log: LogLine) -> None:
-    """Take a renewed certificate for the connections to come; those that are open keep theirs. A bad one is said once."""
-    before = await asyncio.to_thread(tls.stamps, config.tls)
+async def _follow_certificate(config: Config, door: Door, controller: Controller, log: LogLine) -> None:
+    """Take a renewed certificate for the connections to come; those that are open keep theirs. A bad one is said once.
+
+    Key, certificate and CA are written one after the other, so they are read when they have not changed for a sweep. Peers of a CA
+    that has gone from the file are closed.
+    """
+    taken = before = await asyncio.to_thread(tls.stamps, config.tls)
     while True:
         await asyncio.sleep(SWEEP_S)
         now = await asyncio.to_thread(tls.stamps, config.tls)
-        if now == before:
+        is_settled, before = now == before, now
+        if now == taken or not is_settled:
             continue
-        before = now
+        taken = now
         try:
-            door.context = await asyncio.to_thread(tls.server_context, config.tls)
+            door.context = await asyncio.to_thread(partial(tls.server_context, config.tls, name=config.name))
             door.not_after_s = tls.not_after_s(config.tls)
+            controller.trust_only(await asyncio.to_thread(tls.authorities, config.tls))
         except KaliumError as error:
             log("certificate_refused", code=error.code, detail=str(error))
         else:

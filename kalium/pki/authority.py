@@ -74,16 +74,15 @@ class Identity:
 
 
 def read(certificate_pem: bytes, key_pem: bytes) -> Identity | None:
-    """The identity in two PEM files; None when they are not a certificate and its EC key."""
+    """The identity in two PEM files, of several certificates that of the key; None when they are not a certificate and its EC key."""
     try:
-        certificate = x509.load_pem_x509_certificate(certificate_pem)
+        certificates = x509.load_pem_x509_certificates(certificate_pem)
         key = load_pem_private_key(key_pem, password=None)
     except (ValueError, TypeError):
         return None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         return None
-    identity = Identity(certificate, key)
-    return identity if identity.is_whole() else None
+    return next((identity for each in certificates if (identity := Identity(each, key)).is_whole()), None)
 
 
 def new_ca(*, now: datetime, key: ec.EllipticCurvePrivateKey | None = None) -> Identity:
@@ -153,6 +152,12 @@ def names_of(certificate: x509.Certificate) -> list[x509.GeneralName]:
         return list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
     except x509.ExtensionNotFound:
         return []
+
+
+def sans_of(certificate: x509.Certificate) -> tuple[str, ...]:
+    """The names that `issue` was given as `sans`."""
+    kinds = {x509.DNSName: "DNS", x509.IPAddress: "IP"}
+    return tuple(f"{kinds[type(name)]}:{name.value}" for name in names_of(certificate) if type(name) in kinds)
 
 
 def role_of(certificate: x509.Certificate) -> tuple[Role, str] | None:

@@ -62,6 +62,8 @@ class CloseReason(str, enum.Enum):
     ID_IN_USE = "id_in_use"  # a second question with the id of an open one
     TOO_MANY_QUESTIONS = "too_many_questions"
     SLOW_READER = "slow_reader"  # the peer does not read what is written to it
+    EXPIRED = "certificate_expired"  # the peer's, while the connection was open
+    DISTRUSTED = "ca_distrusted"  # the peer's certificate is of a CA that is not ours any more
     SHUTDOWN = "shutdown"
     LOST = "lost"  # the connection broke
 

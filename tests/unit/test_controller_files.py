@@ -11,12 +11,14 @@ import pytest
 from controller_samples import compiled
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from kalium.controller import tls
+from kalium.controller import identity, tls
 from kalium.controller.config import AuditFiles, Config, Listen, Store, TlsFiles, load
+from kalium.controller.identity import NOBODY, PeerIdentity
 from kalium.controller.store import FILES_MAX, PolicyDirectory
 from kalium.errors import KaliumError
 from kalium.pki import files
 from kalium.pki.authority import Role
+from kalium.pki.files import CaStep
 from kalium.policy.envelope import sign
 from kalium.protocol.limits import ENVELOPE_BYTES_MAX
 
@@ -195,6 +197,71 @@ def test_a_file_that_tls_cannot_use_is_named_with_the_reason(
 
     assert refusal.value.code == "controller.tls"
     assert len(refusal.value.for_humans().splitlines()) == 2
+
+
+def test_a_certificate_has_to_be_this_controllers(pki: TlsFiles) -> None:
+    tls.check(pki, name="controller", now=NOW)
+
+    with pytest.raises(KaliumError, match="it is of the controller controller, not other"):
+        tls.check(pki, name="other", now=NOW)
+
+    files.issue(pki.ca.parent, "controller", (), role=Role.AGENT, days=365, now=NOW)
+    with pytest.raises(KaliumError, match="its role is agent, not controller"):
+        tls.check(pki, now=NOW)
+
+
+def test_while_a_site_changes_its_ca_pairs_of_both_are_good(pki: TlsFiles) -> None:
+    folder = pki.ca.parent
+    old = (folder / "controller.crt").read_bytes(), (folder / "controller.key").read_bytes()
+    files.change_ca(folder, CaStep.BEGIN, now=NOW)
+    tls.check(pki, now=NOW)
+    files.change_ca(folder, CaStep.SWITCH, now=NOW)
+    tls.check(pki, now=NOW)
+    files.issue(folder, "controller", (), role=Role.CONTROLLER, days=365, now=NOW)
+    tls.check(pki, now=NOW)
+    files.change_ca(folder, CaStep.FINISH, now=NOW)
+    tls.check(pki, now=NOW)
+
+    pki.cert.write_bytes(old[0])
+    pki.key.write_bytes(old[1])
+
+    with pytest.raises(KaliumError, match="did not issue it"):
+        tls.check(pki, now=NOW)
+
+
+def test_a_ca_that_is_over_does_not_spoil_the_other_one(pki: TlsFiles) -> None:
+    folder = pki.ca.parent
+    later = NOW + timedelta(days=3640)
+    files.change_ca(folder, CaStep.BEGIN, now=later)
+    files.change_ca(folder, CaStep.SWITCH, now=later)
+    files.issue(folder, "controller", (), role=Role.CONTROLLER, days=365, now=later)
+
+    tls.check(pki, now=later + timedelta(days=20))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ((("URI", "kalium://agent/node0"),), PeerIdentity(identity.Role.AGENT, "node0")),
+        ((("DNS", "a"), ("URI", "kalium://client/a")), PeerIdentity(identity.Role.CLIENT, "a")),
+        ((("DNS", "kalium://agent/node0"),), NOBODY),
+        ((("URI", "kalium://agent/node0"), ("URI", "kalium://agent/node1")), NOBODY),
+        ((("URI", "kalium://root/node0"),), NOBODY),
+        ((("URI", "kalium:///node0"),), NOBODY),
+        ((("URI", "kalium://agent/"),), NOBODY),
+        ((), NOBODY),
+    ],
+)
+def test_who_a_peer_is_comes_from_the_one_uri_of_its_certificate(names: tuple[tuple[str, str], ...], expected: PeerIdentity) -> None:
+    subject = ((("commonName", "cn"),),)
+
+    peer = tls.peer_of({"subject": subject, "subjectAltName": names, "notAfter": "Mar  1 12:00:00 2026 GMT"})
+
+    assert peer == tls.Peer("cn", expected, NOW.timestamp())
+
+
+def test_a_peer_without_a_certificate_is_nobody_and_over() -> None:
+    assert tls.peer_of(None) == tls.Peer("", NOBODY, 0.0)
 
 
 def test_a_replaced_file_changes_the_stamps(pki: TlsFiles) -> None:

@@ -15,28 +15,35 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from controller_samples import compiled
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509.oid import NameOID
 
 from kalium.cli.main import main
 from kalium.controller import server, tls
 from kalium.controller.calls import Deferred
 from kalium.controller.client import status
-from kalium.controller.config import load
+from kalium.controller.config import TlsFiles, load
 from kalium.controller.server import Connection, Controller, Door
 from kalium.errors import KaliumError
-from kalium.pki import files
+from kalium.pki import authority, files
 from kalium.pki.authority import Role
+from kalium.pki.files import CaStep
 from kalium.policy.automaton import CompiledPolicy
 from kalium.policy.envelope import sign
 from kalium.protocol.frames import (
@@ -204,7 +211,9 @@ class Agent:
 
     def wait_for_close(self) -> str:
         """Read until the controller closes, and return the reason as it looks from here."""
+        deadline = time.monotonic() + WAIT_S
         while self.session.close_reason is None:
+            assert time.monotonic() < deadline, f"waited {WAIT_S:.0f} s in vain for the end of the connection"
             self._receive()
         return self.session.close_reason
 
@@ -365,6 +374,104 @@ def test_a_peer_that_breaks_the_protocol_is_closed_with_the_reason_in_the_log(si
     assert Agent(site).hello().ok
 
 
+def refused(site: Site, context: ssl.SSLContext) -> dict[str, Any]:
+    """Say hello by `context`, which the controller must not answer, and return the one line that says why."""
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        Agent(site, context).hello()
+    lines = until(lambda: site.events("connection_refused"), "the refusal in the log")
+    assert len(lines) == 1
+    assert site.events("agent_connected") == []
+    return cast(dict[str, Any], lines[0])
+
+
+def test_a_certificate_that_only_serves_gets_nothing(site: Site, any_loop: str) -> None:
+    """Pebble's, for example, whose key is on another host and in another account's hands."""
+    site.issue("pebble", role=Role.SERVER)
+    site.start()
+
+    line = refused(site, site.context("pebble"))
+
+    assert (line["reason"], line["detail"]) == ("tls", "certificate_verify_failed: unsuitable certificate purpose")
+
+
+def test_a_certificate_of_our_ca_without_a_role_gets_nothing(site: Site, any_loop: str) -> None:
+    """A site of an earlier version has issued such ones, for a year."""
+    ca = authority.read((site.path / "ca.crt").read_bytes(), (site.path / "ca.key").read_bytes())
+    assert ca is not None
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "agent")])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(ca.certificate.subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(site.now - timedelta(days=1))
+        .not_valid_after(site.now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("agent")]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.key.public_key()), critical=False)
+        .sign(ca.key, hashes.SHA256())
+    )
+    old = authority.Identity(certificate, key)
+    (site.path / "old.crt").write_bytes(old.certificate_pem())
+    (site.path / "old.key").write_bytes(old.key_pem())
+    site.start()
+
+    line = refused(site, site.context("old"))
+
+    assert (line["reason"], line["detail"]) == ("no_role", "the certificate of agent has no role")
+    assert Agent(site).hello().ok
+
+
+@pytest.mark.parametrize(("name", "role"), [("node1", Role.AGENT), ("node0", Role.CLIENT), ("node0", Role.CONTROLLER)])
+def test_a_hello_needs_the_role_of_an_agent_and_the_name_of_its_node(site: Site, any_loop: str, name: str, role: Role) -> None:
+    """A key that was stolen from one node, or from a client, is no other node's. Each of them may ask for the status."""
+    site.issue("thief", role=role, identity=name)
+    site.start()
+    thief = Agent(site, site.context("thief"))
+    assert cast(StatusAnswer, thief.ask(Status())).status.agents == 0
+
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        thief.hello("node0")
+
+    line = until(lambda: site.events("connection_closed"), "the line of the closed connection")[0]
+    assert line["reason"] == "wrong_identity"
+    assert site.events("agent_connected") == []
+
+
+def test_a_certificate_that_ends_while_its_connection_is_open_ends_the_connection(site: Site, any_loop: str) -> None:
+    site.issue("brief", identity="node0", days=1, now=datetime.now(timezone.utc) - timedelta(days=1) + timedelta(seconds=4))
+    site.start()
+    brief, lasting = Agent(site, site.context("brief")), Agent(site, site.context("node1"))
+    assert brief.hello().ok
+    assert lasting.hello("node1").ok
+
+    assert brief.wait_for_close() == "end_of_stream"
+
+    line = until(lambda: site.events("connection_closed"), "the line of the closed connection")[0]
+    assert (line["reason"], line["node"]) == ("certificate_expired", "node0")
+    assert cast(StatusAnswer, lasting.ask(Status())).status.agents == 1
+    assert refused_again(site, "brief").endswith("certificate has expired")
+    assert Agent(site).hello().ok  # with the certificate that has been issued meanwhile
+
+
+def refused_again(site: Site, name: str) -> str:
+    """What the log says of one more hello by the certificate `name`."""
+    before = len(site.events("connection_refused"))
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        Agent(site, site.context(name)).hello()
+    return str(until(lambda: site.events("connection_refused")[before:], "the refusal in the log")[0]["detail"])
+
+
+def test_no_session_is_resumed(site: Site, any_loop: str) -> None:
+    """A resumed one is not verified, so it would outlive its certificate."""
+    site.start()
+    agent = Agent(site)
+    assert agent.hello().ok  # a ticket would have come before the answer
+
+    assert agent.connection.session is None or not agent.connection.session.has_ticket
+
+
 # What survives
 
 
@@ -455,6 +562,54 @@ def test_a_renewed_certificate_is_taken_without_a_restart(site: Site, any_loop: 
     assert agent.hello().ok
 
 
+def reload(site: Site, change: Callable[[], object]) -> None:
+    """Change files of the PKI, and wait until the controller has taken them."""
+    before = len(site.events("certificate_loaded"))
+    change()
+    until(lambda: site.events("certificate_loaded")[before:], "the new files to be taken")
+
+
+def test_a_ca_that_is_renewed_under_its_key_disturbs_nobody(site: Site) -> None:
+    site.start()
+    agent, old = Agent(site), site.context()
+    assert agent.hello().ok
+    before = (site.path / "ca.crt").read_bytes()
+
+    reload(site, lambda: files.init(site.path, now=site.now + timedelta(days=3640)) and files.init(site.path, now=site.now))
+
+    assert (site.path / "ca.crt").read_bytes() != before
+    assert cast(StatusAnswer, agent.ask(Status())).status.agents == 1
+    assert Agent(site, old).hello().ok
+
+
+def test_a_change_of_the_ca_loses_nobody_who_follows_and_ends_who_does_not(site: Site, any_loop: str) -> None:
+    site.start()
+    follower = Agent(site)
+    assert follower.hello().ok
+
+    reload(site, lambda: files.change_ca(site.path, CaStep.BEGIN, now=site.now))
+    bundle = site.context("node1")  # who has got the file of both, and still its old pair
+    files.change_ca(site.path, CaStep.SWITCH, now=site.now)
+    reload(site, lambda: site.issue("controller", role=Role.CONTROLLER))
+    stranger = Agent(site, bundle)
+    assert stranger.hello("node1").ok
+    site.issue("node0")
+    followed = Agent(site)
+    assert followed.hello().ok
+    until(lambda: [line for line in site.events("connection_closed") if line["reason"] == "replaced"], "the old connection's end")
+    for suffix in ("crt", "key"):  # nobody issues it anew, but finish asks for all of the folder
+        (site.path / f"node1.{suffix}").rename(site.path / f"late.{suffix}.kept")
+    reload(site, lambda: files.change_ca(site.path, CaStep.FINISH, now=site.now))
+
+    assert stranger.wait_for_close() == "end_of_stream"
+    line = until(lambda: [line for line in site.events("connection_closed") if line["reason"] == "ca_distrusted"], "the end of the old CA's peer")
+    assert [each["node"] for each in line] == ["node1"]
+    assert cast(StatusAnswer, followed.ask(Status())).status.agents == 1
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        Agent(site, bundle).hello("node1")
+    assert until(lambda: site.events("connection_refused"), "the refusal in the log")[-1]["detail"].startswith("certificate_verify_failed")
+
+
 def test_a_damaged_certificate_is_not_taken(site: Site) -> None:
     site.start()
 
@@ -514,12 +669,25 @@ def test_no_token_and_no_key_is_ever_in_the_log(site: Site) -> None:
         (lambda site, busy: site.configure(operator_key="ca.crt"), "error[policy.key]: cannot read the operator's key"),
         (lambda site, busy: (site.path / "controller.key").unlink(), "error[controller.tls]: cannot use"),
         (lambda site, busy: site.config.unlink(), "error[controller.config]: cannot read the configuration"),
+        (lambda site, busy: site.configure(name="other"), "error[controller.tls]: cannot use"),
+        (lambda site, busy: site.configure(tls={"ca": "ca.crt", "cert": "node0.crt", "key": "node0.key"}), "error[controller.tls]: cannot use"),
         (
             lambda site, busy: site.issue("controller", role=Role.CONTROLLER, days=1, now=site.now - timedelta(days=2)),
             "error[controller.tls]: cannot use",
         ),
     ],
-    ids=["busy_port", "foreign_address", "no_policies", "no_operator_key", "wrong_operator_key", "no_key", "no_configuration", "expired"],
+    ids=[
+        "busy_port",
+        "foreign_address",
+        "no_policies",
+        "no_operator_key",
+        "wrong_operator_key",
+        "no_key",
+        "no_configuration",
+        "other_name",
+        "other_role",
+        "expired",
+    ],
 )
 def test_what_keeps_the_controller_from_starting_is_told(
     site: Site, capfd: pytest.CaptureFixture[str], change: Callable[[Site, int], object], first: str
@@ -589,6 +757,26 @@ def test_the_status_of_a_controller_with_another_ca_is_an_error(site: Site, caps
     assert "its certificate does not hold" in capsys.readouterr().err
 
 
+def test_the_status_is_not_taken_from_who_is_no_controller(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever has a server's key on the controller's host, and the port while the controller is away."""
+    site.issue("pebble", role=Role.SERVER)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(site.path / "pebble.crt", site.path / "pebble.key")
+    with socket.create_server(("127.0.0.1", site.port)) as listener:
+
+        def pose() -> None:
+            with listener.accept()[0] as plain, suppress(OSError), context.wrap_socket(plain, server_side=True) as connection:
+                connection.recv(1)
+
+        posing = threading.Thread(target=pose)
+        posing.start()
+        code = main(["controller", "status", "--config", str(site.config)])
+        posing.join(WAIT_S)
+
+    assert code == 3
+    assert "its certificate has the role none" in capsys.readouterr().err
+
+
 def test_a_port_that_answers_nothing_is_an_error_in_time(site: Site) -> None:
     """Something else has the port and says nothing: the deadline is the client's own."""
     with socket.create_server(("127.0.0.1", site.port)), pytest.raises(KaliumError, match="cannot ask the controller"):
@@ -610,7 +798,9 @@ class Transport:
         connection.connection_made(cast(asyncio.BaseTransport, self))
 
     def get_extra_info(self, name: str) -> Any:
-        return {"subjectAltName": (("DNS", "node0"), ("URI", "kalium://agent/node0"))} if name == "peercert" else None
+        if name != "peercert":
+            return None
+        return {"subjectAltName": (("DNS", "node0"), ("URI", "kalium://agent/node0")), "notAfter": "Jan  1 00:00:00 2100 GMT"}
 
     def set_write_buffer_limits(self, high: int) -> None:
         self.high = high
@@ -869,6 +1059,36 @@ def test_one_connection_too_many_is_closed_and_the_next_one_after_an_end_is_not(
     lines = with_a_door(site, story)
 
     assert (lines[0]["event"], lines[0]["reason"], lines[0]["detail"]) == ("connection_refused", "not_admitted", "1 connections are open")
+
+
+def test_files_are_taken_when_they_have_not_changed_for_a_sweep(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key and certificate are written one after the other, and between the two they do not fit: no reason to alarm anybody."""
+    seen = iter("AABCCCC")
+    taken_after: list[int] = []
+    lines: list[str] = []
+
+    def stamps(_files: TlsFiles) -> str:
+        looks.append(next(seen, ""))
+        if not looks[-1]:
+            raise KeyboardInterrupt  # nothing more is to be seen
+        return looks[-1]
+
+    def take(*_: object, **__: object) -> ssl.SSLContext:
+        taken_after.append(len(looks))
+        return context
+
+    looks: list[str] = []
+    context = tls.server_context(load(site.config).tls)
+    monkeypatch.setattr(server, "SWEEP_S", 0)
+    monkeypatch.setattr(tls, "stamps", stamps)
+    monkeypatch.setattr(tls, "server_context", take)
+    controller = Controller(log=lambda event, **_: lines.append(event))
+    door = Door(socket.socket(), context, controller, log=lambda *_, **__: None)
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(server._follow_certificate(load(site.config), door, controller, lambda event, **_: lines.append(event)))
+
+    assert (taken_after, lines) == ([5], ["certificate_loaded"])
 
 
 def test_one_coroutine_that_fails_ends_all_and_is_raised() -> None:

@@ -5,6 +5,7 @@ import itertools
 import os
 import ssl
 import stat
+import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -19,6 +20,7 @@ from kalium.cli.main import main
 from kalium.errors import KaliumError
 from kalium.pki import authority, files
 from kalium.pki.authority import DAYS, USES, Role, role_of
+from kalium.pki.files import CaStep
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
 SANS = ("DNS:controller", "IP:127.0.0.1")
@@ -275,6 +277,178 @@ def test_a_renewed_ca_keeps_its_key_and_what_it_has_issued(directory: Path) -> N
     assert (directory / "ca.key").read_bytes() == key
     certificate(directory / "controller.crt").verify_directly_issued_by(certificate(directory / "ca.crt"))
     assert files.init(directory, now=later).why == ""
+
+
+# Renewal of what is due, by whatever runs it
+
+
+def renewed(directory: Path, *, now: datetime, dry_run: bool = False) -> dict[str, str]:
+    """What `renew` said of each file: why it changed, or the fault; those that it left are not there."""
+    return {each.path.name: each.fault or each.why for each in files.renew(directory, now=now, dry_run=dry_run) if each.fault or each.why}
+
+
+def test_what_is_due_is_renewed_as_it_was_and_nothing_else(directory: Path) -> None:
+    issue(directory, days=7)
+    issue(directory, name="agent-node1", role=Role.AGENT, identity="node1", sans=("DNS:*.node1", "IP:::1"), days=30)
+    files.audit_key(directory, "controller-audit")
+    before = contents(directory)
+    assert renewed(directory, now=NOW + timedelta(days=4)) == {}
+    later = NOW + timedelta(days=5)
+    assert renewed(directory, now=later, dry_run=True) == {"controller.crt": "it expires on 2026-03-08"}
+    assert contents(directory) == before
+
+    assert renewed(directory, now=later) == {"controller.crt": "it expires on 2026-03-08"}
+
+    found = certificate(directory / "controller.crt")
+    assert {name for name, data in contents(directory).items() if data != before[name]} == {"controller.crt", "controller.key"}
+    assert (role_of(found), authority.sans_of(found), found.not_valid_after_utc) == ((Role.CONTROLLER, "controller"), SANS, later + timedelta(days=7))
+    assert issue(directory, days=7, now=later) == ""
+    last = NOW + timedelta(days=21)
+    assert renewed(directory, now=last).keys() == {"controller.crt", "agent-node1.crt"}
+    assert issue(directory, name="agent-node1", role=Role.AGENT, identity="node1", sans=("DNS:*.node1", "IP:::1"), days=30, now=last) == ""
+
+
+def test_the_ca_is_renewed_with_its_pairs(directory: Path) -> None:
+    issue(directory, days=7)
+    later = NOW + timedelta(days=3630)
+
+    assert set(renewed(directory, now=later)) == {"ca.crt", "controller.crt"}
+
+    assert [each.fault for each in files.show(directory, now=later)] == ["", ""]
+
+
+def test_what_is_not_ours_is_a_fault_and_stays(directory: Path, tmp_path: Path) -> None:
+    """A certificate of a stranger that lies in the folder must not become one of ours."""
+    files.init(tmp_path / "other", now=NOW)
+    issue(tmp_path / "other", name="stranger")
+    issue(directory, name="agent", role=Role.AGENT, days=7)
+    for suffix in ("crt", "key"):
+        damage(directory, f"stranger.{suffix}", (tmp_path / "other" / f"stranger.{suffix}").read_bytes())
+        damage(directory, f"moved.{suffix}", (directory / f"agent.{suffix}").read_bytes())
+    before = contents(directory)
+
+    found = renewed(directory, now=NOW + timedelta(days=6))
+
+    assert found == {
+        "agent.crt": "it expires on 2026-03-08",
+        "moved.crt": "its role or its name is none of ours: issue it anew",
+        "stranger.crt": "another CA issued it",
+    }
+    assert {name for name, data in contents(directory).items() if data != before[name]} == {"agent.crt", "agent.key"}
+
+
+def test_renewal_for_ever_goes_on_after_an_error(directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    issue(directory, days=1, now=datetime.now(timezone.utc) - timedelta(hours=20))
+    key = (directory / "ca.key").read_bytes()
+    damage(directory, "ca.key", b"")
+    waited: list[int] = []
+
+    def wait(seconds: int) -> None:
+        waited.append(seconds)
+        damage(directory, "ca.key", key)
+        if len(waited) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", wait)
+    main(["pki", "renew", "--dir", str(directory), "--every", "3600"])
+
+    printed = capsys.readouterr()
+    assert waited == [3600] * 3
+    assert printed.err.startswith("error[pki.ca]: cannot use the CA")
+    assert [line.split(":")[0] for line in printed.out.splitlines()] == [f"changed {directory}/controller.crt"]
+
+
+def test_who_writes_to_the_folder_waits_for_who_does(directory: Path) -> None:
+    """A timer and a playbook come at the same time: a key of the one beside the certificate of the other would fit nobody."""
+    issued: list[str] = []
+    with files._alone(directory, dry_run=False):
+        other = threading.Thread(target=lambda: issued.append(issue(directory)))
+        other.start()
+        other.join(0.2)
+        assert (issued, other.is_alive()) == ([], True)
+    other.join(10)
+
+    assert issued == ["there is no certificate with its key yet"]
+
+
+# A change of the CA
+
+
+def change(directory: Path, step: CaStep) -> str:
+    return files.change_ca(directory, step, now=NOW).why
+
+
+def test_a_change_of_the_ca_keeps_every_pair_good_until_it_has_been_issued_anew(directory: Path) -> None:
+    issue(directory)
+    old = certificate(directory / "ca.crt")
+
+    assert [change(directory, CaStep.BEGIN), change(directory, CaStep.BEGIN)] == ["a second CA is trusted", ""]
+    assert issue(directory) == ""
+    assert [each.fault for each in files.show(directory, now=NOW)] == ["", "", ""]
+    assert [change(directory, CaStep.SWITCH), change(directory, CaStep.SWITCH)] == ["the second CA issues", ""]
+    assert [each.fault for each in files.show(directory, now=NOW)] == ["", "", ""]
+    before = (directory / "ca.crt").read_bytes()
+    with pytest.raises(KaliumError, match=r"the old CA issued controller\.crt"):
+        change(directory, CaStep.FINISH)
+    assert (directory / "ca.crt").read_bytes() == before
+    assert issue(directory) == "another CA issued it"
+    assert [change(directory, CaStep.FINISH), change(directory, CaStep.FINISH)] == ["the old CA is not trusted any more", ""]
+
+    new = certificate(directory / "ca.crt")
+    assert set(contents(directory)) == {"ca.crt", "ca.key", "controller.crt", "controller.key"}
+    assert new.public_key() != old.public_key()
+    assert len(x509.load_pem_x509_certificates((directory / "ca.crt").read_bytes())) == 1
+    assert [each.fault for each in files.show(directory, now=NOW)] == ["", ""]
+    certificate(directory / "controller.crt").verify_directly_issued_by(new)
+
+
+@pytest.mark.parametrize(
+    ("done", "step", "first"),
+    [
+        ((), CaStep.SWITCH, "begin"),
+        ((CaStep.BEGIN,), CaStep.FINISH, "switch"),
+        ((CaStep.BEGIN, CaStep.SWITCH), CaStep.BEGIN, "finish"),
+    ],
+)
+def test_a_step_whose_turn_it_is_not_is_refused_with_the_one_that_comes_first(
+    directory: Path, done: tuple[CaStep, ...], step: CaStep, first: str
+) -> None:
+    for each in done:
+        change(directory, each)
+    before = contents(directory)
+
+    with pytest.raises(KaliumError) as refusal:
+        change(directory, step)
+
+    assert (refusal.value.code, f"--step {first}` first" in refusal.value.next_step) == ("pki.ca", True)
+    assert contents(directory) == before
+
+
+def test_a_step_that_was_cut_after_its_key_goes_on_with_that_key(directory: Path) -> None:
+    files.change_ca(directory, CaStep.BEGIN, now=NOW)
+    bundle = x509.load_pem_x509_certificates((directory / "ca.crt").read_bytes())
+    damage(directory, "ca.crt", bundle[0].public_bytes(Encoding.PEM))
+    assert files.change_ca(directory, CaStep.BEGIN, now=NOW, dry_run=True).why
+
+    assert change(directory, CaStep.BEGIN)
+
+    assert x509.load_pem_x509_certificates((directory / "ca.crt").read_bytes())[1].public_key() == bundle[1].public_key()
+
+
+def test_a_ca_that_is_renewed_during_a_change_leaves_the_other_one_trusted(directory: Path) -> None:
+    change(directory, CaStep.BEGIN)
+    other = x509.load_pem_x509_certificates((directory / "ca.crt").read_bytes())[1]
+
+    assert files.init(directory, now=NOW + timedelta(days=3630)).why
+
+    assert x509.load_pem_x509_certificates((directory / "ca.crt").read_bytes())[1] == other
+
+
+def test_a_host_that_issues_nothing_has_no_key_of_the_ca_and_that_is_no_fault(directory: Path) -> None:
+    issue(directory)
+    (directory / "ca.key").unlink()
+
+    assert [each.fault for each in files.show(directory, now=NOW)] == ["", ""]
 
 
 def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path: Path) -> None:
