@@ -81,6 +81,7 @@ class Audit:
     def __init__(self, *, clock_ms: Callable[[], int] = wall_ms, rate: Rate | None = None) -> None:
         """`writer` is set by who makes the two, because each tells the other something."""
         self.writer: Recorder | None = None
+        self.entries = 0  # since the start
         self._clock_ms = clock_ms
         self._rate = Rate() if rate is None else rate
         self._anchors: OrderedDict[str, tuple[int, tuple[int, str]]] = OrderedDict()  # node -> when, what
@@ -133,6 +134,7 @@ class Audit:
 
     def _put(self, event: str, fields: Mapping[str, Any]) -> None:
         if self.writer is not None:
+            self.entries += 1
             self.writer.record(event, {name: value[:TEXT_MAX] if isinstance(value, str) else value for name, value in fields.items()})
 
     def _is_new_anchor(self, *, node: str, audit_seq: int, audit_hash: str) -> bool:

@@ -21,8 +21,8 @@ class Counts:
     """Plain integers since the start of the process. Keys of the maps are written by our own code alone."""
 
     __slots__ = (
-        "batch_ns", "batches", "closed", "evicted", "leases", "policies_refused", "refused", "steps",
-        "store_errors", "store_ns", "store_round_trips",
+        "audit_failures", "batch_ns", "batches", "closed", "evicted", "leases", "policies_refused", "refused", "steps", "store_errors", "store_ns",
+        "store_round_trips",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -31,6 +31,7 @@ class Counts:
         self.refused: defaultdict[str, int] = defaultdict(int)  # connections that did not come about
         self.closed: defaultdict[str, int] = defaultdict(int)
         self.policies_refused = 0
+        self.audit_failures = 0
         self.leases = 0
         self.batches = [0] * (len(_BATCH_NS) + 1)  # by the bound that the batch did not exceed; the last: none
         self.batch_ns = 0
@@ -45,10 +46,7 @@ class Counts:
 
     def logging(self, log: LogLine) -> LogLine:
         """`log`, whose lines about connections, policies and evictions are also counted: a line and its counter cannot differ."""
-        tables = {
-            "connection_refused": self.refused, "identity_refused": self.refused, "connection_closed": self.closed,
-            "invocation_evicted": self.evicted,
-        }  # fmt: skip
+        tables = {"connection_refused": self.refused, "connection_closed": self.closed, "invocation_evicted": self.evicted}
 
         def counted(event: str, **fields: Any) -> None:
             table = tables.get(event)
@@ -56,6 +54,8 @@ class Counts:
                 table[str(fields.get("reason"))] += 1
             elif event == "policy_refused":
                 self.policies_refused += 1
+            elif event == "audit_failed":
+                self.audit_failures += 1
             log(event, **fields)
 
         return counted

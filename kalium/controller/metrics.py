@@ -36,7 +36,13 @@ class Exporter(Collector):
     """Reads counts, and asks for what is there now, whenever somebody scrapes."""
 
     def __init__(
-        self, counts: Counts, *, status: Callable[[], StatusReport], not_after: Callable[[], float], faults: Callable[[], Mapping[str, str]]
+        self,
+        counts: Counts,
+        *,
+        status: Callable[[], StatusReport],
+        not_after: Callable[[], float],
+        faults: Callable[[], Mapping[str, str]],
+        audit_entries: Callable[[], int],
     ) -> None:
         """`status` is what STATUS is answered with; `not_after` the end of the certificate in force, seconds since 1970.
 
@@ -46,6 +52,7 @@ class Exporter(Collector):
         self._status = status
         self._not_after = not_after
         self._faults = faults
+        self._audit_entries = audit_entries
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -76,6 +83,8 @@ class Exporter(Collector):
             ("store_round_trips", "Round trips to the shared store.", counts.store_round_trips),
             ("store_errors", "Round trips to the shared store that failed.", counts.store_errors),
             ("store_seconds", "Time that round trips to the shared store took.", counts.store_ns / 1e9),
+            ("audit_entries", "Entries of the audit log.", self._audit_entries()),
+            ("audit_failures", "Times that the audit log could not be written.", counts.audit_failures),
         ):
             yield CounterMetricFamily(PREFIX + name, documentation, value=value)
         yield from self._now()

@@ -208,7 +208,13 @@ class Controller:
                 "draining": "the controller stops" if is_stopping() else "",
             }
 
-        exporter = Exporter(self._counts, status=self._state.status, not_after=lambda: door.not_after_s, faults=faults)
+        exporter = Exporter(
+            self._counts,
+            status=self._state.status,
+            not_after=lambda: door.not_after_s,
+            faults=faults,
+            audit_entries=lambda: self._audit.entries if self._audit is not None else 0,
+        )
         return Monitor(exporter.text, faults)
 
     def _close_expired(self) -> None:

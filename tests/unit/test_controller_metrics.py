@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from kalium.controller.monitor import Monitor
 from kalium.errors import KaliumError
 from kalium.policy.message import Reason
 from kalium.protocol.frames import StatusReport
+from kalium.protocol.session import CloseReason
 
 REPORT = StatusReport(
     {"shop": 7}, agents=2, calls=3, invocations=4, controller="c1", controllers=("c1", "c2"), store="redis", started_ms=1500,
@@ -29,7 +32,13 @@ REPORT = StatusReport(
 
 def samples(counts: Counts, report: StatusReport = REPORT) -> dict[tuple[str, ...], float]:
     """Every sample of a scrape: (name, label values in the order of label names) -> value."""
-    text = Exporter(counts, status=lambda: report, not_after=lambda: 1234.0, faults=lambda: {"store": "it is away", "audit": ""}).text().decode()
+    text = (
+        Exporter(
+            counts, status=lambda: report, not_after=lambda: 1234.0, faults=lambda: {"store": "it is away", "audit": ""}, audit_entries=lambda: 12
+        )
+        .text()
+        .decode()
+    )
     return {
         (sample.name.removeprefix(metrics.PREFIX), *(value for _, value in sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
@@ -66,7 +75,7 @@ def test_a_label_that_is_not_in_its_set_is_other() -> None:
     log = counts.logging(lambda event, **fields: None)
     log("connection_refused", reason="tls")
     log("connection_refused", reason="from the moon")
-    log("identity_refused", reason="duplicate_agent")
+    log("connection_refused", reason="duplicate_agent")
 
     found = samples(counts)
 
@@ -77,6 +86,21 @@ def test_a_label_that_is_not_in_its_set_is_other() -> None:
     )
     assert found["connections_refused_total", "duplicate_agent"] == 1
     assert not any("made up" in key or "from the moon" in key for key in found)
+
+
+@pytest.mark.parametrize(("event", "labels"), [("connection_refused", metrics.REFUSALS), ("invocation_evicted", metrics.EVICTIONS)])
+def test_every_reason_that_the_controller_logs_has_a_label_of_its_own(event: str, labels: tuple[str, ...]) -> None:
+    """A new one that nobody adds here would be counted as OTHER, and no alert could name it."""
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(metrics.__file__).parent.glob("*.py")))
+
+    if event == "connection_refused":
+        said = set(re.findall(rf'"{event}",\s*reason="(\w+)"', text)) | {
+            CloseReason[name].value for name in re.findall(rf'"{event}",\s*reason=CloseReason\.(\w+)', text)
+        }
+    else:
+        said = set(re.findall(r'_forget\(\w+, "(\w+)"', text)) | set(re.findall(r'_evict\(\w+, "(\w+)"', text))
+    assert said <= set(labels)
+    assert len(said) > 1
 
 
 def test_what_an_agent_makes_up_is_no_label() -> None:
@@ -99,9 +123,10 @@ def test_a_line_of_the_log_and_its_counter_are_one() -> None:
     log("connection_closed", reason="shutdown")
     log("policy_refused", reason="policy.version")
     log("listening", address="x")
+    log("audit_failed", file="x")
 
-    assert (counts.evicted["timeout"], counts.closed["shutdown"], counts.policies_refused) == (1, 1, 1)
-    assert [event for event, _ in lines] == ["invocation_evicted", "connection_closed", "policy_refused", "listening"]
+    assert (counts.evicted["timeout"], counts.closed["shutdown"], counts.policies_refused, counts.audit_failures) == (1, 1, 1, 1)
+    assert [event for event, _ in lines] == ["invocation_evicted", "connection_closed", "policy_refused", "listening", "audit_failed"]
     assert lines[0][1] == {"reason": "timeout", "app": "shop"}
 
 
@@ -123,7 +148,7 @@ def test_what_is_there_now_comes_from_the_status() -> None:
     assert {name: found[name,] for name in ("agents", "calls", "invocations", "controllers", "start_time_seconds")} == {
         "agents": 2, "calls": 3, "invocations": 4, "controllers": 2, "start_time_seconds": 1.5,
     }  # fmt: skip
-    assert (found["fault", "store"], found["fault", "audit"]) == (1, 0)
+    assert (found["fault", "store"], found["fault", "audit"], found["audit_entries_total",]) == (1, 0, 12)
     assert (found["policy_version", "shop"], found["certificate_not_after_seconds",]) == (7, 1234)
 
 
