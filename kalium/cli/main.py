@@ -62,12 +62,16 @@ def parser_for(noun: str | None) -> argparse.ArgumentParser:
 
 def module_of(noun: str) -> Any:
     """The module of `noun`. Raises KaliumError when this installation lacks it or something that it needs."""
-    name = f"kalium.cli.{noun}"
+    return imported(f"kalium.cli.{noun}", noun)
+
+
+def imported(name: str, command: str) -> Any:
+    """The module `name`, which `command` needs. Raises KaliumError when this installation lacks it or something that it needs."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise KaliumError(
-            "cli.incomplete", f"cannot run `kalium {noun}`", f"Python module {error.name} is not installed for {sys.executable}",
+            "cli.incomplete", f"cannot run `kalium {command}`", f"Python module {error.name} is not installed for {sys.executable}",
             "use the `kalium` of the site, /opt/kalium/venv/bin/kalium, or install the package again", EXIT_ENVIRONMENT,
         ) from error  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""`kalium policy`: lint, test, compile, sign, verify and show policies, and explain the verdicts they led to."""
+"""`kalium policy`: lint, test, compile, sign, verify and show policies, put them in force, and explain the verdicts they led to."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from kalium.cli.files import read_file, write_atomically
+from kalium.cli.main import imported
 from kalium.errors import EXIT_DONE, EXIT_NO, EXIT_USAGE, KaliumError
 from kalium.policy import envelope, examples, render
 from kalium.policy.automaton import CompiledPolicy, decode
 from kalium.policy.compile import compile_policy, first_error
 from kalium.policy.envelope import SIGNED_FORMAT
-from kalium.policy.limits import ENVELOPE_BYTES_MAX
+from kalium.policy.limits import ENVELOPE_BYTES_MAX, VERSION_MAX
 from kalium.policy.lint import lint, lint_compiled
 from kalium.policy.message import Reason
 from kalium.policy.schema import published
 from kalium.policy.source import Finding, Severity
 
 KEY_BYTES_MAX = 64 * 1024
+CONTROLLER = Path("/etc/kalium/controller.json")
 VERDICTS = Path("/var/log/kalium/verdicts.jsonl")
 POLL_SECONDS = 0.1
 
@@ -34,6 +36,9 @@ examples:
   kalium policy test policies/hello-retail.yml policies/hello-retail.examples.yml
   kalium policy sign policies/hello-retail.yml --key operator.key --out hello-retail.signed.json
   kalium policy verify hello-retail.signed.json --key operator.pub
+  kalium policy apply hello-retail.signed.json
+  kalium policy history hello-retail
+  kalium policy rollback hello-retail --to 3 --key operator.key
   kalium policy show policies/hello-retail.yml --function product-photos-3-receive --format dot | dot -Tsvg -o receive.svg
   kalium policy explain --denied --last 5
 """
@@ -84,6 +89,8 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--function", action="append", default=[], metavar="NAME", help="this function only; may be repeated")
     parser.add_argument("--format", choices=("table", "dot"), default="table", help="a table, or a graph for Graphviz")
 
+    _register_applying(verb)
+
     verb("schema", run_schema, "print the JSON Schema of policies, for editors")
 
     parser = verb("explain", run_explain, "show verdicts: what was sent, why it was allowed or denied; exit 1 when none is found", has_output=True)
@@ -95,11 +102,42 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--wait", type=_count, default=0, metavar="SECONDS", help="wait so long for one that fits: the agent writes a moment later")
 
 
-def _count(text: str) -> int:
+def _register_applying(verb: Callable[..., Any]) -> None:
+    """The verbs of kalium.cli.apply. They need what the controller needs, which the others do without."""
+
+    def applying(name: str, run: str, purpose: str, *, waits: bool = True) -> Any:
+        def command(arguments: argparse.Namespace) -> int:
+            return int(getattr(imported("kalium.cli.apply", f"policy {name}"), run)(arguments))
+
+        parser = verb(name, command, purpose, has_output=True)
+        parser.add_argument("--config", type=Path, default=CONTROLLER, metavar="FILE", help="the controller's configuration (default: %(default)s)")
+        if waits:
+            parser.add_argument("--wait", type=_count, default=10, metavar="SECONDS", help="for the controller to take it (default: %(default)s)")
+            parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+        return parser
+
+    parser = applying("apply", "run_apply", "put a signed policy in force, and wait until the controller has it; exit 1 when it is refused")
+    parser.add_argument("file", type=Path, metavar="SIGNED", help="a signed policy")
+
+    purpose = "list the versions of an app's policy that were in force; exit 1 when there is none"
+    parser = applying("history", "run_history", purpose, waits=False)
+    parser.add_argument("app", metavar="APP")
+
+    parser = applying("rollback", "run_rollback", "put an old policy in force again: its text under a new version")
+    parser.add_argument("app", metavar="APP")
+    parser.add_argument("--to", type=_version, required=True, metavar="VERSION", help="one that `kalium policy history` lists")
+    parser.add_argument("--key", type=Path, required=True, help="the operator's private key, Ed25519 in PEM")
+
+
+def _count(text: str, most: int = 100_000) -> int:
     number = int(text)
-    if not 1 <= number <= 100_000:
-        raise argparse.ArgumentTypeError("is not a number from 1 to 100000")
+    if not 1 <= number <= most:
+        raise argparse.ArgumentTypeError(f"is not a number from 1 to {most}")
     return number
+
+
+def _version(text: str) -> int:
+    return _count(text, VERSION_MAX)
 
 
 def is_yaml(data: bytes) -> bool:

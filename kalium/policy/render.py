@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from kalium.policy.automaton import CompiledPolicy, FunctionAutomaton, MessageAutomaton, Reuse, Symbol, Tls
+from kalium.policy.automaton import AppGraph, CompiledPolicy, FunctionAutomaton, Label, MessageAutomaton, Reuse, Symbol, Tls
 from kalium.policy.limits import INFLIGHT_DEFAULT, RETRIES_DEFAULT
 
 
@@ -14,7 +14,8 @@ def text(policy: CompiledPolicy, functions: Sequence[str]) -> str:
 
 
 def _head(policy: CompiledPolicy) -> Iterator[str]:
-    yield f"app {policy.app}, version {policy.version}, mode {policy.mode.value}, deadline {policy.deadline_ms} ms"
+    deadline = f"deadline {policy.deadline_ms} ms, then {policy.app_edge.value}"
+    yield f"app {policy.app}, version {policy.version}, mode {policy.mode.value}, {deadline}"
     for name in sorted(policy.peers):
         peer = policy.peers[name]
         extra = f", schema {peer.schema}" if peer.schema else ", gateway" if peer.gateway else ""
@@ -35,6 +36,30 @@ def _function(policy: CompiledPolicy, function: FunctionAutomaton) -> Iterator[s
     if function.startup is not None:
         yield f"startup of {function.name}: {_count(function.startup.states, 'state')}, {_count(len(function.startup.symbols), 'message')}"
         yield from _states(function.startup)
+    graph = policy.app_cfg[function.name]
+    if _joins(graph):
+        yield f"invocations of {function.name}: {_count(graph.states, 'state')}, {_count(_joins(graph), 'join')}"
+        yield from _invocations(graph)
+
+
+def _joins(graph: AppGraph) -> int:
+    """How many joins there are. Without any, the invocations say nothing that the messages do not."""
+    return sum(label.barrier > 0 for label in graph.labels)
+
+
+def _invocations(graph: AppGraph) -> Iterator[str]:
+    width = max(len(_label(label)) for label in graph.labels)
+    edges = {state: [(label, target) for source, label, target in graph.edges if source == state] for state in range(graph.states)}
+    for state, leaving in edges.items():
+        yield f"  state {state}{' (start)' if state in graph.start else ''}"
+        for number, target in leaving:
+            label = graph.labels[number]
+            marks = [f"join {label.join}"] * (label.join > 0) + [f"retries {label.retries}"] * (label.retries > 0)
+            yield f"    {_label(label):<{width}}  -> {target}   {', '.join(marks)}".rstrip()
+
+
+def _label(label: Label) -> str:
+    return f"all of join {label.barrier} answered" if label.barrier else label.key.text()
 
 
 def _states(automaton: MessageAutomaton) -> Iterator[str]:
@@ -63,7 +88,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def dot(policy: CompiledPolicy, functions: Sequence[str]) -> str:
-    """`functions` as one graph in the DOT language, a cluster each. A double circle: the invocation may end there."""
+    """`functions` as one graph in the DOT language, a cluster each, and one for the invocations of those that have joins.
+
+    A double circle: the invocation may end there. Dashed: by the queue. Dotted: passed when all of the join are answered.
+    """
     lines = [f'digraph "{policy.app}" {{', "  rankdir=LR;", '  node [shape=circle, fontname="sans-serif"];', '  edge [fontname="sans-serif"];']
     parts: list[tuple[str, MessageAutomaton | None]] = []
     for name in functions:
@@ -77,9 +105,25 @@ def dot(policy: CompiledPolicy, functions: Sequence[str]) -> str:
         for source, number, target in automaton.edges:
             symbol = automaton.symbols[number]
             line = ", ".join([f"line {symbol.line}", *_marks(symbol)])
-            lines.append(f'    f{index}_{source} -> f{index}_{target} [label="{escaped(symbol.text)}\\n{line}"];')
+            style = ", style=dashed" if symbol.asynchronous else ""
+            lines.append(f'    f{index}_{source} -> f{index}_{target} [label="{escaped(symbol.text)}\\n{line}"{style}];')
         lines.append("  }")
+    for name in functions:
+        lines += list(_joined_cluster(name, policy.app_cfg[name])) if _joins(policy.app_cfg[name]) else []
     return "\n".join([*lines, "}"]) + "\n"
+
+
+def _joined_cluster(name: str, graph: AppGraph) -> Iterator[str]:
+    yield f'  subgraph "cluster_invocations_{name}" {{'
+    yield f'    label="invocations of {name}";'
+    for state in range(graph.states):
+        yield f'    "{name}_{state}" [label="{state}"{", style=bold" if state in graph.start else ""}];'
+    for source, number, target in graph.edges:
+        label = graph.labels[number]
+        style = ", style=dotted" if label.barrier else ", style=dashed" if label.key.asynchronous else ""
+        join = f"\\njoin {label.join}" if label.join else ""
+        yield f'    "{name}_{source}" -> "{name}_{target}" [label="{escaped(_label(label))}{join}"{style}];'
+    yield "  }"
 
 
 def escaped(label: str) -> str:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_policy_language import MESSAGES, Expression, Step, derivatives, source_of
 
 from kalium.errors import KaliumError
+from kalium.policy import render
 from kalium.policy.automaton import AppGraph, CompiledPolicy, FailMode, Label, LabelKey
 from kalium.policy.compile import compile_policy
 from kalium.policy.examples import NotAMessage, message_of
@@ -348,3 +349,37 @@ def test_a_message_that_is_told_apart_matches_no_other_line() -> None:
     for callee, asynchronous, callback in near:
         message = Message(policy.functions["f"].symbols[1].kind, "gateway", callee=callee, asynchronous=asynchronous, callback=callback)
         assert not policy.functions["f"].knows(message)
+
+
+def test_joins_and_ways_are_drawn() -> None:
+    steps = "      - {parallel: [{invoke: g, async: true, callback: h}, {invoke: h}], join: answered}\n      - {invoke: g, retries: 1}\n"
+    policy = CompiledPolicy.parse(compile_policy(source(steps, app_edge="last_known"), "shop.yml"))
+
+    table, dot = render.text(policy, ["f"]), render.dot(policy, ["f"])
+
+    assert table.startswith("app shop, version 1, mode enforce, deadline 250 ms, then last_known\n")
+    drawn = """\
+invocations of f: 6 states, 1 join
+  state 0 (start)
+    invoke g async callback h  -> 1   join 1
+    invoke h                   -> 2   join 1
+  state 1
+    invoke h                   -> 3   join 1
+  state 2
+    invoke g async callback h  -> 3   join 1
+  state 3
+    all of join 1 answered     -> 4
+  state 4
+    invoke g                   -> 5   retries 1
+  state 5
+"""
+    assert table[table.index("invocations of f") :] == drawn
+    assert '    "f_3" -> "f_4" [label="all of join 1 answered", style=dotted];' in dot
+    assert '    "f_0" -> "f_1" [label="invoke g async callback h\\njoin 1", style=dashed];' in dot
+    assert 'label="invoke g async callback h\\nline 16", style=dashed];' in dot
+
+
+def test_invocations_without_joins_are_not_drawn_twice() -> None:
+    policy = CompiledPolicy.parse(compile_policy(source("      - {invoke: g, async: true}\n"), "shop.yml"))
+
+    assert "invocations of" not in render.text(policy, ["f"]) + render.dot(policy, ["f"])

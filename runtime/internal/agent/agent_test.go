@@ -385,6 +385,8 @@ func TestABadPolicyIsRefusedAndTheLastGoodOneStays(t *testing.T) {
 		"an unsigned policy":             {"shop", compiled("shop", 6)},
 		"a changed policy":               {"shop", []byte(strings.Replace(string(s.sign(compiled("shop", 6))), `"policy":"e`, `"policy":"f`, 1))},
 		"a policy that does not parse":   {"shop", s.sign([]byte(`{"format":"kalium-compiled/v3"}`))},
+		"a truncated policy":             {"shop", s.sign(compiled("shop", 6))[:200]},
+		"a policy of 100,000 states":     {"shop", s.sign([]byte(strings.ReplaceAll(string(compiled("shop", 6)), `"states":1`, `"states":100000`)))},
 	} {
 		before := strings.Count(s.log.String(), eventPolicyRefused)
 		s.controller.push(&frame.Policy{App: c.app, Policy: c.envelope})
