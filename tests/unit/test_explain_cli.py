@@ -156,6 +156,15 @@ def test_without_the_policy_the_log_alone_is_drawn(logs: list[str], capsys: pyte
     assert "   |  invoke pay                 line 14\n  (2)  <-- here it stood\n   X--  https POST bank /transfer  refused" in out
 
 
+def test_a_denial_says_itself_where_it_stood(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What led there may be in a log that was rotated away."""
+    log = written(tmp_path / "log", [VERDICTS[3]])
+
+    main(["explain", DENIED, "--log", str(log), "--policy", str(policy)])
+
+    assert "invocation of buy\n  (2)  <-- here it stood\n   +->  https GET bank /receipt    line 15  to state 3\n" in capsys.readouterr().out
+
+
 def test_another_version_of_the_policy_is_not_taken(logs: list[str], policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its states and lines mean something else."""
     policy.write_text(POLICY.replace("version: 7", "version: 8"), encoding="utf-8")
