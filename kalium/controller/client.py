@@ -20,7 +20,7 @@ ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # what a client means
 
 def status(config: Config, *, timeout_s: float = TIMEOUT_S) -> StatusReport:
     """The status of the controller that `config` starts. Raises KaliumError controller.away when it does not answer in time."""
-    context = tls.client_context(config.tls, name=config.name)
+    context = tls.client_context(config.tls)
     host = ANY.get(config.host, config.host)
     deadline = time.monotonic() + timeout_s
     try:

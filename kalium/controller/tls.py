@@ -48,19 +48,20 @@ def identity_of(uris: Sequence[str]) -> PeerIdentity:
 
 def server_context(files: TlsFiles, *, name: str = "") -> ssl.SSLContext:
     """A context for a listener that serves only peers with a certificate of our CA. Raises KaliumError as `check` does."""
-    context = _context(files, ssl.PROTOCOL_TLS_SERVER, name)
+    check(files, name=name)
+    context = _context(files, ssl.PROTOCOL_TLS_SERVER)
     # A resumed session is not verified again, so it would outlive its certificate, or the CA that we no longer trust.
     context.num_tickets = 0
     return context
 
 
-def client_context(files: TlsFiles, *, name: str = "") -> ssl.SSLContext:
-    """A context for a client that proves itself by its own certificate. Raises KaliumError as `check` does."""
-    return _context(files, ssl.PROTOCOL_TLS_CLIENT, name)
+def client_context(files: TlsFiles) -> ssl.SSLContext:
+    """A context for a client that proves itself by its own certificate, of any role. Raises KaliumError as `check` does."""
+    check(files, roles=(Role.AGENT, Role.CONTROLLER, Role.CLIENT))
+    return _context(files, ssl.PROTOCOL_TLS_CLIENT)
 
 
-def _context(files: TlsFiles, protocol: int, name: str) -> ssl.SSLContext:
-    check(files, name=name)
+def _context(files: TlsFiles, protocol: int) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
@@ -85,10 +86,10 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def check(files: TlsFiles, *, name: str = "", now: datetime | None = None) -> None:
-    """Raise KaliumError unless key, certificate and CA belong together and are valid now, and the certificate is the controller's `name`.
+def check(files: TlsFiles, *, roles: tuple[Role, ...] = (Role.CONTROLLER,), name: str = "", now: datetime | None = None) -> None:
+    """Raise KaliumError unless key, certificate and CA belong together and are valid now, and its owner has one of `roles` and `name`.
 
-    Without a `name` any controller's will do.
+    Without a `name` any will do.
     """
     now = now or datetime.now(timezone.utc)
     authorities, certificate = _authorities(files.ca, now), _certificates(files.cert)[0]
@@ -96,10 +97,10 @@ def check(files: TlsFiles, *, name: str = "", now: datetime | None = None) -> No
     if not is_issued_by(certificate, authorities):
         raise _refused(files.cert, f"the CA {files.ca} did not issue it", "use the CA that did, or " + ISSUE)
     identity = identity_of(_uris(certificate))
-    if identity.role is not Role.CONTROLLER:
-        raise _refused(files.cert, f"its role is {identity.role.value or 'none'}, not controller", ISSUE)
+    if identity.role not in roles:
+        raise _refused(files.cert, f"its role is {identity.role.value or 'none'}, not {' or '.join(role.value for role in roles)}", ISSUE)
     if name and identity.name != name:
-        raise _refused(files.cert, f"it is of the controller {identity.name}, not {name}", f"set `name` in the configuration, or {ISSUE}")
+        raise _refused(files.cert, f"it is of the {identity.role.value} {identity.name}, not {name}", f"set `name` in the configuration, or {ISSUE}")
     try:
         key = load_pem_private_key(_read(files.key), password=None)
     except (ValueError, TypeError) as error:

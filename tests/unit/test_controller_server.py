@@ -757,6 +757,20 @@ def test_the_status_of_a_controller_with_another_ca_is_an_error(site: Site, caps
     assert "its certificate does not hold" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("role", [Role.CLIENT, Role.AGENT, Role.CONTROLLER, Role.SERVER])
+def test_the_status_is_told_to_every_role(site: Site, capsys: pytest.CaptureFixture[str], role: Role) -> None:
+    """But not to who only serves, which is told before anybody is asked."""
+    site.issue("asker", role=role)
+    site.start()
+    capsys.readouterr()
+    site.configure(tls={"ca": "ca.crt", "cert": "asker.crt", "key": "asker.key"})
+
+    code = main(["controller", "status", "--config", str(site.config)])
+
+    printed = capsys.readouterr()
+    assert (code, "its role is none" in printed.err) == ((3, True) if role is Role.SERVER else (0, False))
+
+
 def test_the_status_is_not_taken_from_who_is_no_controller(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever has a server's key on the controller's host, and the port while the controller is away."""
     site.issue("pebble", role=Role.SERVER)
