@@ -14,7 +14,6 @@ from kalium.policy.automaton import (
     CompiledPolicy,
     FailMode,
     Label,
-    LabelKey,
     Mode,
     Peer,
     Protocol,
@@ -441,6 +440,7 @@ def assemble(draft: Draft) -> tuple[bytes, list[Finding]]:
             invocations, labels = app_automaton(function.during)
             startup = {"startup": _automaton(function.startup, message_automaton(function.startup))} if function.startup else {}
             twins = ambiguous(invocations, labels)
+            callbacks = ambiguous_callbacks(automaton, function.during.symbols)
         except TooManyStates as error:
             findings.append(_too_large(error.line or function.line, f"function {name} has {error}"))
             continue
@@ -457,6 +457,8 @@ def assemble(draft: Draft) -> tuple[bytes, list[Finding]]:
             findings.append(_too_large(function.line, f"function {name} has {most} transitions, at most {EDGES_MAX}"))
         if twins is not None:
             findings.append(_ambiguous(function, twins))
+        elif callbacks is not None:
+            findings.append(_ambiguous_callback(function, callbacks))
         app_cfg[name] = {
             "states": invocations.states,
             "start": [0],
@@ -515,33 +517,54 @@ def _label(part: Send | Barrier, symbols: Sequence[Symbol]) -> Label | None:
 
 
 def ambiguous(automaton: Automaton, labels: Sequence[Label]) -> tuple[Label, Label] | None:
-    """Two labels that the same invocation could mean at the same point, and that differ in retries or join; None: there are none.
+    """Two labels that the same invocation could mean at the same point, and that differ in retries or join; None: there are none."""
+    invoking = [number for number, label in enumerate(labels) if not label.barrier]
+    like = {number: [twin for twin in invoking if labels[twin].key == labels[number].key] for number in invoking}
+    twins = _twins(automaton, like, lambda one, other: one != other)
+    return (labels[twins[0]], labels[twins[1]]) if twins else None
 
-    Looked for in pairs of states that the same invocations lead to, barriers passed or not. Raises TooManyStates beyond WORK_MAX.
+
+def ambiguous_callbacks(automaton: Automaton, symbols: Sequence[Symbol]) -> tuple[Symbol, Symbol] | None:
+    """Two lines between which only the callback decides, and that are possible at the same point; None: there are none.
+
+    The guard writes the callback, so it has to know which: what the program sends does not tell them apart.
     """
-    keys = [label.key for label in labels if not label.barrier]
-    if len(set(keys)) == len(keys):
+    way = [(symbol.peer, symbol.callee, symbol.asynchronous) if symbol.asynchronous else None for symbol in symbols]
+    if len({(way[number], symbol.callback) for number, symbol in enumerate(symbols)}) == len(set(way)):
         return None
-    passing: dict[int, list[int]] = {}
-    leaving: dict[int, dict[LabelKey, list[tuple[int, int]]]] = {}
+    like = {
+        number: [twin for twin, other in enumerate(symbols) if (way[number] and way[number] == way[twin]) or overlap(symbol, other)]
+        for number, symbol in enumerate(symbols)
+    }
+    twins = _twins(automaton, like, lambda one, other: symbols[one].callback != symbols[other].callback)
+    return (symbols[twins[0]], symbols[twins[1]]) if twins else None
+
+
+def _twins(automaton: Automaton, like: Mapping[int, Sequence[int]], differ: Callable[[int, int], bool]) -> tuple[int, int] | None:
+    """Two edges' numbers that differ, that are `like` each other, and that leave the same point. Numbers without any like are barriers.
+
+    Looked for in pairs of states that the same messages lead to, barriers passed or not. Raises TooManyStates beyond WORK_MAX.
+    """
+    if not any(differ(one, other) for one, others in like.items() for other in others):
+        return None
+    leaving: dict[int, dict[int, list[int]]] = {}
     for state, number, target in automaton.edges:
-        if labels[number].barrier:
-            passing.setdefault(state, []).append(target)
-        else:
-            leaving.setdefault(state, {}).setdefault(labels[number].key, []).append((number, target))
+        leaving.setdefault(state, {}).setdefault(number, []).append(target)
     seen, waiting, work = {(0, 0)}, [(0, 0)], 0
     while waiting:
-        one, other = waiting.pop()
-        reached = [(target, other) for target in passing.get(one, ())] + [(one, target) for target in passing.get(other, ())]
-        for key, edges in leaving.get(one, {}).items():
-            for number, target in edges:
-                for twin, twin_target in leaving.get(other, {}).get(key, ()):
-                    if number != twin:
-                        return labels[min(number, twin)], labels[max(number, twin)]
-                    reached.append((target, twin_target))
+        pair = waiting.pop()
+        one, other = (leaving.get(state, {}) for state in pair)
+        reached = [(target, pair[1]) for number, targets in one.items() if number not in like for target in targets]
+        reached += [(pair[0], target) for number, targets in other.items() if number not in like for target in targets]
+        for number, targets in one.items():
+            for twin in like.get(number, ()):
+                if twin in other:
+                    if differ(number, twin):
+                        return min(number, twin), max(number, twin)
+                    reached += itertools.product(targets, other[twin])
         work += 1 + len(reached)
         if work > WORK_MAX:
-            raise TooManyStates(0, "too many ways to reach the same invocation, which its retries and joins have to be found among")
+            raise TooManyStates(0, "too many points at which lines have to be told apart")
         fresh = {(min(pair), max(pair)) for pair in reached} - seen
         seen |= fresh
         waiting.extend(fresh)
@@ -555,6 +578,12 @@ def _ambiguous(function: DraftFunction, twins: tuple[Label, Label]) -> Finding:
     what = "retries" if twins[0].retries != twins[1].retries else "join"
     found = f"{twins[0].key.text()} at one point of {function.name} can be that of line {min(one, other)} too, which has another {what}"
     return error_at("policy.ambiguous", max(one, other), found, f"give both the same {what}, or let other invocations come between them")
+
+
+def _ambiguous_callback(function: DraftFunction, twins: tuple[Symbol, Symbol]) -> Finding:
+    first, second = sorted(twins, key=lambda symbol: symbol.line)
+    found = f"{second.text} at one point of {function.name} can be {first.text} of line {first.line} too, and the program does not say which"
+    return error_at("policy.ambiguous", second.line, found, "let other messages come before one of them, or give both one callback")
 
 
 def _too_large(line: int, found: str) -> Finding:

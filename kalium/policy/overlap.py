@@ -11,7 +11,7 @@ def overlap(one: Symbol, other: Symbol) -> bool:
     if (one.kind, one.peer) != (other.kind, other.peer):
         return False
     if one.kind is Kind.INVOKE:
-        return one.callee == other.callee
+        return one.key() == other.key()
     if one.kind is Kind.MYSQL:
         return (one.verb, one.read, one.write) == (other.verb, other.read, other.write)
     if one.kind is Kind.SMTP:

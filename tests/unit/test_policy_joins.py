@@ -229,6 +229,19 @@ FIRST_LINE = 16
             "      - parallel:\n          - {invoke: g, join: answered}\n          - {invoke: g}\n",
             "policy.ambiguous", 2, "invoke g at one point of f",
         ),
+        (
+            "      - choice: [{invoke: g, async: true, callback: h}, {invoke: g, async: true}]\n",
+            "policy.ambiguous", 0, "invoke g async at one point of f can be invoke g async callback h of line 16 too",
+        ),
+        (
+            """\
+      - {repeat: {invoke: g, async: true, callback: h}, at_most: 2}
+      - {mysql: show-tables}
+      - {optional: {invoke: g, async: true, callback: f}}
+      - {invoke: g, async: true, callback: h}
+""",
+            "policy.ambiguous", 3, "callback f of line 18 too, and the program does not say which",
+        ),
         ("      - {invoke: g, join: answered}\n    tail:\n      - {parallel: [{mysql: show-tables}, {invoke: g}], join: answered}\n",
          "policy.invoke", 2, "after the answer"),
     ],
@@ -251,6 +264,13 @@ def test_what_cannot_work_is_an_error(steps: str, code: str, line: int, said: st
         "      - {parallel: [{invoke: g}, {invoke: g}], join: answered}\n      - {parallel: [{invoke: g}, {invoke: h}], join: answered}\n",
         # Told apart by the way it goes.
         "      - {optional: {invoke: g, async: true, retries: 1}}\n      - {invoke: g}\n",
+        # Callbacks that something else tells apart.
+        "      - {invoke: g, async: true, callback: h}\n      - {invoke: g, async: true}\n",
+        """\
+      - choice:
+          - [{mysql: select, read: [a]}, {invoke: g, async: true, callback: h}]
+          - [{mysql: select, read: [b]}, {invoke: g, async: true, callback: f}]
+""",
         # The same retries on two lines.
         "      - {choice: [[{invoke: g, retries: 1}, {invoke: h}], {invoke: g, retries: 1}]}\n",
         # An asynchronous edge is joined by the end of its invocation.
