@@ -353,18 +353,21 @@ def _fits(record: dict[str, Any], arguments: argparse.Namespace) -> bool:
 
 
 def explanation(record: dict[str, Any]) -> Sequence[str]:
-    """A verdict as one to three lines: when and what, then why, then what the policy would have accepted."""
+    """A verdict as one to five lines: when and what, why, what the policy would have accepted, its fail mode, its id."""
     moment = datetime.fromtimestamp(float(record.get("time_ms", 0)) / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
     outcome = "would deny" if record.get("would_deny") else "allowed" if record.get("allowed") else "denied"
     message, peer = str(record.get("message")), record.get("peer")
     to = f" to {peer}" if peer and peer not in message.split(" ") else ""
     lines = [f"{moment} {record.get('app')}/{record.get('function')} {outcome}: {message}{to}"]
     line = record.get("line")
+    fail_mode = record.get("fail_mode")
+    marks = [f"    fail mode: {fail_mode}, because no controller answered"] if fail_mode else []
+    marks += [f"    id: {record['id']}"] if record.get("id") and (outcome != "allowed" or fail_mode) else []
     if outcome == "allowed":
-        return [*lines, f"    by line {line} of policy version {record.get('policy_version')}"] if line else lines
+        return [*lines, *([f"    by line {line} of policy version {record.get('policy_version')}"] if line else []), *marks]
     elsewhere = f"; line {line} of the policy allows it at another place" if line else ""
     lines.append(f"    why: {record.get('reason')}{elsewhere}")
     expected = "; ".join(str(entry) for entry in record.get("expected") or [])
     if expected or record.get("reason") in (Reason.OUT_OF_ORDER.value, Reason.NOT_IN_POLICY.value):
         lines.append(f"    expected: {expected or 'no further message'}")
-    return lines
+    return [*lines, *marks]

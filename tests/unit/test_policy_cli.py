@@ -329,6 +329,19 @@ def test_explain_says_why_and_what_was_expected(kalium: Run, log: Path) -> None:
     )
 
 
+def test_explain_shows_the_id_and_the_fail_mode(kalium: Run, log: Path) -> None:
+    forgiven = {**VERDICT, "allowed": True, "reason": "allowed", "fail_mode": "allow", "id": "00f1e2d300000002"}
+    plain = {**VERDICT, "allowed": True, "reason": "allowed", "fail_mode": "", "id": "00f1e2d300000003"}
+    denied = {**VERDICT, "fail_mode": "deny", "id": "00f1e2d300000001"}
+    log.write_text("".join(json.dumps(record) + "\n" for record in (denied, forgiven, plain)), encoding="ascii")
+
+    _, out, _ = kalium("policy", "explain", "--log", log)
+
+    assert out.count("    fail mode: deny, because no controller answered\n    id: 00f1e2d300000001\n") == 1
+    assert out.count("    fail mode: allow, because no controller answered\n    id: 00f1e2d300000002\n") == 1
+    assert "00f1e2d300000003" not in out
+
+
 @pytest.mark.parametrize(
     ("options", "count"),
     [(["--denied"], 2), (["--app", "shop"], 2), (["--function", "buy", "--last", "1"], 1), (["--denied", "--app", "shop"], 1), (["--app", "x"], 0)],

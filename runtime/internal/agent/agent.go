@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kalium.dev/kalium/runtime/internal/audit"
 	"kalium.dev/kalium/runtime/internal/frame"
 	"kalium.dev/kalium/runtime/internal/policy"
 )
@@ -28,6 +29,8 @@ type Agent struct {
 	log      *slog.Logger
 	versions *versions
 	verdicts *verdictLog
+	audit    auditing
+	denials  *denials
 	timings  *timingLog
 	names    *names
 	link     *link
@@ -43,7 +46,8 @@ type Agent struct {
 	waiting   int                  // guarded by mu; hellos that wait for their registration
 	admitted  chan struct{}        // guarded by mu; closed, and replaced, when a hello that waits may be asked again
 
-	stopping <-chan struct{}
+	verdictsOut outage // of the goroutine that writes the verdict log
+	stopping    <-chan struct{}
 }
 
 // held is a policy in force.
@@ -63,7 +67,7 @@ func run(ctx context.Context, config *Config, log *slog.Logger, reopen <-chan os
 	counted := &metrics{}
 	log = slog.New(countingHandler{log.Handler(), counted})
 	a := &Agent{
-		config: config, log: log, metrics: counted, counts: newCounts(), policies: map[string]*held{}, instances: map[string]*instance{},
+		config: config, log: log, metrics: counted, counts: newCounts(), denials: newDenials(), policies: map[string]*held{}, instances: map[string]*instance{},
 		admitted: make(chan struct{}), stopping: ctx.Done(),
 	}
 	if err := config.checkRoots(); err != nil {
@@ -75,14 +79,19 @@ func run(ctx context.Context, config *Config, log *slog.Logger, reopen <-chan os
 	if a.versions, err = openVersions(config.StateDir); err != nil {
 		return err
 	}
-	a.link = newLink(config, newRun(), a, counted, log)
+	runID := newRun()
+	a.link = newLink(config, runID, a, counted, log)
 	a.reports = newReports(a.sendReport)
 	a.names = newNames(config.Names, resolve, log, a.namesChanged)
-	a.verdicts, err = openVerdictLog(config.VerdictLog, config.Node, a.verdictsFailed, func() { log.Warn(eventVerdictsWell) })
-	if err != nil {
+	if err := a.openAudit(runID); err != nil {
 		return err
 	}
 	// Whatever ends this function, verdicts that were taken are written first.
+	defer func() { err = errors.Join(err, a.audit.close()) }()
+	a.verdicts, err = openVerdictLog(config.VerdictLog, config.Node, runID, a.verdictsFailed, a.verdictsWell)
+	if err != nil {
+		return err
+	}
 	defer func() { err = errors.Join(err, a.verdicts.close()) }()
 	a.timings = openTimingLog(config.TimingLog, config.Node, func(err error) { log.Warn(eventTimingsFailed, keyError, err) })
 	defer a.timings.close()
@@ -110,12 +119,14 @@ func run(ctx context.Context, config *Config, log *slog.Logger, reopen <-chan os
 	parts.Go(func() { a.names.run(ctx) })
 	parts.Go(func() { a.reports.run(ctx) })
 	parts.Go(func() { a.reopenVerdicts(ctx, reopen) })
+	parts.Go(func() { a.tellSuppressed(ctx) })
 	if monitored != nil {
 		parts.Go(func() { a.monitor(ctx, monitored) })
 	}
 	parts.Go(func() { a.notifySystem(ctx) })
 	log.Info(eventStarted, keyNode, config.Node)
 	parts.Wait()
+	a.suppressed()
 	a.leave()
 	unlink()
 	linking.Wait()
@@ -263,6 +274,17 @@ func (a *Agent) reopenVerdicts(ctx context.Context, reopen <-chan os.Signal) {
 // verdictsFailed makes every guard deny: a verdict that nobody can read later must not have been acted on.
 func (a *Agent) verdictsFailed(err error) {
 	a.log.Error(eventVerdictsFailed, keyError, err)
+	a.verdictsOut = outage{time.Now(), err, a.closeGuards()}
+}
+
+// verdictsWell puts on record that there was a time without a verdict log.
+func (a *Agent) verdictsWell() {
+	a.log.Warn(eventVerdictsWell)
+	a.record(audit.EventOutage, a.verdictsOut.entry("verdict_log", 0))
+}
+
+// closeGuards ends the connection of every guard and returns how many there were.
+func (a *Agent) closeGuards() int {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	dropped := 0
@@ -273,6 +295,7 @@ func (a *Agent) verdictsFailed(err error) {
 		}
 	}
 	a.log.Error(eventGuardsDropped, keyCount, dropped)
+	return dropped
 }
 
 // guards calls each for every connected guard whose app is app, or for all when app is "". It needs mu.
@@ -346,7 +369,7 @@ func (a *Agent) acknowledged() []*instance {
 // policyArrived implements linkHooks: a policy comes into force when its signature holds and its version has not been
 // passed. Otherwise the last good one stays.
 func (a *Agent) policyArrived(app string, envelope []byte) {
-	refuse := func(err error) { a.log.Error(eventPolicyRefused, keyApp, app, keyError, err) }
+	refuse := func(err error) { a.policyRefused(app, envelope, err) }
 	p, err := policy.Verify(envelope, a.key)
 	if err != nil {
 		refuse(err)
@@ -381,6 +404,7 @@ func (a *Agent) policyArrived(app string, envelope []byte) {
 	})
 	a.mu.Unlock()
 	a.log.Info(eventPolicyAccepted, keyApp, app, keyVersion, p.Version)
+	a.policyChanged(p, envelope)
 }
 
 // leaseArrived implements linkHooks. The controller may grant less than the configuration, never more.

@@ -53,15 +53,3 @@ func (c *counts) snapshot() (denied, wouldDeny, failModes map[string]int) {
 	defer c.mu.Unlock()
 	return maps.Clone(c.denied), maps.Clone(c.wouldDeny), maps.Clone(c.failModes)
 }
-
-// verdict takes one verdict of a guard. An error ends the guard's connection.
-func (a *Agent) verdict(g *guard, r *frame.VerdictRecord) error {
-	if err := a.verdicts.add(&g.identity, r); err != nil {
-		return err
-	}
-	a.metrics.verdict(g.identity.App, r)
-	if a.counts.add(&g.identity, r) {
-		a.reports.soon()
-	}
-	return nil
-}

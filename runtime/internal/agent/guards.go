@@ -172,7 +172,7 @@ func (a *Agent) admit(g *guard, id uint32) (reason string, news <-chan struct{})
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	// Under mu: a failure that comes later finds this guard in the table and drops it.
-	if !a.verdicts.healthy() {
+	if !a.verdicts.healthy() || !a.audit.healthy() {
 		return string(policy.ReasonNoGuard), nil
 	}
 	registered := a.instances[g.identity.Instance]
@@ -363,8 +363,12 @@ func (a *Agent) mode(g *guard, m *frame.Mode) error {
 		return fmt.Errorf("mode %q by version %d, which a guard cannot be in", m.Mode, m.Version)
 	}
 	a.mu.Lock()
+	changed := g.mode != m.Mode || g.version != m.Version
 	g.mode, g.version = m.Mode, m.Version
 	a.mu.Unlock()
+	if changed {
+		a.modeChanged(&g.identity, m)
+	}
 	a.reports.soon()
 	return nil
 }

@@ -33,6 +33,9 @@ const (
 	sourcesMax        = 16
 	addressesMax      = 16 // of one name
 	lookupsAtOnce     = 8
+	denialsPerSecond  = 100                // of an instance, that are logged
+	denialBurst       = 1000               // at once
+	denialSourcesMax  = 2*instancesMax + 1 // instances that are remembered; a node that replaces all of them has twice as many
 	verdictBatchBytes = 64 * 1024
 	verdictPendingMax = 1 << 20
 	timingsWaitingMax = 256      // frames of samples that wait to be written
@@ -70,6 +73,7 @@ const (
 	reportPause        = 200 * time.Millisecond // between two reports
 	guardEndWait       = 2 * time.Second        // of a guard for the end of the one before it; the runtime waits for 5 s
 	stopMax            = 3 * time.Second        // for what is still to be told at the end
+	suppressedEvery    = time.Second
 	verdictDelay       = 20 * time.Millisecond
 	verdictRetry       = time.Second
 	verdictWaitMax     = 5 * time.Second // of a guard whose verdict does not fit the batch

@@ -33,6 +33,9 @@ const (
 	eventVerdictsFailed    = "verdicts.failed"
 	eventVerdictsWell      = "verdicts.written_again"
 	eventVerdictsReopened  = "verdicts.reopened"
+	eventAuditOff          = "audit.off"
+	eventAuditFailed       = "audit.failed"
+	eventAuditWell         = "audit.written_again"
 	eventTimingsFailed     = "timings.failed"
 	eventNameFailed        = "name.failed"
 	eventEndDropped        = "end.dropped"
@@ -52,6 +55,7 @@ var loggedEvents = [...]string{
 	eventVerdictsReopened, eventTimingsFailed, eventNameFailed, eventEndDropped,
 	eventMonitorFailed, eventMonitorListens, eventReportDropped, eventSystemUntold,
 	eventDuplicateAgent, eventRedialled, eventRedialFailed,
+	eventAuditOff, eventAuditFailed, eventAuditWell,
 }
 
 // Keys of its fields.

@@ -292,9 +292,10 @@ func (s *scene) readiness() (int, []byte) {
 func (a *Agent) scene() *scene {
 	c := a.link.current()
 	s := &scene{
-		connected: c != nil, verdictsOK: a.verdicts.healthy(), auditOK: true,
+		connected: c != nil, verdictsOK: a.verdicts.healthy(), auditOK: a.audit.healthy(),
 		policies: map[string]int{}, instances: map[instanceKey]int{},
 	}
+	s.auditSeq, _ = a.audit.head()
 	if c != nil {
 		s.notAfter = c.expires
 	}

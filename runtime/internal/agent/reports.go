@@ -80,6 +80,7 @@ func (a *Agent) report() *frame.Report {
 		m.Mode, m.Version = append(m.Mode, each.mode), append(m.Version, each.version)
 		m.Count = append(m.Count, rows[each])
 	}
+	m.AuditSeq, m.AuditHash = a.audit.head()
 	m.Denied, m.WouldDeny, m.FailModes = a.counts.snapshot()
 	return m
 }

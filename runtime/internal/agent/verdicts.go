@@ -31,6 +31,18 @@ func headOf(event, node string, id *frame.Identity) lineHead {
 // verdictLine is one line of the verdict log; docs/reference/policy.md says what the fields mean.
 type verdictLine struct {
 	lineHead
+	ID string `json:"id"`
+	verdictFields
+}
+
+// suppressedLine says how many verdicts of an instance were beyond the bound on denials, by reason.
+type suppressedLine struct {
+	lineHead
+	Counts map[string]int `json:"counts"`
+}
+
+// verdictFields are what a verdict says in the verdict log and in the audit log.
+type verdictFields struct {
 	Mode          string   `json:"mode"`
 	PolicyVersion int      `json:"policy_version"`
 	Call          string   `json:"call"`
@@ -46,6 +58,15 @@ type verdictLine struct {
 	States        []int    `json:"states"`
 	Judging       string   `json:"judging"`
 	LatencyUS     int      `json:"latency_us"`
+	FailMode      string   `json:"fail_mode"`
+}
+
+func fieldsOf(r *frame.VerdictRecord) verdictFields {
+	return verdictFields{
+		Mode: r.Mode, PolicyVersion: r.PolicyVersion, Call: r.Call, Invocation: r.Invocation, Kind: r.Kind, Message: r.Message, Peer: r.Peer,
+		Allowed: r.Allowed, WouldDeny: r.WouldDeny, Reason: r.Reason, Expected: r.Expected, Line: r.Line, States: r.States,
+		Judging: r.Judging, LatencyUS: r.LatencyUS, FailMode: r.FailMode,
+	}
 }
 
 var errLogFailed = errors.New("the verdict log cannot be written")
@@ -55,6 +76,7 @@ var errLogFailed = errors.New("the verdict log cannot be written")
 type verdictLog struct {
 	path    string
 	node    string
+	run     string // of this start of the agent; its first half begins the ids of verdicts
 	now     func() time.Time
 	wait    time.Duration // of a guard whose verdict does not fit
 	onError func(error)   // called once for each failure, without locks
@@ -77,9 +99,9 @@ type verdictLog struct {
 }
 
 // openVerdictLog opens the file and starts the goroutine that writes it.
-func openVerdictLog(path, node string, onError func(error), onWell func()) (*verdictLog, error) {
+func openVerdictLog(path, node, run string, onError func(error), onWell func()) (*verdictLog, error) {
 	l := &verdictLog{
-		path: path, node: node, now: time.Now, wait: verdictWaitMax, onError: onError, onWell: onWell,
+		path: path, node: node, run: run, now: time.Now, wait: verdictWaitMax, onError: onError, onWell: onWell,
 		first: make(chan struct{}, 1), urgent: make(chan struct{}, 1), reopen: make(chan chan error), done: make(chan struct{}),
 	}
 	l.room = sync.NewCond(&l.mu)
@@ -98,28 +120,39 @@ func openLog(path string) (*os.File, error) {
 	return os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o644)
 }
 
-// add appends one line. After nil the line will be written, or the log fails and onError is called. It waits for a
-// bounded time when the batch is full.
-func (l *verdictLog) add(id *frame.Identity, r *frame.VerdictRecord) error {
-	line := verdictLine{
-		lineHead: headOf(r.Event, l.node, id), Mode: r.Mode, PolicyVersion: r.PolicyVersion, Call: r.Call, Invocation: r.Invocation, Kind: r.Kind, Message: r.Message, Peer: r.Peer,
-		Allowed: r.Allowed, WouldDeny: r.WouldDeny, Reason: r.Reason, Expected: r.Expected, Line: r.Line, States: r.States,
-		Judging: r.Judging, LatencyUS: r.LatencyUS,
-	}
+// add appends one line and returns the verdict's id: half of the agent's run and the line's number. After nil the line will
+// be written, or the log fails and onError is called. It waits for a bounded time when the batch is full.
+func (l *verdictLog) add(id *frame.Identity, r *frame.VerdictRecord) (verdict string, err error) {
+	line := verdictLine{lineHead: headOf(r.Event, l.node, id), verdictFields: fieldsOf(r)}
+	err = l.append(&line.lineHead, func() any {
+		line.ID = fmt.Sprintf("%.8s%08x", l.run, uint32(line.Seq))
+		return &line
+	})
+	return line.ID, err
+}
+
+// addSuppressed appends one line about verdicts that have none.
+func (l *verdictLog) addSuppressed(id *frame.Identity, counts map[string]int) error {
+	line := suppressedLine{lineHead: headOf("suppressed", l.node, id), Counts: counts}
+	return l.append(&line.lineHead, func() any { return &line })
+}
+
+// append gives head its time and number, and appends the line that is made then.
+func (l *verdictLog) append(head *lineHead, line func() any) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err := l.waitForRoom(); err != nil {
 		return err
 	}
-	line.TimeMS, line.Seq = l.now().UnixMilli(), l.seq+1
+	head.TimeMS, head.Seq = l.now().UnixMilli(), l.seq+1
 	buffer := bytes.NewBuffer(l.pending)
 	encoder := json.NewEncoder(buffer)
 	encoder.SetEscapeHTML(false)
-	if err := encoder.Encode(&line); err != nil { // ends the line itself
+	if err := encoder.Encode(line()); err != nil { // ends the line itself
 		return fmt.Errorf("encode a verdict: %w", err)
 	}
 	was := len(l.pending)
-	l.pending, l.seq = buffer.Bytes(), line.Seq
+	l.pending, l.seq = buffer.Bytes(), head.Seq
 	if was == 0 {
 		signal(l.first)
 	}

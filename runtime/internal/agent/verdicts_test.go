@@ -27,6 +27,7 @@ func TestAVerdictIsLoggedWithTheAgentsFields(t *testing.T) {
 		"event": "verdict", "seq": 1.0, "node": "node-0", "instance": "c1", "app": "shop", "function": "pay", "mode": "enforce",
 		"policy_version": 1.0, "call": "", "invocation": "", "kind": "https", "message": "https GET images /<a>", "peer": "images",
 		"allowed": false, "would_deny": false, "reason": "out_of_order", "line": 4.0, "judging": "", "latency_us": 7.0,
+		"fail_mode": "",
 	} {
 		if line[key] != want {
 			t.Errorf("%s is %v, not %v", key, line[key], want)
@@ -35,7 +36,7 @@ func TestAVerdictIsLoggedWithTheAgentsFields(t *testing.T) {
 	if at := int64(line["time_ms"].(float64)); at < before || at > time.Now().UnixMilli() {
 		t.Errorf("time_ms %d", at)
 	}
-	if fmt.Sprint(line["expected"], line["states"]) != "[https GET images / @line 3] [0]" || len(line) != 22 {
+	if fmt.Sprint(line["expected"], line["states"]) != "[https GET images / @line 3] [0]" || len(line) != 24 {
 		t.Errorf("line %v", line)
 	}
 }
@@ -194,7 +195,7 @@ func TestAddingDoesNotWaitForEver(t *testing.T) {
 	l.pending = make([]byte, verdictPendingMax)
 	began := time.Now()
 
-	err := l.add(&frame.Identity{}, &record("m").Record)
+	_, err := l.add(&frame.Identity{}, &record("m").Record)
 
 	if !errors.Is(err, errLogFailed) || time.Since(began) < l.wait {
 		t.Errorf("%v after %v", err, time.Since(began))
@@ -203,13 +204,13 @@ func TestAddingDoesNotWaitForEver(t *testing.T) {
 
 func TestABatchIsWrittenWhenItIsFullOrOld(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "log")
-	l, err := openVerdictLog(path, "n", func(err error) { t.Error(err) }, func() {})
+	l, err := openVerdictLog(path, "n", "00f1e2d3c4b5a697", func(err error) { t.Error(err) }, func() {})
 	if err != nil {
 		t.Fatal(err)
 	}
 	long := record(strings.Repeat("m", 500))
 	for range 10 * verdictBatchBytes / 500 {
-		if err := l.add(&frame.Identity{}, &long.Record); err != nil {
+		if _, err := l.add(&frame.Identity{}, &long.Record); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -229,7 +230,7 @@ func TestABatchIsWrittenWhenItIsFullOrOld(t *testing.T) {
 	if err := l.close(); err != nil {
 		t.Error(err)
 	}
-	if err := l.add(&frame.Identity{}, &long.Record); !errors.Is(err, errLogFailed) {
+	if _, err := l.add(&frame.Identity{}, &long.Record); !errors.Is(err, errLogFailed) {
 		t.Errorf("a line after the end: %v", err)
 	}
 }
