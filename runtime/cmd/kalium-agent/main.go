@@ -18,8 +18,8 @@ const usage = `usage: kalium-agent [--config FILE]
        kalium-agent status [--config FILE] [--output text|json]
        kalium-agent --version
 
-Without a verb it serves until SIGTERM or SIGINT; SIGHUP opens the verdict log again.
-"status" asks the running agent: exit code 0 when it is connected to the controller, 1 when not, 3 when none runs.
+Without a verb it serves until SIGTERM or SIGINT; SIGHUP opens its logs again.
+"status" asks the running agent: exit code 0 when it is connected to a controller, 1 when not, 3 when none runs.
 
 `
 

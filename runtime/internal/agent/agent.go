@@ -349,6 +349,7 @@ func (a *Agent) opened(c *linkConn) {
 // leave tells the controller that the instances are gone. A sandbox cannot connect to the next agent, so whatever it asked
 // would be denied, and nobody should wait for an invocation of it.
 func (a *Agent) leave() {
+	a.sendReport() // what was counted and put on record up to the end
 	for _, i := range a.acknowledged() {
 		a.tellGone(i.container)
 	}

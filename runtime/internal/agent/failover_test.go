@@ -429,6 +429,48 @@ func TestRubbishNeverAllows(t *testing.T) {
 	}
 }
 
+func TestASecondAnswerIsNobodys(t *testing.T) {
+	t.Parallel()
+	s, _, controllers, _ := two(t)
+	g := s.guard("c1", "pay")
+	bad := controllers[s.connected()]
+	bad.with(func() { bad.store = nil })
+	g.send(1, &frame.Start{Step: step, Version: 1})
+	r, _ := expect[*frame.Start](bad)
+	bad.send(r.conn, r.id, &frame.Answer{Reason: "bad_token"})
+	bad.send(r.conn, r.id, &frame.Answer{Allowed: true, Reason: "allowed", Invocation: "late"})
+	if id, answer := g.answer(); id != 1 || answer.Allowed {
+		t.Errorf("id %d, %#v", id, answer)
+	}
+
+	g.send(2, &frame.Start{Step: "0123456789abcde0", Version: 1})
+
+	if id, answer := g.answer(); id != 2 || answer.Invocation != "invocation-0123456789abcde0" { // by the other controller
+		t.Errorf("id %d, %#v", id, answer)
+	}
+}
+
+func TestTooManyQuestionsAreNotTheControllersFault(t *testing.T) {
+	start := func() *question {
+		return &question{m: &frame.Start{Step: step}, max: 2, done: func(*frame.Answer) {}}
+	}
+	away := &link{count: &metrics{}, parkUntil: time.Now().Add(time.Hour)}
+	open := &link{count: &metrics{}, conn: &linkConn{pending: map[uint32]*question{}, sender: sender{err: errClosed}}}
+	for name, l := range map[string]*link{"parked": away, "asked": open} {
+		for range 2 {
+			if refused := l.ask(start()); refused != "" {
+				t.Fatalf("%s: %s", name, refused)
+			}
+		}
+		if refused := l.ask(start()); refused != "overloaded" {
+			t.Errorf("%s: %s", name, refused)
+		}
+	}
+	if refused := (&link{count: &metrics{}}).ask(start()); refused != "controller_unavailable" {
+		t.Errorf("without a controller: %s", refused)
+	}
+}
+
 // TestFailOverUnderLoad lets guards ask at once while controllers die one after the other, in each of the ways they can.
 func TestFailOverUnderLoad(t *testing.T) {
 	t.Parallel()

@@ -72,7 +72,6 @@ const (
 	reportEvery        = 5 * time.Second
 	reportPause        = 200 * time.Millisecond // between two reports
 	guardEndWait       = 2 * time.Second        // of a guard for the end of the one before it; the runtime waits for 5 s
-	stopMax            = 3 * time.Second        // for what is still to be told at the end
 	suppressedEvery    = time.Second
 	verdictDelay       = 20 * time.Millisecond
 	verdictRetry       = time.Second

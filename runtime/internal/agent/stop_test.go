@@ -17,6 +17,7 @@ func TestAnAgentThatStopsTakesItsInstancesWithIt(t *testing.T) {
 	s := newSite(t)
 	s.startConnected()
 	g := s.guard("c1", "pay")
+	g.send(0, record("GET /"))
 	g.send(0, &frame.End{Call: "c", Invocation: "i", Outcome: "answered"}) // said just before, and still told
 
 	if err := s.stop(); err != nil {
@@ -27,8 +28,18 @@ func TestAnAgentThatStopsTakesItsInstancesWithIt(t *testing.T) {
 	if _, m := expect[*frame.End](s.controller); m.Invocation != "i" {
 		t.Errorf("%#v", m)
 	}
-	if _, m := expect[*frame.Unregister](s.controller); m.Instance != "c1" {
-		t.Errorf("%#v", m)
+	last := &frame.Report{}
+	for {
+		r := <-s.controller.received
+		if m, is := r.m.(*frame.Report); is {
+			last = m
+		}
+		if m, is := r.m.(*frame.Unregister); is {
+			if m.Instance != "c1" || last.Denied["shop out_of_order"] != 1 {
+				t.Errorf("%#v behind %#v", m, last)
+			}
+			return
+		}
 	}
 }
 
