@@ -32,6 +32,16 @@ func (s *site) startMonitored() string {
 	return "http://" + listening.FindStringSubmatch(s.log.String())[1]
 }
 
+// startMonitoredConnected is startConnected with the metrics served.
+func (s *site) startMonitoredConnected() string {
+	s.t.Helper()
+	s.controller.offer("shop", s.sign(compiled("shop", 1)))
+	s.controller.start()
+	address := s.startMonitored()
+	s.untilConnected()
+	return address
+}
+
 func get(t *testing.T, url string) (status int, body string) {
 	t.Helper()
 	client := http.Client{Timeout: patience}
@@ -55,10 +65,7 @@ func value(text, sample string) float64 {
 
 func TestWhatGuardsSayIsCounted(t *testing.T) {
 	s := newSite(t)
-	s.controller.offer("shop", s.sign(compiled("shop", 1)))
-	s.controller.start()
-	address := s.startMonitored()
-	s.untilConnected()
+	address := s.startMonitoredConnected()
 	g := s.guard("c1", "pay")
 	s.register("c2", "ship")
 	denied := `kalium_agent_verdicts_total{app="shop",mode="enforce",reason="out_of_order"}`
@@ -105,10 +112,7 @@ func TestWhatGuardsSayIsCounted(t *testing.T) {
 
 func TestAQuestionsWaitIsMeasured(t *testing.T) {
 	s := newSite(t)
-	s.controller.offer("shop", s.sign(compiled("shop", 1)))
-	s.controller.start()
-	address := s.startMonitored()
-	s.untilConnected()
+	address := s.startMonitoredConnected()
 	g := s.guard("c1", "pay")
 	g.send(7, &frame.Start{Step: step, Version: 1})
 	asked, _ := expect[*frame.Start](s.controller)
