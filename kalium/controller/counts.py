@@ -21,8 +21,7 @@ class Counts:
     """Plain integers since the start of the process. Keys of the maps are written by our own code alone."""
 
     __slots__ = (
-        "audit_failures", "batch_ns", "batches", "closed", "evicted", "leases", "policies_refused", "refused", "steps", "store_errors", "store_ns",
-        "store_round_trips",
+        "audit_failures", "batch_ns", "batches", "closed", "evicted", "leases", "policies_refused", "refused", "steps", "store_round_trips",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -35,9 +34,7 @@ class Counts:
         self.leases = 0
         self.batches = [0] * (len(_BATCH_NS) + 1)  # by the bound that the batch did not exceed; the last: none
         self.batch_ns = 0
-        self.store_round_trips = 0
-        self.store_errors = 0
-        self.store_ns = 0
+        self.store_round_trips = 0  # steps whose answer a shared store owes or has given: each is one
 
     def batch(self, ns: int) -> None:
         """One read of a connection has been worked on, and answered, in `ns` nanoseconds."""

@@ -263,6 +263,7 @@ class Dispatcher:
         """Answer now, or when the store has."""
         if isinstance(answer, Deferred):
             self.waiting += 1
+            self._counts.store_round_trips += 1
             answer.then(lambda late: self._answer_late(key, peer, frame_id, said, late))
             return
         self._answered[type(said)][answer.reason] += 1

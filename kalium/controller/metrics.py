@@ -26,6 +26,7 @@ from kalium.protocol.session import CloseReason
 PREFIX = "kalium_controller_"
 OTHER = "other"
 REASONS = tuple(reason.value for reason in Reason)
+UNANSWERED = Reason.CONTROLLER_UNAVAILABLE.value  # from a controller it means that its store did not answer
 EVICTIONS = ("timeout", "agent_gone", "unregistered")
 REFUSALS = ("accept", "not_admitted", "tls", "lost", "no_role", "too_many_agents", "unsupported_protocol", "wrong_identity", "duplicate_agent")
 CLOSES = tuple(dict.fromkeys([*ERROR_CODES, *(reason.value for reason in CloseReason)]))
@@ -43,6 +44,7 @@ class Exporter(Collector):
         not_after: Callable[[], float],
         faults: Callable[[], Mapping[str, str]],
         audit_entries: Callable[[], int],
+        waiting: Callable[[], int],
     ) -> None:
         """`status` is what STATUS is answered with; `not_after` the end of the certificate in force, seconds since 1970.
 
@@ -53,6 +55,7 @@ class Exporter(Collector):
         self._not_after = not_after
         self._faults = faults
         self._audit_entries = audit_entries
+        self._waiting = waiting
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -80,9 +83,8 @@ class Exporter(Collector):
         for name, documentation, value in (
             ("policies_refused", "Files of policies that were not taken.", counts.policies_refused),
             ("leases", "Leases granted to agents.", counts.leases),
-            ("store_round_trips", "Round trips to the shared store.", counts.store_round_trips),
-            ("store_errors", "Round trips to the shared store that failed.", counts.store_errors),
-            ("store_seconds", "Time that round trips to the shared store took.", counts.store_ns / 1e9),
+            ("store_round_trips", "Steps that a shared store was asked about.", counts.store_round_trips),
+            ("store_errors", "Steps that the store did not answer.", sum(answers[UNANSWERED] for answers in counts.steps.values())),
             ("audit_entries", "Entries of the audit log.", self._audit_entries()),
             ("audit_failures", "Times that the audit log could not be written.", counts.audit_failures),
         ):
@@ -96,6 +98,7 @@ class Exporter(Collector):
             ("agents", "Agents that are connected.", report.agents),
             ("calls", "Live calls.", report.calls),
             ("invocations", "Live invocations.", report.invocations),
+            ("store_waiting", "Steps that wait for the shared store.", self._waiting()),
             ("start_time_seconds", "When this controller started, since 1970.", report.started_ms / 1000),
             ("certificate_not_after_seconds", "When the certificate in force ends, since 1970.", self._not_after()),
             ("controllers", "Controllers that share the store, this one included.", max(1, len(report.controllers))),

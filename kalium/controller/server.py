@@ -214,6 +214,7 @@ class Controller:
             not_after=lambda: door.not_after_s,
             faults=faults,
             audit_entries=lambda: self._audit.entries if self._audit is not None else 0,
+            waiting=lambda: self._dispatcher.waiting,
         )
         return Monitor(exporter.text, faults)
 

@@ -34,7 +34,12 @@ def samples(counts: Counts, report: StatusReport = REPORT) -> dict[tuple[str, ..
     """Every sample of a scrape: (name, label values in the order of label names) -> value."""
     text = (
         Exporter(
-            counts, status=lambda: report, not_after=lambda: 1234.0, faults=lambda: {"store": "it is away", "audit": ""}, audit_entries=lambda: 12
+            counts,
+            status=lambda: report,
+            not_after=lambda: 1234.0,
+            faults=lambda: {"store": "it is away", "audit": ""},
+            audit_entries=lambda: 12,
+            waiting=lambda: 5,
         )
         .text()
         .decode()
@@ -50,6 +55,8 @@ def test_a_step_is_counted_by_question_and_reason() -> None:
     counts = Counts()
     counts.steps["invoke"]["allowed"] += 2
     counts.steps["start"]["bad_token"] += 1
+    counts.steps["start"]["controller_unavailable"] += 1
+    counts.steps["finish"]["controller_unavailable"] += 1
 
     found = samples(counts)
 

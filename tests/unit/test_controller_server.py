@@ -925,6 +925,7 @@ def test_a_controller_that_stops_answers_first_what_the_store_still_owes(monkeyp
         closing = asyncio.create_task(shell.controller.close_all())
         await asyncio.sleep(0.02)
         assert (shell.transport.is_paused, shell.transport.ended) == (True, "")  # nothing more is taken, nothing is cut yet
+        assert (shell.controller._dispatcher.waiting, shell.controller._counts.store_round_trips) == (1, 1)
         if is_answered:
             owed.resolve(Answer(True, "allowed", "c", "i"))
         await closing

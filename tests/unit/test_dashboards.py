@@ -38,7 +38,11 @@ Labels = dict[str, set[str]]
 
 
 def controller_text() -> str:
-    return Exporter(Counts(), status=lambda: REPORT, not_after=lambda: 1.0, faults=lambda: CHECKS, audit_entries=lambda: 0).text().decode()
+    return (
+        Exporter(Counts(), status=lambda: REPORT, not_after=lambda: 1.0, faults=lambda: CHECKS, audit_entries=lambda: 0, waiting=lambda: 0)
+        .text()
+        .decode()
+    )
 
 
 def labels_of(text: str) -> dict[str, Labels]:
