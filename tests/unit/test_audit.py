@@ -197,6 +197,21 @@ def test_many_bytes_are_synced_earlier() -> None:
     assert run.journal._synced == run.journal._size
 
 
+def test_a_full_file_is_durable_before_the_next_one_is_begun() -> None:
+    """The next sync is of the new file alone."""
+    disk = MemoryDisk()
+    run = Run(disk, fsync="interval", bytes_max=3000)
+    run.add(20)
+
+    assert run.flush(is_last=True)
+
+    disk.cut_power(0)
+    report = Verification(PUBLIC).run(disk.sources())
+    assert report.findings == []
+    assert len(report.files) > 2
+    assert report.last_seq == run.journal.chain.place.seq
+
+
 def test_after_a_failed_sync_everything_is_written_again() -> None:
     """Linux calls the pages clean: a second sync alone would succeed and prove nothing."""
     disk = MemoryDisk()

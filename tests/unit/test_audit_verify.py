@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from kalium.audit import files as audit_files
 from kalium.audit import verify as verify_module
-from kalium.audit.chain import LINE_BYTES_MAX, Chain, Line, Place, Writer, head_entry, parse, signed_bytes
+from kalium.audit.chain import LINE_BYTES_MAX, Chain, Line, Place, Writer, digest, head_entry, parse, signed_bytes
 from kalium.audit.verify import FINDINGS_MAX, Verification
 from kalium.cli.main import main
 
@@ -164,6 +165,19 @@ def test_without_the_key_nothing_can_be_rewritten_up_to_the_last_head(number: in
     report = verify([("all", forged)])
 
     assert "signature" in codes(report)
+
+
+@pytest.mark.parametrize("number", [0, 1, len(LINES) - 2])
+def test_an_entry_with_a_hash_of_its_own_again_is_found_at_the_next_line(number: int) -> None:
+    """Every head still verifies, because each is as it was: only the link between the two lines is broken."""
+    changed = LINES[number].entry.replace(b'"time_ms":17', b'"time_ms":16')
+    forged = replace(LINES[number], entry=changed, hash=digest(LINES[number].prev, changed))
+    lines = [*LINES[:number], forged, *LINES[number + 1 :]]
+
+    report = verify([("all", b"".join(map(_raw, lines)))])
+
+    assert "link" in codes(report)
+    assert {finding.line for finding in report.findings if finding.code == "link"} == {number + 2}
 
 
 def test_a_rewritten_log_whose_heads_were_cut_out_says_that_it_lacks_them() -> None:

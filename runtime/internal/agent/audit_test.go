@@ -55,6 +55,7 @@ func marked(message string, change func(*frame.VerdictRecord)) *frame.Verdict {
 }
 
 func TestTheAuditLogHasTheVerdictsThatMatterByTheirIDs(t *testing.T) {
+	t.Parallel()
 	s := audited(t)
 	s.startConnected()
 	g := s.guard("c1", "pay")
@@ -88,6 +89,7 @@ func TestTheAuditLogHasTheVerdictsThatMatterByTheirIDs(t *testing.T) {
 }
 
 func TestPoliciesAndModesArePutOnRecord(t *testing.T) {
+	t.Parallel()
 	s := audited(t)
 	s.startConnected()
 	g := s.guard("c1", "pay")
@@ -113,6 +115,7 @@ func TestPoliciesAndModesArePutOnRecord(t *testing.T) {
 }
 
 func TestAFloodOfDenialsIsCountedAndFillsNoLog(t *testing.T) {
+	t.Parallel()
 	s := audited(t)
 	s.startConnected()
 	g, other := s.guard("c1", "pay"), s.guard("c2", "ship")
@@ -172,6 +175,7 @@ func TestAFloodOfDenialsIsCountedAndFillsNoLog(t *testing.T) {
 }
 
 func TestAnAuditLogThatCannotBeWrittenMakesEverythingDeny(t *testing.T) {
+	t.Parallel()
 	s := audited(t)
 	s.startConnected()
 	g, other := s.guard("c1", "pay"), s.guard("c2", "ship")
@@ -208,6 +212,7 @@ func TestAnAuditLogThatCannotBeWrittenMakesEverythingDeny(t *testing.T) {
 }
 
 func TestAFullDiskMakesEverythingDenyAndLosesNothing(t *testing.T) {
+	t.Parallel()
 	s := audited(t)
 	small := s.dir + "/small"
 	if err := os.Mkdir(small, 0o700); err != nil {
@@ -254,6 +259,7 @@ func TestAFullDiskMakesEverythingDenyAndLosesNothing(t *testing.T) {
 }
 
 func TestAnOutageOfTheVerdictLogIsPutOnRecord(t *testing.T) {
+	t.Parallel()
 	s := audited(t)
 	if err := os.Symlink("/dev/full", s.config.VerdictLog); err != nil {
 		t.Fatal(err)
@@ -275,6 +281,7 @@ func TestAnOutageOfTheVerdictLogIsPutOnRecord(t *testing.T) {
 }
 
 func TestTheChainGoesOnAfterARestartAndTheControllerHearsHowFarItIs(t *testing.T) {
+	t.Parallel()
 	s := audited(t)
 	s.startConnected()
 	if err := s.stop(); err != nil {
@@ -296,6 +303,7 @@ func TestTheChainGoesOnAfterARestartAndTheControllerHearsHowFarItIs(t *testing.T
 }
 
 func TestAnAuditLogThatCannotBeContinuedKeepsTheAgentFromStarting(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		spoil func(*site)
 		says  string
@@ -316,6 +324,7 @@ func TestAnAuditLogThatCannotBeContinuedKeepsTheAgentFromStarting(t *testing.T) 
 }
 
 func TestWithoutAnAuditLogTheLogSaysSo(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 
 	s.start()
@@ -324,6 +333,7 @@ func TestWithoutAnAuditLogTheLogSaysSo(t *testing.T) {
 }
 
 func TestInstancesBeyondTheBoundShareOneAllowance(t *testing.T) {
+	t.Parallel()
 	d := newDenials()
 	now := time.Now()
 	for i := range denialSourcesMax {

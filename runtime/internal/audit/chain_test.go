@@ -192,3 +192,19 @@ func BenchmarkAppend(b *testing.B) {
 		}
 	}
 }
+
+// Whatever somebody has put into the file, it is taken or refused.
+func FuzzTheEndsOfAFile(f *testing.F) {
+	c := &Chain{Who: Writer{"agent", "n", "00f1e2d3c4b5a697", "fedcba9876543210"}, Key: testKey(), BytesMax: 1 << 20}
+	c.Open(1, nil)
+	c.Seal(2)
+	f.Add(c.Take()[0].Data)
+	f.Add([]byte("{\n"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		got, err := readEnds(bytes.NewReader(data), int64(len(data)))
+
+		if err == nil && got.wholeBytes+int64(len(got.torn)) != int64(len(data)) {
+			t.Errorf("%d whole bytes and %d torn ones of %d", got.wholeBytes, len(got.torn), len(data))
+		}
+	})
+}

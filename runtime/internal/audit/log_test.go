@@ -152,7 +152,8 @@ func TestTextIsKeptAsItIs(t *testing.T) {
 // fullDisk is a real disk without room while full is set.
 type fullDisk struct {
 	realDisk
-	full atomic.Bool
+	full  atomic.Bool
+	tries atomic.Int32 // writes that found no room
 }
 
 type fullFile struct {
@@ -167,6 +168,7 @@ func (d *fullDisk) open(path string) (file, error) {
 
 func (f *fullFile) Write(b []byte) (int, error) {
 	if f.disk.full.Load() {
+		f.disk.tries.Add(1)
 		n, _ := f.file.Write(b[:len(b)/3])
 		return n, unix.ENOSPC
 	}
@@ -195,6 +197,9 @@ func TestAFullDiskIsSaidOnceAndHeals(t *testing.T) {
 		if err := w.Add(EventVerdict, long); !errors.Is(err, ErrFull) {
 			t.Errorf("%v", err)
 		}
+	}
+	if tries := d.tries.Load(); tries > 3 {
+		t.Errorf("the disk was asked %d times within a moment", tries)
 	}
 
 	d.full.Store(false)
