@@ -36,7 +36,7 @@ AUDITED = {
 NOT_AUDITED = frozenset(
     {
         "audit_failed", "audit_off", "audit_well", "certificate_loaded", "certificate_refused", "invocation_evicted", "listening",
-        "metrics_listening", "policies_unreadable", "stopped", "stopping",
+        "metrics_listening", "policies_unreadable", "stopped", "stopping", "store_connected", "store_lost",
     }
 )  # fmt: skip
 

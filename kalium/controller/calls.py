@@ -19,7 +19,7 @@ import msgspec
 
 from kalium.controller.deadlines import Buckets
 from kalium.controller.limits import INVOCATIONS_PER_CALL_MAX, LIMITS, Limits
-from kalium.controller.registry import NS_PER_MS, Instance, denied, full
+from kalium.controller.registry import NS_PER_MS, REGISTERED, Instance, denied, full
 from kalium.policy.automaton import CompiledPolicy, Label, States
 from kalium.policy.message import Reason
 from kalium.protocol.frames import Answer, InstanceInvoke
@@ -77,8 +77,19 @@ class Calls(Protocol):
     def fault(self) -> str:
         """Why no step can be taken now, "" when it can: what /readyz says of the store."""
 
-    def adopt(self, who: Instance, *, now_ns: int) -> None:
-        """The instance speaks through this controller from now on; what it had begun through another one goes on here."""
+    on_agent_lost: Callable[[str], None]  # called with a node: another run of its agent is heard by another controller
+    on_instance_lost: Callable[[Instance], None]  # called with an instance that was adopted: its id is another node's
+
+    def agent_here(self, node: str, run: str) -> None:
+        """The agent of `node` speaks through this controller from now on."""
+
+    def agent_gone(self, node: str) -> None:
+        """It does not any more."""
+
+    def adopt(self, who: Instance, *, now_ns: int) -> Answer | Deferred[Answer]:
+        """The instance speaks through this controller from now on; what it had begun through another one goes on here. Denied:
+        the id is that of another node, or of another function, at any controller.
+        """
 
     def begin(self, who: Instance, version: int, step: str, *, now_ns: int) -> Answer | Deferred[Answer]:
         """A START without a token: a new call of the instance's function, judged by `version`."""
@@ -221,6 +232,8 @@ class MemoryCalls:
         self._grace_ns = limits.invocation_grace_ms * NS_PER_MS
         self._token_ns = limits.token_ms * NS_PER_MS
         self._late_ns = limits.token_late_ms * NS_PER_MS
+        self.on_agent_lost: Callable[[str], None] = lambda _node: None
+        self.on_instance_lost: Callable[[Instance], None] = lambda _instance: None
         self._epoch = mint()[-_EPOCH_HEX:]  # of the ids: those of another process are none here
         self._begun = 0  # calls
         self._invocations = 0  # live ones
@@ -241,7 +254,13 @@ class MemoryCalls:
         """Memory is always there."""
         return ""
 
-    def adopt(self, who: Instance, *, now_ns: int) -> None:  # noqa: ARG002 - nothing here depends on when
+    def agent_here(self, node: str, run: str) -> None:
+        """As Calls.agent_here: nobody shares a process's memory."""
+
+    def agent_gone(self, node: str) -> None:
+        """As Calls.agent_gone."""
+
+    def adopt(self, who: Instance, *, now_ns: int) -> Answer:  # noqa: ARG002 - nothing here depends on when
         """As Calls.adopt."""
         key = (who.node, who.id, who.app, who.function)
         record = self._records.get(key)
@@ -249,6 +268,7 @@ class MemoryCalls:
             record = self._records[key] = _Record(who)
         record.owner = who
         who.calls = record
+        return REGISTERED
 
     # Starts
 

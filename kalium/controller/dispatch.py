@@ -93,6 +93,7 @@ class Dispatcher:
             Status: self._status,
         }
         state.on_evicted = self._log_evicted
+        state.calls.on_agent_lost = self._agent_lost
 
     def faults(self) -> dict[str, str]:
         """What keeps steps from being taken, by what has to be well for them; "" where all is well."""
@@ -138,6 +139,8 @@ class Dispatcher:
     def _forget(self, key: AgentKey, peer: _Peer, now_ns: int) -> None:
         del self._peers[key]
         self._touched.pop(key, None)
+        if key in self._registry.agents:
+            self._state.calls.agent_gone(peer.node)
         self._registry.agent_gone(key, now_ns=now_ns)
         if not peer.node and peer.session.close_reason in _QUIET:
             return  # a client that asked for the status, as readiness checks do all the time
@@ -216,6 +219,7 @@ class Dispatcher:
             peer.session.answer(frame_id, ControllerWelcome(False, "too_many_agents"))
             return
         peer.node = said.node
+        self._state.calls.agent_here(said.node, said.run)
         if replaced is not None:
             self.close(replaced, CloseReason.REPLACED, "the same node has connected again")
         policies, later = self._policies_that_fit()
@@ -226,6 +230,16 @@ class Dispatcher:
         for app, envelope in later.items():
             peer.session.push(Policy(app, envelope))
         self._log("agent_connected", node=said.node, subject=peer.identity.name, peer=peer.address)
+
+    def _agent_lost(self, node: str) -> None:
+        """Another run of this agent is heard by another controller, and was there first."""
+        key = self._registry.connection_of(node)
+        if key is not None:
+            peer = self._peers[key]
+            self._log(
+                "connection_refused", reason="duplicate_agent", detail="another controller hears another run of it", node=node, peer=peer.address
+            )
+            self.close(key, CloseReason.REFUSED, "duplicate_agent")
 
     def _policies_that_fit(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
         """The policies that go into a welcome, and those that have to follow it."""
@@ -238,11 +252,17 @@ class Dispatcher:
         return fitting, later
 
     def _register(self, key: AgentKey, peer: _Peer, frame_id: int, said: Register, now_ns: int) -> None:
-        answer = self._state.register(key, said, now_ns=now_ns)
+        self._registered(key, peer, frame_id, said, self._state.register(key, said, now_ns=now_ns))
+
+    def _registered(self, key: AgentKey, peer: _Peer, frame_id: int, said: Register, answer: Answer | Deferred[Answer]) -> None:
+        """Answer a REGISTER now, or when the store has."""
+        if isinstance(answer, Deferred):
+            answer.then(lambda late: self._registered(key, peer, frame_id, said, late))
+            return
         self._counts.steps["register"][answer.reason] += 1
         if not answer.allowed:
             self._log_denied(answer, question="register", instance=said.instance, app=said.app, function=said.function, node=peer.node)
-        peer.session.answer(frame_id, answer)
+        self._give(key, peer, frame_id, answer)
 
     def _unregister(self, key: AgentKey, _peer: _Peer, _frame_id: int, said: Unregister, now_ns: int) -> None:
         self._state.unregister(key, said.instance, now_ns=now_ns)
@@ -269,6 +289,9 @@ class Dispatcher:
         self._answered[type(said)][answer.reason] += 1
         if not answer.allowed:
             self._log_step_denied(answer, said)
+        self._give(key, peer, frame_id, answer)
+
+    def _give(self, key: AgentKey, peer: _Peer, frame_id: int, answer: Answer) -> None:
         if peer.session.close_reason is None:  # whoever asked may be gone by the time that the store answers
             peer.session.answer(frame_id, answer)
             self._touched[key] = None

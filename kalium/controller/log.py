@@ -25,6 +25,8 @@ EVENTS = {
     "policies_unreadable": "error",
     "certificate_loaded": "info",
     "certificate_refused": "error",
+    "store_connected": "info",
+    "store_lost": "error",
     "agent_connected": "info",
     "connection_closed": "info",
     "connection_refused": "warning",

@@ -124,6 +124,13 @@ class Registry:
             return None
         return found.policy
 
+    def versions(self, app: str, now_ns: int) -> Iterator[CompiledPolicy]:
+        """Each policy that `held` gives for `app`."""
+        for version in self._versions.get(app, ()):
+            found = self.held(app, version, now_ns)
+            if found is not None:
+                yield found
+
     def _newest(self, app: str) -> Published | None:
         held = self._versions.get(app)
         return held[next(reversed(held))] if held else None
@@ -175,6 +182,15 @@ class Registry:
             instance.agent = None
             self._gone.add(instance, now_ns=now_ns)
 
+    def heard_since(self, since_ns: int) -> list[str]:
+        """The nodes whose agents were heard then or later."""
+        return [agent.node for agent in self._agents.values() if agent.heard_ns >= since_ns]
+
+    def connection_of(self, node: str) -> AgentKey | None:
+        """The connection of the agent of `node`."""
+        agent = self._agent_of.get(node)
+        return None if agent is None else agent.key
+
     def report(self, key: AgentKey, said: Report) -> None:
         """Keep what the agent says; its last report is what counts."""
         self._agents[key].report = said
@@ -218,6 +234,11 @@ class Registry:
             return None
         self._remove(instance)
         return instance
+
+    def refuse(self, instance: Instance) -> None:
+        """Forget an instance whose id turned out to be another node's."""
+        if self._instances.get(instance.id) is instance:
+            self._remove(instance)
 
     def _remove(self, instance: Instance) -> None:
         if instance.agent is not None:

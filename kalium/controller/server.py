@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, cast
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from kalium.controller import tls
 from kalium.controller.audit import Audit, open_audit
@@ -32,7 +33,10 @@ from kalium.controller.limits import LIMITS
 from kalium.controller.log import LogLine
 from kalium.controller.metrics import Exporter
 from kalium.controller.monitor import Monitor
+from kalium.controller.redis_calls import RedisCalls
+from kalium.controller.redis_link import Link
 from kalium.controller.registry import Registry
+from kalium.controller.sharing import Sharing
 from kalium.controller.state import State
 from kalium.controller.store import Found, PolicyDirectory
 from kalium.errors import KaliumError
@@ -106,6 +110,7 @@ class Controller:
         name: str = "controller",
         counts: Counts | None = None,
         audit: Audit | None = None,
+        link: Link | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
@@ -114,13 +119,22 @@ class Controller:
         self._log = log
         self._clock_ns = clock_ns
         self._wall_s = wall_s
-        registry = Registry()
-        calls = MemoryCalls(held=registry.held, mint=lambda: secrets.token_hex(16))
-        self._state = State(registry, calls, name=name, started_ms=time.time_ns() // 1_000_000)
+        self.registry = Registry()
+        self.calls = self._calls(link, name)
+        self._state = State(self.registry, self.calls, name=name, started_ms=time.time_ns() // 1_000_000)
         self._dispatcher = Dispatcher(self._state, log=log, audit=audit, counts=self._counts)
         self._connections: dict[Connection, None] = {}
         self._all_gone = asyncio.Event()
         self._all_gone.set()
+
+    def _calls(self, link: Link | None, name: str) -> MemoryCalls | RedisCalls:
+        def mint() -> str:
+            return secrets.token_hex(16)
+
+        if link is None:
+            return MemoryCalls(held=self.registry.held, mint=mint)
+        link.replied = self._flush
+        return RedisCalls(link, name=name, versions=self.registry.versions, mint=mint)
 
     @property
     def connections(self) -> int:
@@ -364,28 +378,49 @@ async def serve(config: Config, *, log: LogLine, ready: Callable[[int], None] = 
     Raises KaliumError for what keeps the controller from starting: the port, a certificate, the operator's key, the directory.
     """
     context = tls.server_context(config.tls, name=config.name)
-    directory = PolicyDirectory(config.policies_dir, operator_key(config), clock_ns=time.time_ns)
+    key = operator_key(config)
     counts = Counts()
     log = counts.logging(log)
-    if config.audit is None:
-        await _serve(config, context, directory, Controller(log=log, name=config.name, counts=counts), log=log, ready=ready)
-        return
-    audit = open_audit(config.audit, config.name, log=log, loop=asyncio.get_running_loop())
-    try:
+    audit = None
+    if config.audit is not None:
+        audit = open_audit(config.audit, config.name, log=log, loop=asyncio.get_running_loop())
         log = audit.logging(log)
-        await _serve(config, context, directory, Controller(log=log, name=config.name, counts=counts, audit=audit), log=log, ready=ready)
+    try:
+        link = Link(config.store, config.tls, log=log) if config.store.kind == "redis" else None
+        controller = Controller(log=log, name=config.name, counts=counts, audit=audit, link=link)
+        sharing = None
+        if link is not None:
+            assert isinstance(controller.calls, RedisCalls)
+            sharing = Sharing(link, controller.calls, controller.registry, key, take=controller.take)
+        linked = asyncio.create_task(_forever() if link is None else link.run())
+        try:
+            await _serve(config, context, key, controller, sharing, linked, log=log, ready=ready)
+        finally:
+            linked.cancel()
+            await asyncio.gather(linked, return_exceptions=True)
     finally:
-        lost = await asyncio.to_thread(audit.close)
-        if lost:
-            log("audit_failed", file=str(config.audit.log), detail=f"{lost} bytes of entries are lost")
+        if audit is not None and (lost := await asyncio.to_thread(audit.close)):
+            log("audit_failed", file=str(config.audit and config.audit.log), detail=f"{lost} bytes of entries are lost")
 
 
 async def _serve(
-    config: Config, context: ssl.SSLContext, directory: PolicyDirectory, controller: Controller, *, log: LogLine, ready: Callable[[int], None]
+    config: Config,
+    context: ssl.SSLContext,
+    key: Ed25519PublicKey,
+    controller: Controller,
+    sharing: Sharing | None,
+    linked: asyncio.Task[None],
+    *,
+    log: LogLine,
+    ready: Callable[[int], None],
 ) -> None:
+    """As serve. `linked` keeps the connection to the store, beyond the last answer of this controller."""
+    directory = PolicyDirectory(config.policies_dir, key, clock_ns=time.time_ns)
     with listen(config) as listener:
         for found in await asyncio.to_thread(directory.changes):
             controller.take(found)
+        if sharing is not None:
+            await sharing.catch_up()
         door = Door(listener, context, controller, log=log)
         door.not_after_s = tls.not_after_s(config.tls)
         stop = asyncio.Event()
@@ -406,6 +441,8 @@ async def _serve(
             controller.sweep(),
             _follow_policies(directory, controller, log),
             _follow_certificate(config, door, controller, log),
+            _forever() if sharing is None else sharing.run(),
+            _ended(linked),
             until=stop,
         )
     log("stopping", agents=controller.connections)
@@ -414,7 +451,7 @@ async def _serve(
     log("stopped")
 
 
-def operator_key(config: Config) -> Any:
+def operator_key(config: Config) -> Ed25519PublicKey:
     """The operator's public key. Raises KaliumError for a file that is not one."""
     try:
         pem = config.operator_key.read_bytes()
@@ -446,6 +483,15 @@ async def run_together(*coroutines: Coroutine[Any, Any, None], until: asyncio.Ev
 
 async def _wait(event: asyncio.Event) -> None:
     await event.wait()
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    """Wait for a task, and raise what it raised; being cancelled does not cancel it."""
+    await asyncio.shield(task)
+
+
+async def _forever() -> None:
+    await asyncio.Event().wait()
 
 
 async def _follow_policies(directory: PolicyDirectory, controller: Controller, log: LogLine) -> None:

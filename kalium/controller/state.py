@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import islice
 
 from kalium.controller.calls import Calls, Deferred, Evicted
-from kalium.controller.registry import REGISTERED, UNREGISTERED, AgentKey, Instance, Registry
+from kalium.controller.registry import UNREGISTERED, AgentKey, Instance, Registry
 from kalium.controller.status import reports_of, rows_of, sum_of
 from kalium.protocol.frames import Answer, InstanceEnd, InstanceFinish, InstanceInvoke, InstanceStart, Register, StatusReport
 from kalium.protocol.limits import ITEMS_MAX
@@ -28,16 +28,16 @@ class State:
         self.evicted: Counter[str] = Counter()  # by reason, since the start
         self.on_evicted: Callable[[Evicted], None] = lambda _evicted: None  # told of each
         self._started_ms = started_ms
+        calls.on_instance_lost = registry.refuse
 
     # Instances
 
-    def register(self, key: AgentKey, said: Register, *, now_ns: int) -> Answer:
+    def register(self, key: AgentKey, said: Register, *, now_ns: int) -> Answer | Deferred[Answer]:
         """Let `said.instance` speak on this connection. Registering again what is registered here changes nothing."""
         found = self.registry.register(key, said)
         if isinstance(found, Answer):
             return found
-        self.calls.adopt(found, now_ns=now_ns)
-        return REGISTERED
+        return self.calls.adopt(found, now_ns=now_ns)
 
     def unregister(self, key: AgentKey, instance_id: str, *, now_ns: int) -> None:
         """The instance is gone; what it was doing ends. Nothing happens for an instance of another connection."""

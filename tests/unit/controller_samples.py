@@ -126,7 +126,7 @@ class Node:
         return f"{next(self._steps):016x}"
 
     def register(self, function: str, instance: str = "") -> Answer:
-        return self.state.register(self.key, Register(instance or function, self.app, function, "image"), now_ns=self.now_ns)
+        return at_once(self.state.register(self.key, Register(instance or function, self.app, function, "image"), now_ns=self.now_ns))
 
     def unregister(self, instance: str) -> list[Evicted]:
         evicted: list[Evicted] = []

@@ -1,0 +1,392 @@
+"""What controllers share beside calls, and what becomes of steps when the store is away, has forgotten, or has gone back in time."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from controller_samples import policy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from control.redis_server import DURABLE, FORGETFUL, LOSSY, RedisServer
+from control.store import PatientCalls, Stores
+from kalium.controller.redis_calls import KEEP_MS
+from kalium.controller.redis_link import Refused
+from kalium.controller.registry import Instance, Registry
+from kalium.protocol.frames import Answer, InstanceInvoke
+
+FRONT = ("front-1", "shop", "front")
+
+
+class Two:
+    """Two controllers of one site, with an instance `front` that speaks at both."""
+
+    def __init__(self, stores: Stores) -> None:
+        self.registry = Registry()
+        self.registry.install(policy(), b"signed 1", now_ns=0)
+        prefix = stores.prefix()
+        self.one = stores.calls(self.registry, prefix=prefix, name="one")
+        self.two = stores.calls(self.registry, prefix=prefix, name="two")
+        self.at_one, self.at_two = (Instance(*FRONT, "node0") for _ in range(2))
+
+    def adopt(self) -> None:
+        assert self.one.adopt(self.at_one, now_ns=0).allowed
+        assert self.two.adopt(self.at_two, now_ns=0).allowed
+
+    def invoke(self, calls: PatientCalls, who: Instance, grant: Answer, callee: str, step: str) -> Answer:
+        return calls.invoke(who, InstanceInvoke(step, grant.call, grant.invocation, callee, 1, *FRONT), now_ns=0)
+
+
+@pytest.fixture
+def two(stores: Stores) -> Two:
+    return Two(stores)
+
+
+# Instances and agents
+
+
+def test_an_instance_is_one_nodes_whichever_controller_is_told(two: Two) -> None:
+    two.adopt()
+
+    for calls in (two.one, two.two):
+        answer = calls.adopt(Instance(*FRONT, "node1"), now_ns=0)
+        assert (answer.allowed, answer.reason) == (False, "unregistered")
+    answer = two.two.adopt(Instance("front-1", "shop", "stock", "node0"), now_ns=0)
+    assert (answer.allowed, answer.reason) == (False, "unregistered")
+
+
+def test_an_instance_that_was_refused_takes_no_step(two: Two) -> None:
+    two.adopt()
+    stranger = Instance(*FRONT, "node1")
+    two.two.adopt(stranger, now_ns=0)
+
+    assert two.two.begin(stranger, 1, "a" * 16, now_ns=0).reason == "unregistered"
+
+
+def test_an_id_is_free_again_when_its_instance_is_gone_everywhere(two: Two) -> None:
+    two.adopt()
+    assert two.one.forget(two.at_one, "unregistered", now_ns=0) == []
+    two.two.settle()
+    assert not two.one.adopt(Instance(*FRONT, "node1"), now_ns=0).allowed
+
+    two.two.forget(two.at_two, "unregistered", now_ns=0)
+    two.two.settle()
+
+    assert two.one.adopt(Instance(*FRONT, "node1"), now_ns=0).allowed
+
+
+def test_another_run_of_an_agent_is_lost_while_the_first_is_heard(two: Two) -> None:
+    lost: list[str] = []
+    two.one.agent_here("node0", "a" * 16)
+    two.one.settle()
+    two.two.on_agent_lost = lost.append
+
+    two.two.agent_here("node0", "b" * 16)
+    two.two.settle()
+
+    assert lost == ["node0"]
+
+
+def test_an_instance_of_another_run_of_its_agent_is_not_registered(two: Two) -> None:
+    """Whoever has stolen a key may name the instances of its node, and gets no step of theirs."""
+    two.one.agent_here("node0", "a" * 16)
+    assert two.one.adopt(two.at_one, now_ns=0).allowed
+    two.two.agent_here("node0", "b" * 16)
+
+    answer = two.two.adopt(two.at_two, now_ns=0)
+
+    assert (answer.allowed, answer.reason) == (False, "unregistered")
+
+
+def test_the_same_run_of_an_agent_may_come_to_another_controller(two: Two) -> None:
+    lost: list[str] = []
+    two.one.on_agent_lost = two.two.on_agent_lost = lost.append
+    two.one.agent_here("node0", "a" * 16)
+    two.one.settle()
+
+    two.two.agent_here("node0", "a" * 16)
+    two.one.calls.beat(["node0"])
+    two.two.calls.beat(["node0"])
+    two.one.settle()
+    two.two.settle()
+
+    assert lost == []
+
+
+def test_an_agent_that_has_left_may_be_started_anew(two: Two) -> None:
+    lost: list[str] = []
+    two.two.on_agent_lost = lost.append
+    two.one.agent_here("node0", "a" * 16)
+    two.one.agent_gone("node0")
+    two.one.settle()
+
+    two.two.agent_here("node0", "b" * 16)
+    two.two.settle()
+
+    assert lost == []
+
+
+def test_controllers_that_beat_are_listed_and_others_are_not(two: Two) -> None:
+    two.one.calls.beat([])
+    two.one.settle()
+    two.two.calls.beat([])
+    two.two.settle()
+    assert two.two.controllers() == ("one", "two")
+
+    two.two._now_ms += 3_001
+    two.two.calls.beat([])
+    two.two.settle()
+
+    assert two.two.controllers() == ("two",)
+
+
+# Steps at both
+
+
+def test_a_step_that_was_answered_by_one_has_the_same_answer_at_the_other(two: Two) -> None:
+    two.adopt()
+    start = two.one.begin(two.at_one, 1, "a" * 16, now_ns=0)
+    invoke = two.invoke(two.one, two.at_one, start, "stock", "b" * 16)
+    assert start.allowed and invoke.allowed
+
+    assert two.two.begin(two.at_two, 1, "a" * 16, now_ns=0) == start
+    assert two.invoke(two.two, two.at_two, start, "stock", "b" * 16) == invoke
+    assert two.invoke(two.two, two.at_two, start, "stock", "c" * 16).reason == "edge_not_allowed"
+
+
+def test_a_controller_with_another_text_of_the_same_version_takes_no_step_in_a_call(stores: Stores, two: Two) -> None:
+    """Its states are numbered otherwise; the version alone would not tell."""
+    two.adopt()
+    start = two.one.begin(two.at_one, 1, "a" * 16, now_ns=0)
+    other = Registry()
+    other.install(policy(1, entries="front"), b"signed otherwise", now_ns=0)
+    three = stores.calls(other, prefix=two.one.link.prefix, name="three")
+    who = Instance(*FRONT, "node0")
+    assert three.adopt(who, now_ns=0).allowed
+
+    assert two.invoke(three, who, start, "stock", "b" * 16).reason == "policy_mismatch"
+
+
+def test_steps_that_come_with_a_registration_wait_for_it(two: Two) -> None:
+    """An agent that fails over registers its instances and asks at once, without waiting for the answers."""
+    calls = two.one.calls
+    answers: list[Answer] = []
+    adopted = calls.adopt(two.at_one, now_ns=0)
+    begun = calls.begin(two.at_one, 1, "a" * 16, now_ns=0)
+    assert not isinstance(adopted, Answer) and not isinstance(begun, Answer)
+    adopted.then(answers.append)
+    begun.then(answers.append)
+
+    two.one.settle()
+    two.one.settle()
+
+    assert [answer.allowed for answer in answers] == [True, True]
+
+
+# The server
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Callable[..., tuple[RedisServer, Two]]]:
+    """Two controllers on a Redis that a test may harm."""
+    made: list[tuple[RedisServer, Stores]] = []
+
+    def make(*options: str) -> tuple[RedisServer, Two]:
+        server = RedisServer(tmp_path / f"redis{len(made)}", *options)
+        server.start()
+        stores = Stores(server)
+        made.append((server, stores))
+        return server, Two(stores)
+
+    yield make
+    for server, stores in made:
+        stores.close()
+        server.kill()
+
+
+def joined(calls: PatientCalls) -> None:
+    """Wait until the store is connected."""
+    calls.loop.run_until_complete(calls.link.connected.wait())
+
+
+def test_a_step_without_a_store_is_unavailable_and_the_next_one_after_its_return_is_not(own: Callable[..., tuple[RedisServer, Two]]) -> None:
+    server, two = own(*FORGETFUL)
+    two.adopt()
+    server.kill()
+    assert two.one.begin(two.at_one, 1, "a" * 16, now_ns=0).reason == "controller_unavailable"
+    assert two.one.fault() == "the store is away"
+
+    server.start()
+    joined(two.one)
+
+    assert two.one.begin(two.at_one, 1, "b" * 16, now_ns=0).allowed
+    assert two.one.fault() == ""
+
+
+def test_an_instance_that_was_registered_without_a_store_takes_steps_when_it_is_there(own: Callable[..., tuple[RedisServer, Two]]) -> None:
+    server, two = own(*FORGETFUL)
+    server.kill()
+    assert two.one.adopt(two.at_one, now_ns=0).reason == "controller_unavailable"
+    assert two.one.begin(two.at_one, 1, "a" * 16, now_ns=0).reason == "controller_unavailable"
+
+    server.start()
+    joined(two.one)
+    two.one.settle()
+
+    assert two.one.begin(two.at_one, 1, "b" * 16, now_ns=0).allowed
+
+
+def test_a_store_that_hangs_is_given_up_within_its_time(own: Callable[..., tuple[RedisServer, Two]]) -> None:
+    server, two = own(*FORGETFUL)
+    two.adopt()
+    server.signal(signal.SIGSTOP)
+    begun = two.one.loop.time()
+
+    answer = two.one.begin(two.at_one, 1, "a" * 16, now_ns=0)
+
+    assert answer.reason == "controller_unavailable"
+    assert two.one.loop.time() - begun < 2
+    server.signal(signal.SIGCONT)
+
+
+def test_a_store_that_has_each_step_on_its_disk_keeps_calls_over_a_crash(own: Callable[..., tuple[RedisServer, Two]]) -> None:
+    server, two = own(*DURABLE)
+    two.adopt()
+    start = two.one.begin(two.at_one, 1, "a" * 16, now_ns=0)
+    invoke = two.invoke(two.one, two.at_one, start, "stock", "b" * 16)
+
+    server.kill()
+    server.start()
+    two.one.settle() if two.one.link.is_up else joined(two.one)
+    joined(two.one)
+
+    assert two.invoke(two.one, two.at_one, start, "stock", "b" * 16) == invoke
+    assert two.invoke(two.one, two.at_one, start, "pay", "c" * 16).allowed
+
+
+@pytest.mark.parametrize("options", [LOSSY, FORGETFUL], ids=["everysec", "memory"])
+def test_a_store_that_may_have_lost_steps_loses_the_calls_with_them(own: Callable[..., tuple[RedisServer, Two]], options: tuple[str, ...]) -> None:
+    """What was read back could be the state of a second ago: there a spent token is good and a taken edge is open."""
+    server, two = own(*options)
+    two.adopt()
+    start = two.one.begin(two.at_one, 1, "a" * 16, now_ns=0)
+    invoke = two.invoke(two.one, two.at_one, start, "stock", "b" * 16)
+
+    server.kill()
+    server.start()
+    lost = two.one.begin(two.at_one, 1, "d" * 16, now_ns=0)
+    assert lost.reason in ("controller_unavailable", "allowed")
+    joined(two.one)
+
+    assert two.invoke(two.one, two.at_one, start, "stock", "b" * 16).reason == "unknown_call"
+    stock = Instance("stock-1", "shop", "stock", "node0")
+    assert two.one.adopt(stock, now_ns=0).allowed
+    assert two.one.join(stock, 1, invoke.token, "c" * 16, now_ns=0).reason == "bad_token"
+
+
+def test_a_replica_is_no_store(own: Callable[..., tuple[RedisServer, Two]], tmp_path: Path) -> None:
+    server, two = own(*FORGETFUL)
+    two.adopt()
+    server.ask("REPLICAOF", "127.0.0.1", "1")
+
+    assert two.one.begin(two.at_one, 1, "a" * 16, now_ns=0).reason == "controller_unavailable"
+
+
+def test_a_store_without_memory_is_no_reason_for_a_fail_mode(own: Callable[..., tuple[RedisServer, Two]]) -> None:
+    server, two = own(*FORGETFUL)
+    two.adopt()
+    start = two.one.begin(two.at_one, 1, "a" * 16, now_ns=0)
+    server.ask("CONFIG", "SET", "maxmemory", "1")
+
+    assert two.one.begin(two.at_one, 1, "b" * 16, now_ns=0).reason == "overloaded"
+    assert two.invoke(two.one, two.at_one, start, "stock", "c" * 16).reason == "overloaded"
+
+    assert two.one.finish(two.at_one, start.call, start.invocation, "answered", now_ns=0).allowed  # what frees memory is done
+    server.ask("CONFIG", "SET", "maxmemory", "0")
+    assert two.one.counts() == (0, 0)
+
+
+def test_flushed_scripts_are_loaded_again(own: Callable[..., tuple[RedisServer, Two]]) -> None:
+    server, two = own(*FORGETFUL)
+    two.adopt()
+    server.ask("SCRIPT", "FLUSH")
+
+    assert two.one.begin(two.at_one, 1, "a" * 16, now_ns=0).allowed
+
+
+def test_a_graph_that_was_lost_is_put_there_again(own: Callable[..., tuple[RedisServer, Two]]) -> None:
+    server, two = own(*FORGETFUL)
+    two.adopt()
+    start = two.one.begin(two.at_one, 1, "a" * 16, now_ns=0)
+    for key in server.ask("KEYS", "*:cfg:*").splitlines():
+        server.ask("DEL", key)
+
+    assert two.invoke(two.one, two.at_one, start, "stock", "b" * 16).allowed
+
+
+def test_every_key_has_an_end(own: Callable[..., tuple[RedisServer, Two]]) -> None:
+    """Where nobody sweeps any more, Redis removes what is left."""
+    server, two = own(*FORGETFUL)
+    two.one.agent_here("node0", "a" * 16)
+    two.adopt()
+    start = two.one.begin(two.at_one, 1, "a" * 16, now_ns=0)
+    two.invoke(two.one, two.at_one, start, "stock", "b" * 16)
+    two.one.calls.beat(["node0"])
+    two.one.counts()
+
+    endless = {key for key in server.ask("KEYS", "*").splitlines() if int(server.ask("PTTL", key)) < 0}
+    longest = max(int(server.ask("PTTL", key)) for key in server.ask("KEYS", "*").splitlines())
+
+    assert {key.rpartition(":")[2] for key in endless} == {"server"}
+    assert longest <= KEEP_MS
+
+
+@given(st.binary(max_size=200))
+def test_whatever_stands_in_a_call_grants_nothing(redis_server: RedisServer, junk: bytes) -> None:
+    """Who writes to the store decides what it says; but bytes of an accident are an error, and no fail mode's reason."""
+    stores = Stores(redis_server)
+    try:
+        two = Two(stores)
+        two.adopt()
+        start = two.one.begin(two.at_one, 1, "a" * 16, now_ns=0)
+        replies: list[object] = []
+        key = f"{two.one.link.prefix}{{app/shop}}:call:{start.call}"
+        two.one.link.send(("HSET", key, f"i:{start.invocation}", junk), replies.append)
+        answer = two.invoke(two.one, two.at_one, start, "stock", "b" * 16)
+        assert not answer.allowed
+        assert answer.reason in ("overloaded", "unknown_call")
+    finally:
+        stores.close()
+
+
+# Policies
+
+
+def test_a_policy_that_is_newer_is_given_and_an_older_one_is_not(two: Two) -> None:
+    said: list[tuple[dict[str, bytes], list[str]]] = []
+
+    def ask(calls: PatientCalls, held: dict[str, int]) -> tuple[dict[str, bytes], list[str]]:
+        calls.calls.ask_policies(held, lambda newer, lacking: said.append((newer, lacking)))
+        calls.settle()
+        return said[-1]
+
+    assert ask(two.one, {"shop": 2}) == ({}, ["shop"])
+    two.one.calls.offer_policy(policy(2), b"second")
+    two.one.settle()
+    two.two.calls.offer_policy(policy(1), b"first")
+    two.two.settle()
+
+    assert ask(two.two, {"shop": 1}) == ({"shop": b"second"}, [])
+    assert ask(two.two, {}) == ({"shop": b"second"}, [])
+    assert ask(two.one, {"shop": 2}) == ({}, [])
+
+
+def test_what_redis_refuses_is_told_apart() -> None:
+    of_redis_6 = "ERR Error running script (call to f_6a7d): @user_script:9: @user_script: 9: -OOM command not allowed"
+    errors = ("OOM command", of_redis_6, "LOADING x", "READONLY x", "ERR user_script:1: attempt to index a nil value")
+    assert [(Refused(text).is_full, Refused(text).is_away) for text in errors] == [
+        (True, False), (True, False), (False, True), (False, True), (False, False),
+    ]  # fmt: skip
