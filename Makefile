@@ -32,8 +32,8 @@ GO = $(shell $(PYTHON) roles/kalium_toolchain/files/find_go.py $$(sed -n 's/^go 
 AS_BUILT = CGO_ENABLED=0 GOFLAGS=-trimpath
 STATICCHECK = $(shell sed -n '/^kalium_versions_staticcheck:/,/^$$/{s/^ *module: //p;s/^ *version: /@/p}' roles/kalium_versions/defaults/main.yml | tr -d '\n')
 
-.PHONY: help reproduce test setup site reset check format check-python check-go check-ansible integration site-tests developer lock clean
-.PHONY: test-guard bench-guard cluster-test fuzz reproduce-steps test-steps site-steps reset-steps check-steps test-guard-steps bench-guard-steps cluster-test-steps
+.PHONY: help reproduce test setup site reset check format check-python check-go check-ansible control integration site-tests developer lock clean
+.PHONY: test-guard bench-guard cluster-test fuzz reproduce-steps control-steps test-steps site-steps reset-steps check-steps test-guard-steps bench-guard-steps cluster-test-steps
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
@@ -61,6 +61,9 @@ format: developer ## bring Python and Go into their format
 	ruff format .
 	ruff check --fix .
 	$(dir $(GO))gofmt -w runtime
+
+control: ## controllers, agents and a Redis as real processes that are killed and cut off, and the attacks on them
+	@.ci/privileged "make control" $(MAKE) control-steps
 
 test-guard: ## the guard in real sandboxes: every way out, unmodified clients; the table goes to results/bypass
 	@.ci/privileged "make test-guard" $(MAKE) test-guard-steps
@@ -104,6 +107,7 @@ check-steps: check-python check-ansible check-go
 test-steps:
 	rm -rf $(REPORTS)
 	$(MAKE) check-steps
+	$(MAKE) control-steps
 	ansible-playbook site.yml -i $(INVENTORY)
 	$(MAKE) site-tests
 	$(MAKE) test-guard-steps RACE=1s
@@ -111,7 +115,7 @@ test-steps:
 
 developer:
 	.ci/setup $(PYTHON) dev
-	@if ! $(PYTHON) roles/kalium_toolchain/files/find_go.py "$$(sed -n 's/^go //p' runtime/go.mod)" >/dev/null || ! PATH="$$PATH:/usr/sbin" type -P gcc sshd systemd-nspawn mmdebstrap slirp4netns nft >/dev/null; then \
+	@if ! $(PYTHON) roles/kalium_toolchain/files/find_go.py "$$(sed -n 's/^go //p' runtime/go.mod)" >/dev/null || ! PATH="$$PATH:/usr/sbin" type -P gcc redis-server sshd systemd-nspawn mmdebstrap slirp4netns nft >/dev/null; then \
 		echo "ansible-playbook playbooks/developer.yml -i $(INVENTORY)"; \
 		ansible-playbook playbooks/developer.yml -i $(INVENTORY); fi
 
@@ -135,6 +139,10 @@ check-go: developer
 site-tests: developer
 	@mkdir -p $(REPORTS)
 	$(PYTEST) --quiet --junitxml=$(REPORTS)/site.xml tests/site
+
+control-steps: developer
+	@mkdir -p $(REPORTS)
+	$(AS_ROOT) $(PYTEST) --quiet --junitxml=$(REPORTS)/control.xml tests/control
 
 integration: developer
 	@mkdir -p $(REPORTS)
