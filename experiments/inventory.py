@@ -63,6 +63,7 @@ def hosts_file(manifest: Manifest, user: str | None) -> str:
         "kube_control": control,
         "function_nodes": manifest.workers,
         "controller": controller,
+        "store": controller,
         "images": controller,
         "database": control,
         "client": control,

@@ -13,6 +13,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -32,7 +33,18 @@ NODE = Path(__file__).with_name("node.yml")
 GROUPS_OF_THE_HOST = ("function_nodes", "controller", "images", "database")
 IMAGE_BYTES = 122_620
 IMAGE_NAME = "images.kalium.test"
-UNITS = ("kalium-controller", "kalium-agent", "kalium-imageserver", "kalium-mailsink", "kalium-database", "kalium-pebble", "kalium-challtestsrv")
+UNITS = (
+    "kalium-controller",
+    "kalium-agent",
+    "kalium-imageserver",
+    "kalium-mailsink",
+    "kalium-database",
+    "kalium-pebble",
+    "kalium-challtestsrv",
+    "kalium-pki",
+)
+# What `systemd-analyze security` makes of each, from 0 (nothing is exposed) to 10; a unit without a line of its own about it has 9.6.
+EXPOSURE_MAX = 2.5
 # The application's user and tables, as the benchmark publishes them.
 SCHEMA, USER, PASSWORD = "helloRetail", "abc", "xyz"
 TABLES = 8
@@ -168,6 +180,28 @@ def test_every_service_is_a_unit_of_systemd_and_active(standing: Standing) -> No
     assert asked.stdout.split() == ["active"] * len(UNITS), standing.host.run("systemctl --no-pager --lines=5 status", *UNITS).stdout
 
 
+def test_every_unit_may_do_little_beside_its_work(standing: Standing) -> None:
+    asked = standing.host.run(f"for unit in {' '.join(UNITS)}; do systemd-analyze --no-pager security $unit.service | tail -n 1; done")
+
+    found = {unit: float(line.rpartition(":")[0].rpartition(":")[2].split()[0]) for unit, line in zip(UNITS, asked.stdout.splitlines(), strict=True)}
+    assert max(found.values()) <= EXPOSURE_MAX, found
+
+
+def test_no_daemon_has_a_privilege_of_root_or_reads_the_keys_that_sign(standing: Standing) -> None:
+    """Also those that run as root: the agent, because its sockets are for root's processes, and the renewal, which gives a key to its owner."""
+    for unit in UNITS:
+        process = f"$(systemctl show --property MainPID --value {unit})"
+        status = dict(line.split(":\t", 1) for line in standing.host.run(f"cat /proc/{process}/status").stdout.splitlines() if ":\t" in line)
+        chown, search, owner = 1 << 0, 1 << 2, 1 << 3  # linux/capability.h
+        assert int(status["CapBnd"], 16) == (chown | search | owner if unit == "kalium-pki" else 0), unit
+        assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2"), unit
+        keys = ["/etc/kalium/operator/operator.key", *(["/etc/kalium/pki/ca.key"] if unit != "kalium-pki" else [])]
+        # By a root with all privileges in the service's own view of the files, whose text outside is not empty.
+        for key in keys:
+            assert standing.host.run(f"sudo nsenter --mount --target {process} cat {key} 2>/dev/null").stdout == "", (unit, key)
+            assert standing.host.run("sudo cat", key).stdout.startswith("-----BEGIN PRIVATE KEY-----"), key
+
+
 def test_the_controller_answers_who_has_a_certificate_of_the_site(standing: Standing) -> None:
     """STATUS over TLS from another machine; the node's agent is connected and the site's policies are served."""
     ca, cert, key = (standing.file(f"/etc/kalium/pki/{name}") for name in ("ca.crt", "agent.crt", "agent.key"))
@@ -288,6 +322,73 @@ def test_the_second_run_changes_nothing(standing: Standing, ansible: Ansible) ->
     assert second.status == 0, second.end()
     assert second.changed_tasks() == [], second.text
     assert {second.counts(host)["changed"] for host in (standing.host.name, "localhost")} == {0}
+
+
+def test_a_rehearsal_finds_nothing_to_change(standing: Standing, ansible: Ansible) -> None:
+    rehearsed = ansible.play(PLAYBOOK, standing.inventory, "--check", "--diff")
+
+    assert rehearsed.status == 0, rehearsed.end()
+    assert rehearsed.changed_tasks() == [], rehearsed.text
+
+
+AGE = """
+import sys
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from kalium.pki import authority, files
+folder = Path("/etc/kalium/pki")
+for name in ("controller", "agent"):
+    path = folder / f"{name}.crt"
+    certificate = files._certificates(path)[0]
+    role, identity = authority.role_of(certificate)
+    path.unlink()
+    then = datetime.now(timezone.utc) - timedelta(days=5)
+    files.issue(folder, name, authority.sans_of(certificate), role=role, identity=identity, days=7, now=then)
+"""
+
+
+def test_certificates_that_are_due_are_renewed_and_taken_without_a_restart(standing: Standing) -> None:
+    """Both pairs of the CA's host, as if they had been issued five days ago; the controller shows the new one to whoever comes."""
+    host = standing.host
+    processes = "systemctl show --property MainPID --value kalium-controller kalium-agent"
+    before = host.run(processes).stdout
+    aged = host.run(f"sudo /opt/kalium/venv/bin/python -c {shlex.quote(AGE)}")
+    assert aged.returncode == 0, aged.stderr
+    due = [standing.file(f"/etc/kalium/pki/{name}.crt").read_text(encoding="utf-8") for name in ("controller", "agent")]
+
+    host.run("sudo systemctl restart kalium-pki")
+
+    deadline = time.monotonic() + ANSWER_S_MAX
+    while any(standing.file(f"/etc/kalium/pki/{name}.crt").read_text(encoding="utf-8") in due for name in ("controller", "agent")):
+        assert time.monotonic() < deadline, host.run("sudo tail /var/log/kalium/pki.log").stdout
+        time.sleep(0.5)
+    assert host.run("sudo stat --format %U:%a /etc/kalium/pki/controller.key /etc/kalium/pki/agent.key").stdout.split() == ["kalium:600", "root:600"]
+    while ssl.get_server_certificate((host.address, 5000)) != standing.file("/etc/kalium/pki/controller.crt").read_text(encoding="utf-8"):
+        assert time.monotonic() < deadline, host.run("sudo tail /var/log/kalium/controller.log").stdout
+        time.sleep(0.5)
+    ca, cert, key = (standing.file(f"/etc/kalium/pki/{name}") for name in ("ca.crt", "agent.crt", "agent.key"))
+    assert json.loads(status_of_the_controller(standing, ca=ca, cert=cert, key=key).stdout)["agents"] == 1
+    assert host.run(processes).stdout == before
+
+
+def test_the_public_halves_of_the_keys_of_audit_logs_are_kept_beside_the_ca(standing: Standing, ansible: Ansible) -> None:
+    """Who replaces log and key together is found by the next run, and by whoever verifies with what the CA's host has."""
+    host = standing.host
+    logs = "sudo ls /var/log/kalium/agent/audit.jsonl /var/log/kalium/controller/audit.jsonl"
+    assert host.run(logs).returncode == 0
+    for who in ("agent", "controller"):
+        known = f"/etc/kalium/audit/known/{host.name}-{who}.pub"
+        assert host.run(f"cmp {known} /etc/kalium/audit/{who}.pub").returncode == 0
+        verified = host.run(f"sudo /opt/kalium/venv/bin/kalium audit verify /var/log/kalium/{who}/audit.jsonl --key {known}")
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+    host.run("sudo mv /etc/kalium/audit/agent.key /root/a.key; sudo mv /etc/kalium/audit/agent.pub /root/a.pub")
+
+    refused = ansible.play("playbooks/pki.yml", standing.inventory)
+
+    host.run("sudo mv /root/a.key /etc/kalium/audit/agent.key; sudo mv /root/a.pub /etc/kalium/audit/agent.pub")
+    assert refused.status == 2, refused.end()
+    assert "error[pki.audit_key]: cannot take the key of the agent's audit log" in refused.text, refused.end()
+    assert ansible.play("playbooks/pki.yml", standing.inventory).changed_tasks() == []
 
 
 def test_the_certificate_is_renewed_by_a_timer_that_leaves_a_good_one_alone(standing: Standing) -> None:

@@ -365,6 +365,10 @@ def described(tmp_path: Path, command: Callable[[str, str], Path]) -> dict[str, 
         "manager": "supervisor", "supervisorctl": str(tmp_path / "bin" / "supervisorctl"), "supervisor_conf": "conf",
         "supervisor_programs": str(tmp_path / "programs"), "name": "kalium-x", "description": "X", "command": ["/bin/x", "--rate", "5%", "a b", ""],
         "user": "kalium", "environment": {"B": 'say "%"', "A": "1"}, "log": str(tmp_path / "x.log"), "inputs": [str(tmp_path / "binary")],
+        "writes": ["/var/x", "/run/a b"], "hides": ["/etc/keys"],
+        "confinement": {
+            "PrivateTmp": "yes", "SystemCallFilter": ["@system-service", "~@privileged"], "ProtectHome": None, "CapabilityBoundingSet": "",
+        },
         "ready": ["true"], "ready_environment": {}, "ready_seconds": "1", "stop_seconds": "5",
     }  # fmt: skip
 
@@ -394,6 +398,34 @@ def test_both_managers_are_told_the_same_words(described: dict[str, Any]) -> Non
     assert 'ExecStart=/bin/x --rate 5%% "a b" ""' in systemd.splitlines()
     assert r'environment=A="1",B="say \"%%\"",KALIUM_REVISION="r1"' in supervisor.splitlines()
     assert r'Environment="B=say \"%%\""' in systemd.splitlines()
+
+
+@pytest.mark.parametrize("version", [237, 252])
+def test_a_unit_of_systemd_says_what_the_service_may_do(described: dict[str, Any], monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """An old systemd takes a group of system calls that it does not know for an empty one: the service would be killed at its first call."""
+    monkeypatch.setattr(service, "systemd_version", lambda: version)
+
+    lines = service.Systemd({**described, "stop_seconds": 5}).text("r1").splitlines()
+
+    confined = [line for line in lines if line.partition("=")[0] in (*described["confinement"], "ReadWritePaths", "InaccessiblePaths")]
+    calls = ["SystemCallFilter=@system-service", "SystemCallFilter=~@privileged"] if version > 237 else []
+    paths = ['ReadWritePaths="/var/x" "/run/a b"', 'InaccessiblePaths="-/etc/keys"']
+    assert confined == ["CapabilityBoundingSet=", "PrivateTmp=yes", *calls, *paths]
+    assert lines.index("[Service]") < lines.index(confined[0]) < lines.index("[Install]")
+
+
+def test_only_a_unit_is_made_anew_when_the_service_may_do_something_else(described: dict[str, Any]) -> None:
+    other = {**described, "writes": []}
+
+    assert service.revision_of(other) == service.revision_of(described)
+    assert service.revision_of({**other, "manager": "systemd"}) != service.revision_of({**described, "manager": "systemd"})
+
+
+@pytest.mark.parametrize(("said", "number"), [("systemd 252 (252.39-1~deb12u1)\n+PAM", 252), ("", 0), ("bash: systemctl: not found", 0)])
+def test_the_version_of_systemd_is_a_number(command: Callable[[str, str], Path], said: str, number: int) -> None:
+    command("systemctl", f"printf '{said}'")
+
+    assert service.systemd_version() == number
 
 
 def test_a_service_that_never_answers_fails_with_its_answer_and_its_log(described: dict[str, Any], tmp_path: Path) -> None:

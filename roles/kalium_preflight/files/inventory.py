@@ -11,8 +11,9 @@ import re
 import sys
 
 # Hosts of these groups are reached by others, by their kalium_layout_address.
-SERVING = ("kube_control", "function_nodes", "controller", "images", "database")
-ONE_HOST = ("kube_control", "controller", "images", "database")
+SERVING = ("kube_control", "function_nodes", "controller", "store", "images", "database")
+ONE_HOST = ("kube_control", "images", "database")
+CONTROLLERS_MAX = 8  # as an agent's configuration has it
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 # Names that no public name server knows (RFC 2606, RFC 6761, RFC 6762, RFC 9476, ICANN's choice of 2024).
 NOT_PUBLIC = ("test", "example", "invalid", "localhost", "local", "internal", "alt", "lan", "home.arpa")
@@ -73,13 +74,19 @@ def check_form(judged):
 
 
 def check_groups(judged):
-    for group in ("build", *ONE_HOST, "function_nodes", "client"):
+    for group in ("build", *ONE_HOST, "controller", "function_nodes", "client"):
         hosts = judged.groups.get(group, [])
         if not hosts or (group in ONE_HOST and len(hosts) > 1):
             judged.problem(
                 "group", "use the group " + group, "it has %s" % (", ".join(hosts) or "no host"),
                 "give it %s" % ("exactly one host" if group in ONE_HOST else "a host"),
             )  # fmt: skip
+    if len(judged.groups.get("controller", [])) > CONTROLLERS_MAX:
+        judged.problem(
+            "group", "use the group controller", "it has %d hosts" % len(judged.groups["controller"]), "give it %d at most" % CONTROLLERS_MAX
+        )
+    if len(judged.groups.get("store", [])) > 1:
+        judged.problem("group", "use the group store", "it has %s" % ", ".join(judged.groups["store"]), "give it one host, or none")
     both = sorted(set(judged.groups.get("kube_control", [])) & set(judged.groups.get("function_nodes", [])))
     if both:
         judged.problem(

@@ -21,6 +21,7 @@ import time
 POLL_SECONDS = 0.2
 COMMAND_SECONDS_MAX = 120
 LOG_LINES = 12
+SYSTEM_SERVICE_SINCE = 239  # systemd's group of system calls @system-service
 JOURNAL = "the journal"  # in the place of a log file
 
 
@@ -56,7 +57,8 @@ def must(command, what):
 
 def revision_of(service):
     """A hash that changes when the service has to be restarted."""
-    whole = hashlib.sha256(json.dumps({key: service[key] for key in ("command", "user", "environment", "log")}, sort_keys=True).encode())
+    keys = ("command", "user", "environment", "log", *(("writes", "hides", "confinement") if service["manager"] == "systemd" else ()))
+    whole = hashlib.sha256(json.dumps({key: service[key] for key in keys}, sort_keys=True).encode())
     for path in service["inputs"]:
         try:
             with open(path, "rb") as file:
@@ -94,6 +96,27 @@ def shell_words(words, percent="%"):
     """The command line in the quoting that both managers read, with `percent` standing for one percent sign."""
     plain = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-:=,@+%")
     return " ".join(word if word and set(word) <= plain else quoted(word) for word in words).replace("%", percent)
+
+
+def systemd_version():
+    """The number of the systemd that is installed; 0 when it does not say."""
+    words = run(["systemctl", "--version"])[1].split()
+    return int(words[1]) if words[:1] == ["systemd"] and words[1:2] and words[1].isdigit() else 0
+
+
+def confinement(service, version):
+    """The lines of a unit that say what it may do. Directives that an older systemd does not know it passes over, with a warning."""
+    lines = []
+    for name, value in sorted(service["confinement"].items()):
+        if name == "SystemCallFilter" and version < SYSTEM_SERVICE_SINCE:
+            continue  # it would take the unknown group for an empty one, and let nothing through
+        if value is not None:
+            lines += ["%s=%s" % (name, each) for each in (value if isinstance(value, list) else [value])]
+    if service["writes"]:
+        lines.append("ReadWritePaths=" + " ".join(map(quoted, service["writes"])))
+    if service["hides"]:
+        lines.append("InaccessiblePaths=" + " ".join(quoted("-" + path) for path in service["hides"]))
+    return lines
 
 
 class Supervisor:
@@ -163,6 +186,8 @@ class Systemd:
             "[Unit]",
             "Description=" + service["description"],
             "After=network.target",
+            "# A service that cannot start yet, because its certificate is being renewed, say, is tried for ever.",
+            "StartLimitIntervalSec=0",
             "",
             "[Service]",
             "ExecStart=" + shell_words(service["command"], "%%"),
@@ -175,6 +200,7 @@ class Systemd:
             "LimitNOFILE=65536",
             "StandardOutput=append:" + service["log"],
             "StandardError=inherit",
+            *confinement(service, systemd_version()),
             "",
             "[Install]",
             "WantedBy=multi-user.target",
