@@ -31,7 +31,10 @@ class AuditWriter:
         clock_ms: Callable[[], int] = wall_ms,
         batch_s: float = BATCH_S,
     ) -> None:
-        """`on_well` is told how many entries were lost. The journal is written once before this returns, or has failed."""
+        """`on_well` is told how many entries were lost, which may also be for want of room while the disk is slow.
+
+        The journal is written once before this returns, or has failed.
+        """
         self._journal = journal
         self._on_failed = on_failed
         self._on_well = on_well
@@ -41,6 +44,7 @@ class AuditWriter:
         self._lost = 0
         self._taken_bytes = 0  # that have left the chain and are in no file
         self._healthy = True
+        self._is_behind = False  # an entry was lost since the last write
         self._news = threading.Event()
         self._closing = threading.Event()
         self._flush(is_last=False)
@@ -49,8 +53,8 @@ class AuditWriter:
 
     @property
     def healthy(self) -> bool:
-        """Whether the last write, and the last sync, have succeeded."""
-        return self._healthy
+        """Whether the last write, and the last sync, have succeeded, and nothing was lost since."""
+        return self._healthy and not self._is_behind
 
     @property
     def durable(self) -> Place:
@@ -66,6 +70,7 @@ class AuditWriter:
         with self._lock:
             if self._journal.chain.waiting + self._taken_bytes >= PENDING_BYTES_MAX:
                 self._lost += 1
+                self._is_behind = True
                 return False
             self._journal.chain.append(event, fields, now_ms=self._clock_ms())
         if not self._news.is_set():
@@ -116,5 +121,6 @@ class AuditWriter:
         with self._lock:
             self._taken_bytes = self._journal.unwritten_bytes
             lost, self._lost = (self._lost, 0) if self._healthy else (0, self._lost)
-        if self._healthy and not was_healthy:
+            self._is_behind = self._is_behind and not self._healthy
+        if self._healthy and (lost or not was_healthy):
             self._on_well(lost)

@@ -123,9 +123,11 @@ class Audit:
         self._failed_ms, self._error = self._clock_ms(), error.strerror or str(error)
 
     def well(self, lost: int) -> None:
-        """It can be written again."""
+        """It can be written again, or has kept up again."""
         refused, self._refused = self._refused, 0
-        self._put("outage", {"what": "audit_log", "error": self._error, "since_ms": self._failed_ms, "lost": lost, "refused": refused})
+        error, self._error = self._error or "the disk was slower than the entries", ""
+        since_ms, self._failed_ms = self._failed_ms or self._clock_ms(), 0
+        self._put("outage", {"what": "audit_log", "error": error, "since_ms": since_ms, "lost": lost, "refused": refused})
 
     def close(self) -> int:
         """Write the rest. Returns the bytes that were lost."""
@@ -152,10 +154,14 @@ class Audit:
 
 
 def _source_of(event: str, fields: Mapping[str, Any]) -> str:
-    """Whose allowance an entry takes: one that nobody can choose, so that a stranger cannot have many."""
-    if event == "step_denied":
-        return str(fields.get("instance", ""))
-    return "" if event == "connection_refused" else str(fields.get("node", ""))
+    """Whose allowance an entry takes: one that nobody can choose, so that nobody can have many.
+
+    A denial takes its node's: an agent may name any instance. Strangers have one for each reason, so that those without a certificate
+    do not hide what is done with a stolen one.
+    """
+    if event == "connection_refused":
+        return f"refused: {fields.get('reason', '')}"
+    return str(fields.get("node", ""))
 
 
 def open_audit(files: AuditFiles, name: str, *, log: LogLine, loop: asyncio.AbstractEventLoop) -> Audit:

@@ -15,7 +15,7 @@ from kalium.controller.calls import Deferred, Evicted
 from kalium.controller.counts import Counts
 from kalium.controller.identity import PeerIdentity
 from kalium.controller.log import LogLine
-from kalium.controller.registry import AgentKey, DuplicateAgent
+from kalium.controller.registry import NS_PER_MS, AgentKey, DuplicateAgent
 from kalium.controller.state import State
 from kalium.policy.automaton import CompiledPolicy
 from kalium.policy.message import Reason
@@ -45,6 +45,7 @@ from kalium.protocol.session import AgentSession, CloseReason, SessionState, neg
 _UNWRITABLE = Answer(False, Reason.OVERLOADED.value, detail="the controller's audit log cannot be written")
 _Step = InstanceStart | InstanceInvoke | InstanceFinish
 _QUESTIONS: Mapping[type[_Step], str] = {InstanceStart: "start", InstanceInvoke: "invoke", InstanceFinish: "finish"}
+STATUS_KEPT_NS = 100 * NS_PER_MS  # a large site's takes tens of milliseconds, in which no step is answered
 _QUIET = (CloseReason.END_OF_STREAM.value, CloseReason.LOST.value)
 
 
@@ -79,6 +80,7 @@ class Dispatcher:
         self.waiting = 0  # questions that the store has not answered yet
         self._audit: AuditLog = NoAudit() if audit is None else audit
         self._peers: dict[AgentKey, _Peer] = {}
+        self._status_answer: tuple[int, StatusAnswer] | None = None  # when it was made
         self._touched: dict[AgentKey, None] = {}
         self._handlers: Mapping[type[Frame], Callable[[AgentKey, _Peer, int, Any, int], None]] = {
             AgentHello: self._hello,
@@ -191,8 +193,8 @@ class Dispatcher:
     def _work(self, key: AgentKey, peer: _Peer, now_ns: int) -> None:
         self._touched[key] = None
         for event in peer.session.events():
-            if event.id and peer.session.close_reason is not None:
-                continue  # what stood behind has closed the session: nobody would hear the answer, so no step is taken
+            if peer.session.close_reason is not None and (event.id or not peer.node):
+                continue  # nobody would hear the answer, so no step is taken; and who was not welcomed has nothing to tell
             handler = self._handlers[type(event.frame)]
             handler(key, peer, event.id, event.frame, now_ns)
 
@@ -288,7 +290,7 @@ class Dispatcher:
             return
         self._answered[type(said)][answer.reason] += 1
         if not answer.allowed:
-            self._log_step_denied(answer, said)
+            self._log_step_denied(answer, said, peer.node)
         self._give(key, peer, frame_id, answer)
 
     def _give(self, key: AgentKey, peer: _Peer, frame_id: int, answer: Answer) -> None:
@@ -307,11 +309,14 @@ class Dispatcher:
         self._registry.report(key, said)
         self._audit.record("anchor", node=peer.node, audit_seq=said.audit_seq, audit_hash=said.audit_hash)
 
-    def _status(self, _key: AgentKey, peer: _Peer, frame_id: int, _said: Status, _now_ns: int) -> None:
-        peer.session.answer(frame_id, StatusAnswer(self._state.status()))
+    def _status(self, _key: AgentKey, peer: _Peer, frame_id: int, _said: Status, now_ns: int) -> None:
+        kept = self._status_answer
+        if kept is None or not 0 < now_ns - kept[0] < STATUS_KEPT_NS:
+            kept = self._status_answer = now_ns, StatusAnswer(self._state.status())
+        peer.session.answer(frame_id, kept[1])
 
-    def _log_step_denied(self, answer: Answer, said: _Step) -> None:
-        origin = {"instance": said.instance, "app": said.app, "function": said.function}
+    def _log_step_denied(self, answer: Answer, said: _Step, node: str) -> None:
+        origin = {"instance": said.instance, "app": said.app, "function": said.function, "node": node}
         if type(said) is InstanceStart:
             self._log_denied(answer, question="start", label=said.label, version=said.version, **origin)
         elif type(said) is InstanceInvoke:

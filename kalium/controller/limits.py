@@ -23,7 +23,7 @@ class Limits:
     starts_per_instance: int = INFLIGHT_MAX  # remembered answers; the oldest is forgotten, and asked again it is a new step
     duplicate_heard_ms: int = 3_000  # another run of an agent is refused while this one was heard within this; it pings when idle
     agents: int = 1024  # beyond it the welcome says no
-    instances_per_agent: int = 4096
+    instances_per_agent: int = 4096  # of its node, those included that a new connection has not registered again
     versions_per_app: int = 8  # beyond it the oldest one is dropped before its drain ends
     token_ms: int = 30_000
     token_late_ms: int = 600_000  # of asynchronous edges, which wait in the gateway's queue, and of callbacks

@@ -28,7 +28,10 @@ OTHER = "other"
 REASONS = tuple(reason.value for reason in Reason)
 UNANSWERED = Reason.CONTROLLER_UNAVAILABLE.value  # from a controller it means that its store did not answer
 EVICTIONS = ("timeout", "agent_gone", "unregistered")
-REFUSALS = ("accept", "not_admitted", "tls", "lost", "no_role", "too_many_agents", "unsupported_protocol", "wrong_identity", "duplicate_agent")
+REFUSALS = (
+    "accept", "not_admitted", "tls", "lost", "no_role", "too_many_connections", "too_many_agents", "unsupported_protocol", "wrong_identity",
+    "duplicate_agent",
+)  # fmt: skip
 CLOSES = tuple(dict.fromkeys([*ERROR_CODES, *(reason.value for reason in CloseReason)]))
 MODES = tuple(mode.value for mode in Mode)
 

@@ -6,6 +6,7 @@ Pure, as all of the core: no socket and no clock; time comes in as `now_ns` of o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,7 @@ class Registry:
         self._agents: dict[AgentKey, Agent] = {}
         self._agent_of: dict[str, Agent] = {}  # by node
         self._instances: dict[str, Instance] = {}
+        self._of_node: Counter[str] = Counter()  # instances, those whose agent is away included: who reconnects gets no room by that
         self._versions: dict[str, dict[int, Published]] = {}  # app -> version -> policy; the last one is the newest
         self._gone: Deadlines[Instance] = Deadlines(limits.agent_gone_ms * NS_PER_MS)
         self._draining: Deadlines[tuple[str, int]] = Deadlines(limits.drain_ms * NS_PER_MS)
@@ -205,10 +207,11 @@ class Registry:
         if fault is not None:
             return fault
         if instance is None or instance.agent is not agent:
-            if len(agent.instances) >= self._limits.instances_per_agent:
-                return full("instances of one agent", self._limits.instances_per_agent)
             if instance is None:
+                if self._of_node[agent.node] >= self._limits.instances_per_agent:
+                    return full("instances of one agent", self._limits.instances_per_agent)
                 instance = self._instances[said.instance] = Instance(said.instance, said.app, said.function, agent.node)
+                self._of_node[agent.node] += 1
             instance.agent = agent
             self._gone.discard(instance)
             agent.instances[instance.id] = instance
@@ -246,6 +249,9 @@ class Registry:
             instance.agent = None
         self._gone.discard(instance)
         del self._instances[instance.id]
+        self._of_node[instance.node] -= 1
+        if not self._of_node[instance.node]:
+            del self._of_node[instance.node]
 
     def speaking(self, key: AgentKey, said: InstanceStart | InstanceInvoke | InstanceEnd | InstanceFinish) -> Instance | None:
         """The instance that `said` is about, if this connection may speak for it and names its registration."""

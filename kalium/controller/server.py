@@ -15,6 +15,7 @@ import signal
 import socket
 import ssl
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, cast
@@ -47,6 +48,8 @@ from kalium.protocol.session import CloseReason
 HANDSHAKE_S = 5.0
 HANDSHAKES_MAX = 64  # at once; further connections wait in the kernel
 CONNECTIONS_MAX = LIMITS.agents + 64  # agents, and clients that ask for the status; beyond it a connection is closed at once
+CONNECTIONS_OF_AGENT_MAX = 8  # of one name: those that it has replaced, and what is done with its key
+CONNECTIONS_OF_OTHERS_MAX = 32  # of everybody who is no agent, so that a client's certificate takes no agent's place
 BACKLOG = 256
 SWEEP_S = 1.0  # between two looks at deadlines, at the policies and at the certificate
 DRAIN_S, DRAIN_EVERY_S = 1.0, 0.005  # for what the store still owes at the end, and how often that is looked at
@@ -124,6 +127,7 @@ class Controller:
         self._state = State(self.registry, self.calls, name=name, started_ms=time.time_ns() // 1_000_000)
         self._dispatcher = Dispatcher(self._state, log=log, audit=audit, counts=self._counts)
         self._connections: dict[Connection, None] = {}
+        self._of_peer: Counter[str] = Counter()  # connections, by agent; "" for everybody else
         self._all_gone = asyncio.Event()
         self._all_gone.set()
 
@@ -147,6 +151,13 @@ class Controller:
         if peer.identity.role is Role.NONE:
             self._log("connection_refused", reason="no_role", detail=f"the certificate of {peer.subject} has no role", peer=connection.address)
             return False
+        whose = _whose(connection)
+        bound = CONNECTIONS_OF_AGENT_MAX if whose else CONNECTIONS_OF_OTHERS_MAX
+        if self._of_peer[whose] >= bound:
+            detail = f"{bound} connections of {f'the agent {whose}' if whose else 'clients and controllers'} are open"
+            self._log("connection_refused", reason="too_many_connections", detail=detail, peer=connection.address)
+            return False
+        self._of_peer[whose] += 1
         self._connections[connection] = None
         self._all_gone.clear()
         self._dispatcher.connected(connection, identity=peer.identity, address=connection.address, now_ns=self._clock_ns())
@@ -176,6 +187,10 @@ class Controller:
             self._dispatcher.close(connection, CloseReason.LOST, str(error))
         self._dispatcher.disconnected(connection, now_ns=self._clock_ns())
         del self._connections[connection]
+        whose = _whose(connection)
+        self._of_peer[whose] -= 1
+        if not self._of_peer[whose]:
+            del self._of_peer[whose]
         if not self._connections:
             self._all_gone.set()
 
@@ -276,6 +291,12 @@ class Controller:
                 connection.transport.close()
                 # TLS waits for the peer to say goodbye too, which a bad one does not do; the loops differ in how long.
                 asyncio.get_running_loop().call_later(CLOSE_S, connection.transport.abort)
+
+
+def _whose(connection: Connection) -> str:
+    """Whose share of the connections it takes: that of an agent, or "" for the one of all others."""
+    identity = connection.peer.identity
+    return identity.name if identity.role is Role.AGENT else ""
 
 
 def listen(config: Config) -> socket.socket:

@@ -259,6 +259,10 @@ class AgentSession(_Session):
         if len(self._open) >= QUESTIONS_MAX:
             self.close(CloseReason.TOO_MANY_QUESTIONS, f"more than {QUESTIONS_MAX} are open")
             return False
+        if type(frame) is Status and Status in self._open.values():
+            # Its answer is some ten thousand times as long: all at once they would fill the memory, and hold up everybody else.
+            self.close(CloseReason.TOO_MANY_QUESTIONS, "more than one STATUS is open")
+            return False
         self._open[frame_id] = type(frame)
         if type(frame) is AgentHello and not negotiated(frame.protos):
             self.answer(frame_id, ControllerWelcome(False, "unsupported_protocol"))

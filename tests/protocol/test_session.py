@@ -277,7 +277,7 @@ def test_an_id_may_be_used_again_after_its_answer() -> None:
 def test_more_open_questions_than_the_bound_close_the_connection() -> None:
     session = welcomed().controller
 
-    session.receive_data(b"".join(encode(frame_id, Status()) for frame_id in range(1, limits.QUESTIONS_MAX + 2)), now_ns=0)
+    session.receive_data(b"".join(encode(frame_id, Ping()) for frame_id in range(1, limits.QUESTIONS_MAX + 2)), now_ns=0)
 
     assert (len(session.events()), session.close_reason) == (limits.QUESTIONS_MAX, "too_many_questions")
 

@@ -367,6 +367,33 @@ def test_a_full_disk_is_said_once_and_loses_only_what_found_no_room(tmp_path: Pa
     assert (events.count("step"), len(watched.failures), watched.well) == (taken + 1, 1, [2])
 
 
+def test_what_a_slow_disk_has_no_room_for_is_said_and_nothing_is_healthy_meanwhile(tmp_path: Path) -> None:
+    """It fails at nothing, so that no failure says that entries were lost."""
+    moving = threading.Event()
+    moving.set()
+
+    class SlowDisk(Disk):
+        def open(self, path: Path) -> LogFile:
+            class File(LogFile):
+                def write(self, data: bytes) -> None:
+                    moving.wait()
+                    super().write(data)
+
+            return File(path)
+
+    watched = Watched(tmp_path / "audit.jsonl", SlowDisk())
+    moving.clear()
+    while watched.writer.record("step", {"reason": "x" * 10_000}):
+        pass
+    assert not watched.writer.healthy
+
+    moving.set()
+
+    until(lambda: watched.well, "the word of what was lost")
+    assert (watched.well, watched.failures, watched.writer.healthy) == ([1], [], True)
+    watched.writer.close()
+
+
 def test_a_disk_that_is_full_from_the_start_is_no_error_but_nothing_is_healthy(tmp_path: Path) -> None:
     disk = FullDisk()
     disk.is_full = True

@@ -101,25 +101,26 @@ def test_what_anchors_nothing_is_left_out_and_agents_are_bounded() -> None:
 def test_a_flood_of_denials_is_counted_and_said_once_a_second() -> None:
     scene = Scene()
 
-    for _ in range(500):
-        scene.log("step_denied", question="start", reason="bad_token", instance="c1", node="x")
-    scene.log("step_denied", question="start", reason="bad_token", instance="c2")
+    for number in range(500):
+        scene.log("step_denied", question="start", reason="unregistered", instance=f"c{number}", node="node0")
+    scene.log("step_denied", question="start", reason="bad_token", instance="c1", node="node1")
     scene.audit.sweep()
 
-    steps = [entry["instance"] for entry in scene.writer.entries if entry["event"] == "step"]
-    assert (steps.count("c1"), steps.count("c2")) == (20, 1)
-    assert scene.writer.entries[-1] == {"event": "suppressed", "source": "c1", "counts": {"bad_token": 480}}
+    steps = [entry["node"] for entry in scene.writer.entries if entry["event"] == "step"]
+    assert (steps.count("node0"), steps.count("node1")) == (20, 1)
+    assert scene.writer.entries[-1] == {"event": "suppressed", "source": "node0", "counts": {"unregistered": 480}}
 
 
 def test_strangers_share_one_allowance_whatever_they_call_themselves() -> None:
     scene = Scene()
 
     for number in range(100):
-        scene.log("connection_refused", reason="wrong_identity", node=f"node{number}", peer="192.0.2.1:1")
+        scene.log("connection_refused", reason="tls", node=f"node{number}", peer="192.0.2.1:1")
+    scene.log("connection_refused", reason="wrong_identity", node="node0", peer="192.0.2.1:1")
     scene.audit.close()
 
-    assert [entry["event"] for entry in scene.writer.entries] == ["agent"] * 20 + ["suppressed"]
-    assert scene.writer.entries[-1]["counts"] == {"wrong_identity": 80}
+    assert [entry["reason"] for entry in scene.writer.entries if entry["event"] == "agent"] == ["tls"] * 20 + ["wrong_identity"]
+    assert scene.writer.entries[-1]["counts"] == {"tls": 80}
 
 
 def test_steps_refused_during_an_outage_are_counted_in_it_and_nowhere_else() -> None:
@@ -136,6 +137,17 @@ def test_steps_refused_during_an_outage_are_counted_in_it_and_nowhere_else() -> 
 
     assert scene.writer.entries == [
         {"event": "outage", "what": "audit_log", "error": "No space left on device", "since_ms": 7, "lost": 4, "refused": 3}
+    ]
+
+
+def test_entries_that_a_slow_disk_had_no_room_for_are_an_outage_too() -> None:
+    scene = Scene()
+    scene.now_ms = 9
+
+    scene.audit.well(4)
+
+    assert scene.writer.entries == [
+        {"event": "outage", "what": "audit_log", "error": "the disk was slower than the entries", "since_ms": 9, "lost": 4, "refused": 0}
     ]
 
 

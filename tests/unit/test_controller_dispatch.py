@@ -535,3 +535,41 @@ def test_our_own_close_reaches_the_peer_behind_what_waits() -> None:
 
     assert agent.heard[-1] == Lease(limits.LEASE_MS)
     assert site.events("connection_closed")[0]["reason"] == "shutdown"
+
+
+def test_who_was_not_welcomed_tells_nothing() -> None:
+    """An agent need not wait for its welcome, so what it tells can stand behind a hello that is refused."""
+    site = Site()
+    report = encode(
+        0, Report(app=(), function=(), mode=(), version=(), count=(), denied={}, would_deny={}, fail_modes={}, audit_seq=0, audit_hash="")
+    )
+    thief = Agent(site, "b", node="node9", hello=False)
+    thief.session.ask(AgentHello("node8", RUN))
+
+    thief.send(report + encode(0, Unregister("c-front")))
+
+    assert not thief.is_connected
+    assert site.state.registry.agents == {}
+
+
+def test_the_status_is_asked_for_one_at_a_time_and_made_once_for_many() -> None:
+    """It is some ten thousand times as long as its question, and takes tens of milliseconds on a large site."""
+    site = Site()
+    made: list[int] = []
+    report = site.state.status()
+    site.state.status = lambda: made.append(1) or report  # type: ignore[method-assign, func-returns-value]
+    clients = [Agent(site, f"c{number}", role=Role.CLIENT, hello=False) for number in range(10)]
+    for at, client in enumerate(clients):
+        site.now_ms = at + 1
+        assert client.ask(Status()) == StatusAnswer(report)
+    assert len(made) == 1
+    site.now_ms = 1000
+    clients[0].ask(Status())
+    assert len(made) == 2
+
+    clients[1].session.ask(Status())
+    clients[1].ask(Status())
+
+    assert clients[1].session.close_reason is None  # ours was told nothing
+    assert not clients[1].is_connected
+    assert len(made) == 2

@@ -439,6 +439,33 @@ def test_a_hello_needs_the_role_of_an_agent_and_the_name_of_its_node(site: Site,
     assert site.events("agent_connected") == []
 
 
+@pytest.mark.parametrize(("role", "bound"), [(Role.AGENT, server.CONNECTIONS_OF_AGENT_MAX), (Role.CLIENT, server.CONNECTIONS_OF_OTHERS_MAX)])
+def test_a_stolen_certificate_takes_no_agents_place(site: Site, role: Role, bound: int) -> None:
+    site.issue("thief", role=role, identity="node7")
+    site.start()
+    thieves = [Agent(site, site.context("thief")) for _ in range(bound)]
+    for thief in thieves:
+        thief.ask(Status())
+
+    beyond = Agent(site, site.context("thief"))
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        beyond.ask(Status())
+    until(lambda: [line for line in site.events("connection_refused") if line["reason"] == "too_many_connections"], "the line of the refusal")
+    assert Agent(site).hello().ok
+
+    thieves[0].close()
+    until(lambda: answers(Agent(site, site.context("thief"))), "room for another one")
+
+
+def answers(agent: Agent) -> bool:
+    """Whether the controller takes this connection."""
+    try:
+        agent.ask(Status())
+    except (ssl.SSLError, ConnectionError):
+        return False
+    return True
+
+
 def test_a_certificate_that_ends_while_its_connection_is_open_ends_the_connection(site: Site, any_loop: str) -> None:
     site.issue("brief", identity="node0", days=1, now=datetime.now(timezone.utc) - timedelta(days=1) + timedelta(seconds=4))
     site.start()

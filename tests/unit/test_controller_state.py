@@ -613,6 +613,21 @@ def test_an_agent_has_a_bound_of_instances() -> None:
     granted(node.register("pay"))
 
 
+def test_an_agent_that_reconnects_gets_no_room_by_that() -> None:
+    """Else one with a node's key fills the controller's memory, by instances that it never registers again."""
+    node = site(replace(LIMITS, instances_per_agent=2), functions="front stock")
+    registry = node.state.registry
+    registry.agent_gone(node.key, now_ns=0)
+    again = Node(node.state, key="connection-2")
+
+    denied(again.register("pay"), "overloaded")
+    assert again.register("front").allowed
+
+    again.now_ms = LIMITS.agent_gone_ms
+    again.expire()
+    assert again.register("pay").allowed
+
+
 def test_agents_have_a_bound_and_one_that_comes_back_is_not_one_more() -> None:
     node = site(replace(LIMITS, agents=1))
 
