@@ -80,8 +80,8 @@ class Calls(Protocol):
     on_agent_lost: Callable[[str], None]  # called with a node: another run of its agent is heard by another controller
     on_instance_lost: Callable[[Instance], None]  # called with an instance that was adopted: its id is another node's
 
-    def agent_here(self, node: str, run: str) -> None:
-        """The agent of `node` speaks through this controller from now on."""
+    def agent_here(self, node: str, run: str, connection: int = 0) -> None:
+        """The agent of `node` speaks through this controller from now on, over the `connection`-th connection of its `run`."""
 
     def agent_gone(self, node: str) -> None:
         """It does not any more."""
@@ -254,7 +254,7 @@ class MemoryCalls:
         """Memory is always there."""
         return ""
 
-    def agent_here(self, node: str, run: str) -> None:
+    def agent_here(self, node: str, run: str, connection: int = 0) -> None:
         """As Calls.agent_here: nobody shares a process's memory."""
 
     def agent_gone(self, node: str) -> None:

@@ -221,7 +221,7 @@ class Dispatcher:
             peer.session.answer(frame_id, ControllerWelcome(False, "too_many_agents"))
             return
         peer.node = said.node
-        self._state.calls.agent_here(said.node, said.run)
+        self._state.calls.agent_here(said.node, said.run, said.connection)
         if replaced is not None:
             self.close(replaced, CloseReason.REPLACED, "the same node has connected again")
         policies, later = self._policies_that_fit()

@@ -11,7 +11,8 @@
 --   call:ID              hash: version and sha (what it began with), n (live invocations), t (pending tokens),
 --                        i:INVOCATION and e:CALLER:EDGE (packed, see below)
 --   token:TOKEN          packed, see below
---   instance:NODE ID     hash: owner (the controller that speaks for it), n (live invocations), l:CALL:INVOCATION
+--   instance:NODE ID     hash: owner (the controller that speaks for it), speaker (run and connection of its agent), n (live
+--                        invocations), l:CALL:INVOCATION
 --   starts:, ended:NODE ID  hashes: answers to its last starts, and to the last ends that somebody waits for
 --   live, tokens, calls  sorted sets by deadline of CALL:INVOCATION and TOKEN:CALL, and a set of ids
 -- Of the site:
@@ -146,7 +147,7 @@ local function begin(id, invocation, instance, f, sha, caller, hold, now, keep)
 end
 
 local function begin_call(a, now)
-  local _, _, _, _, _, _, keep, most_invocations, f, refusal, version, sha, most_calls, id, invocation = unpack(a)
+  local _, _, _, _, _, _, _, keep, most_invocations, f, refusal, version, sha, most_calls, id, invocation = unpack(a)
   if refusal ~= '' then return {'no', refusal} end
   if call('SCARD', base .. 'calls') >= most_calls then return {'full', 'live calls', most_calls} end
   if call('ZCARD', base .. 'live') >= most_invocations then return {'full', 'live invocations', most_invocations} end
@@ -157,7 +158,7 @@ local function begin_call(a, now)
 end
 
 local function begin_in_call(a, now)
-  local _, _, _, _, _, _, keep, most_invocations, f, version, held, most, text, invocation = unpack(a)
+  local _, _, _, _, _, _, _, keep, most_invocations, f, version, held, most, text, invocation = unpack(a)
   local packed = call('GET', base .. 'token:' .. text)
   local token = packed and unpacked(packed)
   if not token or token[CALLEE] ~= f or now >= token[UNTIL] then return {'no', 'bad_token'} end
@@ -189,11 +190,13 @@ end
 
 -- A start is answered by `decide` unless its step was answered before.
 local function start(a, decide)
-  local given, instance, step, question, most_live, most_starts, keep = unpack(a)
+  local given, instance, speaker, step, question, most_live, most_starts, keep = unpack(a)
+  local found = call('HMGET', base .. 'instance:' .. instance, 'speaker', 'n')
+  if found[1] ~= speaker then return {'late'} end
   local asked = base .. 'starts:' .. instance
   local answer = remembered(asked, step, question)
   if answer then return answer end
-  local live = call('HGET', base .. 'instance:' .. instance, 'n')
+  local live = found[2]
   if live and tonumber(live) >= most_live then return {'full', 'live invocations of one instance', most_live} end
   answer = decide(a, clock(given))
   if answer[1] ~= 'full' and answer[1] ~= 'cfg' then
@@ -256,8 +259,9 @@ local function edge_of(sha, f, states, key, open)
 end
 
 local function invoke(a)
-  local given, instance, step, most_of_call, most_tokens, keep, id, invocation, version, held, key, callee, callback, is_retry, token, callback_token, life, late =
+  local given, instance, speaker, step, most_of_call, most_tokens, keep, id, invocation, version, held, key, callee, callback, is_retry, token, callback_token, life, late =
     unpack(a)
+  if call('HGET', base .. 'instance:' .. instance, 'speaker') ~= speaker then return {'late'} end
   local now = clock(given)
   local mine = base .. 'call:' .. id
   local found = call('HMGET', mine, 'i:' .. invocation, 'version', 'sha', 't')
@@ -376,10 +380,18 @@ local function evict(member, evicted)
   end
 end
 
+-- `speaker` is RUN:CONNECTION of the agent. A controller that hung may come with an older connection than the one that counts by now.
 local function adopt(a)
-  local _, instance, owner, keep = unpack(a)
-  call('HSET', base .. 'instance:' .. instance, 'owner', owner)
-  call('PEXPIRE', base .. 'instance:' .. instance, keep)
+  local _, instance, owner, keep, speaker = unpack(a)
+  local mine = base .. 'instance:' .. instance
+  local run, connection = string.match(speaker, '^(.*):(%d+)$')
+  local found = call('HGET', mine, 'speaker')
+  if found then
+    local before, latest = string.match(found, '^(.*):(%d+)$')
+    if before == run and tonumber(latest) > tonumber(connection) then return {'late'} end
+  end
+  call('HSET', mine, 'owner', owner, 'speaker', speaker)
+  call('PEXPIRE', mine, keep)
   return {'adopted'}
 end
 

@@ -37,6 +37,7 @@ _packed = msgspec.msgpack.Encoder().encode
 _unpacked = msgspec.msgpack.Decoder().decode
 _UNAVAILABLE = denied(Reason.CONTROLLER_UNAVAILABLE, "the store did not answer")
 _FAULTY = denied(Reason.OVERLOADED, "the store could not do it")
+_LATE = denied(Reason.CONTROLLER_UNAVAILABLE, "the instance speaks over a newer connection of its agent by now")
 
 _CLAIMED_ELSEWHERE = denied(Reason.UNREGISTERED, "the instance is registered as another function or on another node")
 _DETAILS = {
@@ -47,11 +48,14 @@ _DETAILS = {
 
 
 class _Place:
-    """What this store has for an instance: whether its id is claimed for its node, and the steps that wait for the answer to that."""
+    """What this store has for an instance: over which connection of its agent it speaks here, whether its id is claimed for its node,
+    and the steps that wait for the answer to that.
+    """
 
-    __slots__ = ("is_claimed", "waiting")
+    __slots__ = ("is_claimed", "speaker", "waiting")
 
     def __init__(self) -> None:
+        self.speaker = ""
         self.is_claimed = False
         self.waiting: list[Callable[[Answer | None], None]] | None = []  # None: it was answered
 
@@ -87,6 +91,7 @@ class RedisCalls:
         self._uploading: dict[str, list[Callable[[Reply], None]]] = {}
         self._instances: dict[str, Instance] = {}  # that speak here
         self._agents: dict[str, str] = {}  # node -> run, of those that are connected here
+        self._connections: dict[str, int] = {}  # node -> which connection of that run it is
         self._controllers: Sequence[str] = (name,)
         self._evicted: list[Evicted] = []
         self._counts: dict[str, tuple[int, int]] = {}
@@ -111,7 +116,7 @@ class RedisCalls:
             refusal = Reason.NOT_AN_ENTRY.value
         limits = self._limits
         arguments = (
-            self._clock_ms(), _instance(who), step, f"{version} ", limits.invocations_per_instance, limits.starts_per_instance, KEEP_MS,
+            self._clock_ms(), _instance(who), _speaker(who), step, f"{version} ", limits.invocations_per_instance, limits.starts_per_instance, KEEP_MS,
             limits.invocations, who.function, refusal, version, graph.sha if graph is not None else "", limits.calls, self._mint(), self._mint(),
         )  # fmt: skip
         return self._ask(who, "begin", arguments, version, held)
@@ -121,7 +126,7 @@ class RedisCalls:
         held = self._held(who.app, now_ns)
         limits = self._limits
         arguments = (
-            self._clock_ms(), _instance(who), step, f"{version} {token}", limits.invocations_per_instance, limits.starts_per_instance, KEEP_MS,
+            self._clock_ms(), _instance(who), _speaker(who), step, f"{version} {token}", limits.invocations_per_instance, limits.starts_per_instance, KEEP_MS,
             limits.invocations, who.function, version, _flat(held), limits.invocations_per_call, token, self._mint(),
         )  # fmt: skip
         return self._ask(who, "join", arguments, version, held)
@@ -132,7 +137,7 @@ class RedisCalls:
         limits = self._limits
         key = _key(said.callee, said.asynchronous, said.callback)
         arguments = (
-            self._clock_ms(), _instance(who), said.step, limits.tokens_per_call, limits.tokens, KEEP_MS, said.call, said.invocation, said.version,
+            self._clock_ms(), _instance(who), _speaker(who), said.step, limits.tokens_per_call, limits.tokens, KEEP_MS, said.call, said.invocation, said.version,
             _flat(held), key, said.callee, said.callback, said.retry, self._mint(), self._mint() if said.callback else "",
             limits.token_late_ms if said.asynchronous else limits.token_ms, limits.token_late_ms,
         )  # fmt: skip
@@ -232,7 +237,9 @@ class RedisCalls:
         if who.calls is None:
             who.calls = _Place()
         self._instances[who.id] = who
-        self._claim(who, self._agents.get(who.node, ""), deferred.resolve)
+        run = self._agents.get(who.node, "")
+        who.calls.speaker = f"{run}:{self._connections.get(who.node, 0)}"
+        self._claim(who, run, deferred.resolve)
         return deferred
 
     def _claim(self, who: Instance, run: str, then: Callable[[Answer], None]) -> None:
@@ -257,7 +264,7 @@ class RedisCalls:
             then(answer)
 
         self._site("claim", (who.id, _owner(who), CLAIM_MS, who.node, run), take)
-        self._link.run_script(self._base(who.app), "adopt", _packed((0, _instance(who), self._me, KEEP_MS)), _ignore)
+        self._link.run_script(self._base(who.app), "adopt", _packed((0, _instance(who), self._me, KEEP_MS, place.speaker)), _ignore)
 
     def forget(self, who: Instance, why: str, *, now_ns: int) -> list[Evicted] | Deferred[list[Evicted]]:  # noqa: ARG002
         """As Calls.forget."""
@@ -279,12 +286,13 @@ class RedisCalls:
         self._link.run_script(self._base(who.app), "forget", _packed((0, _instance(who), self._me)), take)
         return deferred
 
-    def agent_here(self, node: str, run: str) -> None:
+    def agent_here(self, node: str, run: str, connection: int = 0) -> None:
         """The agent of `node` has connected. `on_agent_lost` is called when another run of it is heard by another controller."""
         before = self._agents.get(node, run)
         if before != run:
             self.agent_gone(node)
         self._agents[node] = run
+        self._connections[node] = connection
         self._site("agent", (node, run, self._me, BEAT_MS), lambda reply: self._judge_agent(node, run, reply))
 
     def _judge_agent(self, node: str, run: str, reply: Reply) -> None:
@@ -294,6 +302,7 @@ class RedisCalls:
     def agent_gone(self, node: str) -> None:
         """The connection of the agent is over, and its name is free."""
         run = self._agents.pop(node, None)
+        self._connections.pop(node, None)
         if run is not None:
             self._site("leave", (node, run, self._me), _ignore)
 
@@ -450,6 +459,12 @@ def _instance(who: Instance) -> str:
     return f"{who.node} {who.id}"
 
 
+def _speaker(who: Instance) -> str:
+    """By which the store knows a question that is not late."""
+    place: _Place | None = who.calls
+    return place.speaker if place is not None else ""
+
+
 def _owner(who: Instance) -> str:
     return f"{who.node} {who.app} {who.function}"
 
@@ -477,6 +492,8 @@ def _answer(raw: list[Any], who: Instance, version: int, held: dict[int, _Graph]
         answer = FINISHED
     elif kind == "full":
         answer = full(raw[1], raw[2])
+    elif kind == "late":
+        answer = _LATE
     elif kind == "no":
         answer = _denial(raw, who, version, held, said)
     else:

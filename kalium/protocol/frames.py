@@ -303,10 +303,15 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class AgentHello:
-    """Agent -> controller: the first frame of an agent's connection. `run` is drawn anew at each start of the agent."""
+    """Agent -> controller: the first frame of an agent's connection.
+
+    `run` is drawn anew at each start of the agent, and `connection` counts its connections since then, to whichever controllers:
+    a question that arrives late over an older one is no question any more.
+    """
 
     node: str = field(metadata=TEXT)
     run: str = field(metadata=STEP)
+    connection: int = field(default=0, metadata=INT)
     protos: Sequence[int] = field(default=PROTOCOLS, metadata=INTS)
 
 

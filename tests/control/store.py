@@ -69,8 +69,8 @@ class PatientCalls:
     def controllers(self) -> Sequence[str]:
         return self.calls.controllers()
 
-    def agent_here(self, node: str, run: str) -> None:
-        self.calls.agent_here(node, run)
+    def agent_here(self, node: str, run: str, connection: int = 0) -> None:
+        self.calls.agent_here(node, run, connection)
 
     def agent_gone(self, node: str) -> None:
         self.calls.agent_gone(node)

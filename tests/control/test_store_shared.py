@@ -116,6 +116,27 @@ def test_the_same_run_of_an_agent_may_come_to_another_controller(two: Two) -> No
     assert lost == []
 
 
+def test_a_question_that_arrives_late_is_no_question(two: Two) -> None:
+    """A controller that hung reads what an agent asked before it went to another one. Nothing moves, whatever it believes to speak for."""
+    run = "a" * 16
+    two.one.agent_here("node0", run, 1)
+    two.one.adopt(two.at_one, now_ns=0)
+    begun = two.one.begin(two.at_one, 1, "1" * 16, now_ns=0)
+    two.two.agent_here("node0", run, 2)
+    two.two.adopt(two.at_two, now_ns=0)
+    granted = two.invoke(two.two, two.at_two, begun, "stock", "2" * 16)
+    assert granted.allowed
+
+    for _ in range(2):  # also once it has taken up the instance again, by a registration that is as late
+        late = [two.invoke(two.one, two.at_one, begun, "stock", "3" * 16), two.one.begin(two.at_one, 1, "4" * 16, now_ns=0)]
+        assert {answer.reason for answer in late} == {"controller_unavailable"}
+        two.one.adopt(two.at_one, now_ns=0)
+
+    assert two.invoke(two.two, two.at_two, begun, "stock", "2" * 16) == granted
+    two.two.settle()
+    assert two.two.counts() == (1, 1)
+
+
 def test_an_agent_that_has_left_may_be_started_anew(two: Two) -> None:
     lost: list[str] = []
     two.two.on_agent_lost = lost.append

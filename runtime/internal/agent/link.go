@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"kalium.dev/kalium/runtime/internal/frame"
@@ -29,12 +30,13 @@ type linkHooks interface {
 // What was asked and not answered when a connection ends is parked and asked again over the next one, with its step, by
 // which the controllers know it again. With one controller there is nobody else to ask, so it is denied at once.
 type link struct {
-	config *Config
-	order  []Controller // in which they are tried; drawn at the start, so that the agents of a site are spread over them
-	runID  string       // of this start of the agent
-	hooks  linkHooks
-	count  *metrics
-	log    *slog.Logger
+	config      *Config
+	order       []Controller // in which they are tried; drawn at the start, so that the agents of a site are spread over them
+	runID       string       // of this start of the agent
+	connections atomic.Int64 // that said hello, to whichever controller
+	hooks       linkHooks
+	count       *metrics
+	log         *slog.Logger
 
 	silence     time.Duration // after which a connection is given up
 	redialEvery time.Duration // while a certificate is about to expire
@@ -448,7 +450,9 @@ func (l *link) open(ctx context.Context, controller Controller, patient bool) (*
 
 func (l *link) hello(c *linkConn) (*frame.ControllerWelcome, error) {
 	const helloID = 1
-	data, err := frame.Append(nil, helloID, &frame.AgentHello{Protos: frame.Protos(), Node: l.config.Node, Run: l.runID})
+	data, err := frame.Append(nil, helloID, &frame.AgentHello{
+		Protos: frame.Protos(), Node: l.config.Node, Run: l.runID, Connection: int(l.connections.Add(1)),
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -192,9 +192,12 @@ func (m *Times) spans() [7][]int {
 
 // AgentHello opens an agent's session.
 type AgentHello struct {
-	Node   string
-	Run    string // 16 hexadecimal digits, drawn anew at each start of the agent
-	Protos []int  // that the agent speaks
+	Node string
+	Run  string // 16 hexadecimal digits, drawn anew at each start of the agent
+	// Connection counts the connections of this run, to whichever controllers: a question that arrives late over an
+	// older one is no question any more.
+	Connection int
+	Protos     []int // that the agent speaks
 }
 
 // ControllerWelcome answers AgentHello with the same id. Policies that do not fit follow as Policy.
@@ -433,7 +436,7 @@ func (m *Times) fields() []field {
 }
 
 func (m *AgentHello) fields() []field {
-	return []field{{"node", &m.Node}, {"protos", &m.Protos}, {"run", &m.Run}}
+	return []field{{"connection", &m.Connection}, {"node", &m.Node}, {"protos", &m.Protos}, {"run", &m.Run}}
 }
 
 func (m *ControllerWelcome) fields() []field {
