@@ -33,7 +33,8 @@ AS_BUILT = CGO_ENABLED=0 GOFLAGS=-trimpath
 STATICCHECK = $(shell sed -n '/^kalium_versions_staticcheck:/,/^$$/{s/^ *module: //p;s/^ *version: /@/p}' roles/kalium_versions/defaults/main.yml | tr -d '\n')
 
 .PHONY: help reproduce test setup site reset check format check-python check-go check-ansible control integration site-tests developer lock clean
-.PHONY: test-guard bench-guard cluster-test fuzz reproduce-steps control-steps test-steps site-steps reset-steps check-steps test-guard-steps bench-guard-steps cluster-test-steps
+.PHONY: test-guard bench-guard bench-controller soak cluster-test fuzz reproduce-steps control-steps test-steps site-steps reset-steps check-steps
+.PHONY: test-guard-steps bench-guard-steps bench-controller-steps soak-steps cluster-test-steps
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
@@ -76,6 +77,12 @@ fuzz: developer ## every fuzz target of runtime/ for FUZZ_TIME (default 10m)
 
 bench-guard: ## what judging adds, side by side with mode off; figures go to results/bench/guard
 	@.ci/privileged "make bench-guard" $(MAKE) bench-guard-steps
+
+bench-controller: ## what a step and an app edge cost, side by side with echo servers; figures go to results/bench/controller
+	@.ci/privileged "make bench-controller" $(MAKE) bench-controller-steps
+
+soak: ## two controllers, two agents and Redis under faults: SOAK="--minutes 10 --seed 1 --calls 10000"; the table goes to results/soak
+	@.ci/privileged "make soak" $(MAKE) soak-steps
 
 lock: ## resolve requirements/*.in into locked *.txt anew
 	.ci/setup $(PYTHON) dev
@@ -155,6 +162,12 @@ test-guard-steps: developer
 
 cluster-test-steps: developer
 	$(PYTEST) -v -x -rP tests/cluster $(STEPS)
+
+bench-controller-steps: developer
+	$(AS_ROOT) env PYTHONPATH=tests:. python -m control.bench
+
+soak-steps: developer
+	$(AS_ROOT) env PYTHONPATH=tests:. python -m control.soak $(SOAK)
 
 bench-guard-steps: developer
 	$(AS_ROOT) env PYTHONPATH=tests:. python -m guard.bench

@@ -1,0 +1,341 @@
+"""The soak: many calls at a time through two agents, two controllers and Redis, while parts of them die, hang, lie and are cut off.
+
+    python -m control.soak [--minutes 10] [--calls 10000] [--rate 2000] [--seed 1]       (with tests/ on PYTHONPATH; `make soak`)
+
+`kalium-load soak` goes the policy's ways and leaves them, and knows what every answer has to be; this program injects faults on a
+schedule that the seed fixes, watches memory, and in the end looks for every verdict that was told in the agents' logs. Exit 1 when
+anything was wrong, and when a kind of fault was injected fewer than ten times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+import signal
+import socket
+import ssl
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from guard.record import recorded, write_table
+
+from .plane import ROOT, Plane, Running, built, free_port, plane, until
+from .redis_server import DURABLE
+
+POLICY = """\
+schema: kalium/v1
+app: soak
+version: {version}
+mode: enforce
+peers:
+  gateway: {{host: gateway, port: 8080, protocol: http, role: gateway}}
+entries: [front]
+functions:
+  front:
+    invocation_timeout_ms: 3600000
+    messages:
+      - {{invoke: a}}
+      - choice: [{{invoke: b}}, {{invoke: c}}]
+      - optional: {{invoke: d}}
+      - parallel: [{{invoke: e}}, {{invoke: f}}]
+        join: answered
+      - {{invoke: g, async: true, callback: h}}
+      - {{repeat: {{invoke: i}}, at_most: 3}}
+      - {{invoke: j, retries: 1}}
+  b: {{invocation_timeout_ms: 3600000, messages: [{{invoke: n}}]}}
+  a: {{messages: []}}
+  c: {{messages: []}}
+  d: {{messages: []}}
+  e: {{messages: []}}
+  f: {{messages: []}}
+  g: {{messages: []}}
+  h: {{messages: []}}
+  i: {{messages: []}}
+  j: {{messages: []}}
+  n: {{messages: []}}
+"""
+OTHER = """\
+schema: kalium/v1
+app: soak-other
+version: 1
+mode: enforce
+peers:
+  gateway: {host: gateway, port: 8080, protocol: http, role: gateway}
+entries: [front]
+functions:
+  front: {messages: [{invoke: a}]}
+  a: {messages: []}
+"""
+TIMES_MIN = 10  # of each kind of fault
+HANG_S = 2.0
+UNACKNOWLEDGED_MS = 1000  # a verdict that was told so shortly before its agent was killed may be lost with it
+CONTROLLERS = ("controller-0", "controller-1")
+NODES = ("node0", "node1")
+
+
+class Faults:
+    """What can happen to the plane. Each method is one kind, and leaves the plane whole again."""
+
+    def __init__(self, where: Plane, randomness: random.Random) -> None:
+        self.plane = where
+        self.random = randomness
+        self.killed_ms: dict[str, list[int]] = {node: [] for node in NODES}
+
+    def kinds(self) -> dict[str, Callable[[], None]]:
+        """By name."""
+        return {
+            "controller_killed": self.controller_killed,
+            "controller_drained": self.controller_drained,
+            "controller_hangs": self.controller_hangs,
+            "store_killed": self.store_killed,
+            "agent_killed": self.agent_killed,
+            "network_cut": self.network_cut,
+            "bad_frames": self.bad_frames,
+            "half_open": self.half_open,
+        }
+
+    def controller_killed(self) -> None:
+        """kill -9, and a new one at the same address."""
+        name = self.random.choice(CONTROLLERS)
+        self.plane.running[name].kill()
+        self.plane.controller(name, store=self.plane.store)
+
+    def controller_drained(self) -> None:
+        """SIGTERM: it says goodbye."""
+        name = self.random.choice(CONTROLLERS)
+        assert self.plane.running[name].stop() == 0, self.plane.running[name].said()[-2000:]
+        self.plane.controller(name, store=self.plane.store)
+
+    def controller_hangs(self) -> None:
+        """It keeps its connections and says nothing."""
+        process = self.plane.running[self.random.choice(CONTROLLERS)].process
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(HANG_S)
+        process.send_signal(signal.SIGCONT)
+
+    def store_killed(self) -> None:
+        """kill -9 of Redis."""
+        assert self.plane.server is not None
+        self.plane.server.kill()
+        self.plane.server.start()
+
+    def agent_killed(self) -> None:
+        """kill -9 of an agent: its sandboxes' connections are over."""
+        node = self.random.choice(NODES)
+        self.plane.running[node].kill()
+        self.killed_ms[node].append(time.time_ns() // 1_000_000)
+        start_agent(self.plane, node)
+
+    def network_cut(self) -> None:
+        """Packets between one agent and the controllers vanish: no end of a connection is seen."""
+        node = self.random.choice(NODES)
+        relays = [self.plane.running[f"{node} to {name}"].process for name in CONTROLLERS]
+        for process in relays:
+            process.send_signal(signal.SIGSTOP)
+        time.sleep(HANG_S)
+        for process in relays:
+            process.send_signal(signal.SIGCONT)
+
+    def bad_frames(self) -> None:
+        """A peer with a good certificate that sends rubbish, frames that are too long, and frames out of turn."""
+        port = self.plane.ports[self.random.choice(CONTROLLERS)]
+        context = ssl.create_default_context(cafile=str(self.plane.pki / "ca.crt"))
+        context.load_cert_chain(f"{self.plane.pki / 'stranger'}.crt", f"{self.plane.pki / 'stranger'}.key")
+        context.check_hostname = False
+        for rubbish in (self.random.randbytes(500), b"KL\x01\x09\0\0\0\0\xff\xff\xff\xff", b"KL\x02", b"KL\x01\x03\0\0\0\x01\0\0\0\x01\x80"):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as plain, context.wrap_socket(plain) as connection:
+                connection.sendall(rubbish)
+                connection.settimeout(10)
+                assert connection.recv(1) == b"", "the controller goes on with a peer that breaks the protocol"
+
+    def half_open(self) -> None:
+        """A hundred connections that never finish their handshake."""
+        port = self.plane.ports[self.random.choice(CONTROLLERS)]
+        held = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(100)]
+        time.sleep(HANG_S)
+        for connection in held:
+            connection.close()
+
+
+def start_agent(where: Plane, node: str) -> None:
+    """An agent that reaches each controller over a relay of its own, which can be stopped like a wire can be cut."""
+    addresses = []
+    for name in CONTROLLERS:
+        relay = f"{node} to {name}"
+        if relay not in where.running:
+            port = where.ports[relay] = free_port()
+            command = [sys.executable, "-m", "control.cable", str(port), str(where.ports[name])]
+            process = where.start(relay, command, environment={"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"})
+            _until_it_listens(process)
+        addresses.append((f"127.0.0.1:{where.ports[relay]}", name))
+    where.agent(node, addresses)
+
+
+def _until_it_listens(process: Running) -> None:
+    until(lambda: "listening" in process.said(), process.name)
+
+
+def schedule(kinds: list[str], seconds: float, seed: int) -> list[tuple[float, str]]:
+    """When which fault: each kind TIMES_MIN times and one more, in an order and at moments that the seed fixes."""
+    randomness = random.Random(seed)  # noqa: S311 - a schedule, no secret
+    names = kinds * (TIMES_MIN + 1)
+    randomness.shuffle(names)
+    begin, end = min(20.0, seconds / 10), seconds - min(20.0, seconds / 10)
+    moments = sorted(randomness.uniform(begin, end) for _ in names)
+    return list(zip(moments, names, strict=True))
+
+
+def missing_verdicts(where: Plane, denials: Path, faults: Faults) -> list[str]:
+    """Verdicts that were told and are in no log, but for those that an agent took with it when it was killed."""
+    logged = {node: {json.loads(line)["message"] for line in (where.folder / node / "verdicts.jsonl").open(encoding="utf-8")} for node in NODES}
+    lost = []
+    with denials.open(encoding="utf-8", newline="") as file:
+        for node, message, told in csv.reader(file, delimiter="\t"):
+            is_excused = any(0 <= killed - int(told) <= UNACKNOWLEDGED_MS for killed in faults.killed_ms[node])
+            if message not in logged[node] and not is_excused:
+                lost.append(f"{node}: {message}")
+    return lost
+
+
+def slope(samples: list[tuple[float, int]]) -> float:
+    """KiB a minute, by least squares over the second half: the first is when tables fill."""
+    half = samples[len(samples) // 2 :]
+    if len(half) < 3:
+        return 0.0
+    return statistics.linear_regression([at / 60 for at, _ in half], [kib for _, kib in half]).slope
+
+
+class Watch:
+    """Resident memory of processes that nobody has restarted since the last sample."""
+
+    def __init__(self, where: Plane) -> None:
+        self.plane = where
+        self.samples: dict[tuple[str, int], list[tuple[float, int]]] = {}
+
+    def look(self, at: float) -> None:
+        """Take a sample of each."""
+        for name in (*CONTROLLERS, *NODES):
+            running = self.plane.running[name]
+            if running.process.poll() is None:
+                self.samples.setdefault((name, running.process.pid), []).append((at, running.resident_kib()))
+
+    def slopes(self) -> dict[str, float]:
+        """The steepest of each part, over the process that lived longest."""
+        longest: dict[str, list[tuple[float, int]]] = {}
+        for (name, _), samples in self.samples.items():
+            longest[name] = max(longest.get(name, []), samples, key=len)
+        return {name: slope(samples) for name, samples in longest.items()}
+
+
+def play(where: Plane, arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], Counter[str], dict[str, float], list[str]]:
+    """Everything between the start and the end of the load: its sum, the faults, slopes of memory, and what was wrong."""
+    randomness = random.Random(arguments.seed)  # noqa: S311 - as the schedule
+    where.publish(POLICY.format(version=1))
+    where.publish(OTHER)
+    where.issue("client", "stranger")
+    where.redis(*DURABLE)
+    for name in CONTROLLERS:
+        where.controller(name, store=where.store)
+    for node in NODES:
+        start_agent(where, node)
+    faults = Faults(where, randomness)
+    kinds = faults.kinds()
+    seconds = arguments.minutes * 60
+    plan = schedule(sorted(kinds), seconds, arguments.seed)
+    denials = folder / "denials.tsv"
+    options = {"soak-calls": arguments.calls, "rate": arguments.rate, "seconds": seconds, "seed": arguments.seed, "denials": denials}
+    command = [str(built("kalium-load")), "soak", *(f"-{name}={value}" for name, value in options.items())]
+    load = subprocess.Popen([*command, *(str(where.folder / node) for node in NODES)], stdout=subprocess.PIPE, text=True)
+    lines: list[dict[str, Any]] = []
+
+    def follow() -> None:
+        assert load.stdout is not None
+        lines.extend(map(json.loads, load.stdout))
+
+    reader = threading.Thread(target=follow, daemon=True)
+    reader.start()
+    began, injected, wrong, watch = time.monotonic(), Counter[str](), [], Watch(where)
+    for due, kind in [*plan, (seconds, "")]:
+        while (left := began + due - time.monotonic()) > 0 and load.poll() is None:
+            time.sleep(min(left, 5.0))
+            watch.look(time.monotonic() - began)
+        if not kind or load.poll() is not None:
+            break
+        kinds[kind]()
+        injected[kind] += 1
+        last = lines[-1] if lines else {}
+        print(f"{time.monotonic() - began:7.1f} s  {kind:<20} steps {last.get('Steps', 0):>9,}  calls {last.get('Calls', 0):>7,}", flush=True)
+    try:
+        load.wait(300)
+    except subprocess.TimeoutExpired:
+        load.kill()
+        wrong.append("the load did not end")
+    reader.join(10)
+    if load.returncode != 0 or not lines:
+        wrong.append(f"the load ended with {load.returncode}")
+    time.sleep(1.0)  # what the agents have taken is written within 20 ms
+    total = lines[-1] if lines else {}
+    lost = missing_verdicts(where, denials, faults)
+    total["LostVerdicts"] = len(lost) + total.get("LostAnswers", 0)
+    wrong += [f"a verdict is in no log: {each}" for each in lost[:10]] + (total.get("First") or [])
+    return total, injected, watch.slopes(), wrong
+
+
+def main() -> None:
+    """Play, record, and say what was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10.0, help="default: 10")
+    parser.add_argument("--calls", type=int, default=10_000, help="under way at a time; default: 10000")
+    parser.add_argument("--rate", type=float, default=2000.0, help="questions a second; default: 2000")
+    parser.add_argument("--seed", type=int, default=1, help="of calls and faults; default: 1")
+    arguments = parser.parse_args()
+    parameters = {"minutes": arguments.minutes, "calls": arguments.calls, "rate": arguments.rate}
+    profile = "full" if arguments.minutes >= 10 else "quick"
+    with (
+        tempfile.TemporaryDirectory(prefix="kalium-soak-") as folder,
+        plane(Path(folder) / "plane") as where,
+        recorded("soak", profile=profile, seed=arguments.seed, parameters=parameters) as run,
+    ):
+        total, injected, slopes, wrong = play(where, arguments, Path(folder))
+        (run.folder / "observations.json").write_text(
+            json.dumps({"load": total, "faults": injected, "wrong": wrong}, indent=1) + "\n", encoding="utf-8"
+        )
+        rows: list[dict[str, Any]] = [
+            {"name": "calls", "value": total.get("Calls", 0), "unit": ""},
+            {"name": "steps", "value": total.get("Steps", 0), "unit": ""},
+            {"name": "denials_expected", "value": total.get("DenialsExpected", 0), "unit": ""},
+            {"name": "denials_seen", "value": total.get("DenialsSeen", 0), "unit": ""},
+            {"name": "repeats", "value": total.get("Repeats", 0), "unit": ""},
+            {"name": "unavailable", "value": total.get("Unavailable", 0), "unit": ""},
+            {"name": "abandoned", "value": total.get("Abandoned", 0), "unit": ""},
+            {"name": "cross_talk", "value": total.get("CrossTalk", 0), "unit": ""},
+            {"name": "lost_verdicts", "value": total.get("LostVerdicts", 0), "unit": ""},
+            {"name": "false_allows", "value": total.get("FalseAllows", 0), "unit": ""},
+            {"name": "unexpected", "value": total.get("Unexpected", 0), "unit": ""},
+            {"name": "faults", "value": sum(injected.values()), "unit": ""},
+            *({"name": f"faults_{kind}", "value": count, "unit": ""} for kind, count in sorted(injected.items())),
+            {"name": "rss_slope_kib_per_min", "value": f"{max(slopes.values(), default=0):.1f}", "unit": "KiB/min"},
+            *({"name": f"rss_slope_kib_per_min_{name}", "value": f"{found:.1f}", "unit": "KiB/min"} for name, found in sorted(slopes.items())),
+        ]
+        write_table(run.summary, rows)
+    print(*(f"{row['name']:<36}{row['value']:>14} {row['unit']}" for row in rows), sep="\n")
+    few = [kind for kind in Faults.kinds(Faults.__new__(Faults)) if injected[kind] < TIMES_MIN]
+    bad = [row["name"] for row in rows if row["name"] in ("cross_talk", "lost_verdicts", "false_allows", "unexpected") and row["value"]]
+    for sentence in (*wrong, *(f"{kind} was injected {injected[kind]} times, fewer than {TIMES_MIN}" for kind in few)):
+        print(f"wrong: {sentence}")
+    if bad or few or wrong:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
