@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kalium.controller.limits import LIMITS
+from kalium.controller.server import CONNECTIONS_OF_AGENT_MAX, CONNECTIONS_OF_OTHERS_MAX
 from kalium.policy.message import Reason
 from kalium.protocol import limits
 from kalium.protocol.codec import ERROR_CODES
@@ -94,7 +95,7 @@ def test_the_limits_are_those_of_the_code() -> None:
 
 
 def test_the_bounds_of_the_controller_are_those_of_the_code() -> None:
-    said = {name: int(value.split(";")[0].replace(",", "")) for name, value in table("Table", "Bound")}
+    said = {name: int(re.split("[;]|, those", value)[0].replace(",", "")) for name, value in table("Table", "Bound")}
 
     assert said == {
         "live calls": LIMITS.calls,
@@ -104,6 +105,8 @@ def test_the_bounds_of_the_controller_are_those_of_the_code() -> None:
         "pending tokens of a call": LIMITS.tokens_per_call,
         "live invocations of an instance": LIMITS.invocations_per_instance,
         "agents": LIMITS.agents,
+        "connections of an agent": CONNECTIONS_OF_AGENT_MAX,
+        "connections of all who are no agents": CONNECTIONS_OF_OTHERS_MAX,
         "instances of an agent": LIMITS.instances_per_agent,
         "versions of an app": LIMITS.versions_per_app,
     }

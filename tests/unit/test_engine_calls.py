@@ -264,7 +264,7 @@ def test_the_callback_carries_the_token_that_the_callers_guard_got_for_it(tmp_pa
 @pytest.mark.parametrize(
     "fields", [{}, {"X_Callback_Url": CALLBACK_URL, "X_Kalium_Callback_Token": "x" * 513}], ids=["without_a_callback", "too_long"]
 )
-def test_a_callbacks_token_that_cannot_be_one_is_refused(tmp_path: Path, fields: dict[str, str]) -> None:
+def test_a_callbacks_token_that_cannot_be_one_is_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
     async def story(site: World, heard: Heard) -> None:
         assert (await call(site, **{"X_Kalium_Callback_Token": "b" * 32, **fields}))[0] == 400
         assert (files(site), heard.requests) == ([], [])

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -37,7 +37,7 @@ TOKEN = "a0a1a2a3a4a5a6a7a8a9aaabacadaeaf"
 CONTAINER = "5d1f" * 16
 ROOTS = b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 ENVELOPE = b'{"format":"kalium-signed/v1"}'
-ORIGIN = {"instance": CONTAINER, "app": "hello-retail", "function": "product-photos-master"}
+ORIGIN: dict[str, Any] = {"instance": CONTAINER, "app": "hello-retail", "function": "product-photos-master"}
 RECORD = frames.VerdictRecord(
     mode="enforce",
     policy_version=7,
@@ -342,7 +342,7 @@ def as_json(value: Any) -> Any:
     if isinstance(value, bytes):
         return {"$bin": base64.b64encode(value).decode()}
     if is_dataclass(value) or isinstance(value, msgspec.Struct):
-        return {name: as_json(getattr(value, name)) for name in kinds_of(type(value))}
+        return {name: as_json(getattr(value, name)) for name in kinds_of(cast(Any, type(value)))}
     if isinstance(value, Mapping):
         return {key: as_json(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
