@@ -2,7 +2,7 @@
 
 Only the standard library, and any Python from 3.10 on. A request is one JSON object:
 
-* `{"python": CODE}` runs CODE in this process; what it assigns to `result` comes back.
+* `{"python": CODE}` runs CODE in this process; what it assigns to `result` comes back, and `fields` are those of the request.
 * `{"argv": [...], "env": {...}, "stdin": TEXT, "seconds": N}` runs a program; its code, output and errors come back.
 
 A Python exception is an answer, too: `{"error": TYPE, "errno": N, "text": TEXT}`.
@@ -37,9 +37,9 @@ def run_program(job: Job) -> Job:
     return {"code": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
 
 
-def run_python(code: str, kept: Job) -> Job:
+def run_python(code: str, kept: Job, fields: list[tuple[str, str]]) -> Job:
     """`kept` is the same object for every request, so that a connection can outlive an invocation."""
-    names = {"kept": kept, "result": None}
+    names = {"kept": kept, "fields": fields, "result": None}
     exec(compile(code, "<request>", "exec"), names)  # noqa: S102  # running code is what this program is for
     return {"result": names["result"]}
 
@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         try:
-            answer = run_python(job["python"], self.kept) if "python" in job else run_program(job)
+            answer = run_python(job["python"], self.kept, self.headers.items()) if "python" in job else run_program(job)
         except BaseException as error:  # noqa: BLE001  # whatever the job raises is its answer
             answer = {"error": type(error).__name__, "errno": getattr(error, "errno", None), "text": str(error)}
         self._answer(answer)

@@ -210,6 +210,24 @@ func TestAnInvokeWithoutAnAnswerIsAskedForAgainAndMovesNothing(t *testing.T) {
 	}
 }
 
+// The lost edge is repeated with its own callback, although the line that could be next has another one.
+func TestARetryKeepsItsCallback(t *testing.T) {
+	pairs := append([]string{payerText, payerLine(3, true, "buyer", 1), `[3,7,3]`, `[3,7,3],[3,8,4]`}, secondLine(payerLine(9, true, "payer", 0))...)
+	g, c := ready(t, "enforce", pairs...)
+	asked := grantBoth(c)
+	out := connect(t, g, api)
+	out.Write([]byte(request(asyncOfPayer, "gateway:8080")))
+	endsUnanswered(out)
+
+	for range 2 {
+		connect(t, g, api).Write([]byte(request(asyncOfPayer, "gateway:8080")))
+	}
+
+	if len(*asked) != 3 || (*asked)[1].Callback != "buyer" || !(*asked)[1].Retry || (*asked)[2].Callback != "payer" || (*asked)[2].Retry {
+		t.Errorf("asked %+v", *asked)
+	}
+}
+
 func TestAnInvokeIsNotRepeatedBeyondWhatThePolicySays(t *testing.T) {
 	once := payerLine(3, false, "", 1)
 	twoInvokes := []string{payerText, once, `[3,7,3]`, `[3,7,3],[3,8,4]`}

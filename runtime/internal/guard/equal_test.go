@@ -277,6 +277,10 @@ func TestAuditGivesTheVerdictsOfEnforceAroundAnInvocation(t *testing.T) {
 		if random.IntN(2) == 0 {
 			pairs = append(pairs, selectText, selectTail)
 		}
+		pairs = append(pairs, payerText, []string{
+			payerLine(3, false, "", random.IntN(3)), payerLine(3, true, "", random.IntN(3)), payerLine(3, true, "buyer", random.IntN(3)),
+		}[random.IntN(3)])
+		pairs = append(pairs, failDeny, failing([]string{"deny", "allow", "last_known"}[random.IntN(3)]))
 		p := newPair(t, testIdentity, func(mode string) *frame.Welcome { return guardtest.WelcomeEdited(t, mode, pairs...) })
 		a, _ := generated(t, p, p.enforce.force.function, random, 120)
 		allowed += a

@@ -25,7 +25,7 @@ var silences = map[string]struct {
 }{
 	"the agent is gone":    {nil, errLinkDown},
 	"nothing came in time": {nil, errNoAnswer},
-	"nobody could answer":  {&frame.Answer{Reason: "controller_unavailable", Detail: "no controller"}, nil},
+	"nobody could answer":  {&frame.Answer{Reason: "controller_unavailable", Detail: "no controller", Token: guardtest.Token}, nil},
 }
 
 const invokeOfPayer = "POST /function/payer"

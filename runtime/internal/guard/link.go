@@ -229,13 +229,6 @@ func (l *Link) send(b *[]byte, timeout <-chan time.Time) error {
 	}
 }
 
-// settled forgets a question that nobody will answer.
-func (l *Link) settled(id uint32) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	delete(l.pending, id)
-}
-
 func (l *Link) ask(deadline time.Time, m frame.Message, start bool) (*frame.Answer, error) {
 	select {
 	case <-l.down:
@@ -265,7 +258,9 @@ func (l *Link) ask(deadline time.Time, m frame.Message, start bool) (*frame.Answ
 		}
 	}
 	if err != nil {
-		l.settled(id)
+		l.mu.Lock()
+		delete(l.pending, id)
+		l.mu.Unlock()
 		return nil, err
 	}
 	timer := time.NewTimer(time.Until(deadline))
@@ -279,7 +274,6 @@ func (l *Link) ask(deadline time.Time, m frame.Message, start bool) (*frame.Answ
 			err = errQueueStuck
 		}
 	case <-l.down:
-		l.settled(id)
 		err = errLinkDown
 	}
 	l.mu.Lock()
