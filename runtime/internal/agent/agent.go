@@ -289,10 +289,13 @@ func (a *Agent) closeGuards() int {
 	defer a.mu.Unlock()
 	dropped := 0
 	for _, i := range a.instances {
-		if i.guard != nil {
-			i.guard.sender.close()
+		if a.dismiss(i) {
 			dropped++
 		}
+	}
+	if dropped > 0 {
+		a.tellWaiting()
+		a.reports.soon()
 	}
 	a.log.Error(eventGuardsDropped, keyCount, dropped)
 	return dropped

@@ -133,7 +133,7 @@ func TestAGuardThatSaysWhoItIsAgainIsClosed(t *testing.T) {
 		}
 		g.send(id, m)
 
-		g.expectClosed()
+		g.expectDismissed()
 	}
 	s.ask(`{"op":"unregister","container":"c0"}`) // behind everything that the guards could have caused
 	for {
@@ -155,14 +155,14 @@ func TestFramesOfTheOtherDirectionCloseAGuard(t *testing.T) {
 	} {
 		g := s.guard(fmt.Sprint("c", i), "pay")
 		g.send(0, m)
-		g.expectClosed()
+		g.expectDismissed()
 	}
 	for i, m := range []frame.Message{
 		&frame.Hello{Protos: frame.Protos(), Container: "d0"}, &frame.Answer{Reason: "allowed"}, &frame.Register{Instance: "x"}, &frame.Status{}, &frame.Welcome{OK: true},
 	} {
 		g := s.guard(fmt.Sprint("d", i), "pay")
 		g.send(3, m)
-		g.expectClosed()
+		g.expectDismissed()
 	}
 }
 
@@ -174,7 +174,7 @@ func TestASecondQuestionWithAnOpenIDClosesTheGuard(t *testing.T) {
 	expect[*frame.Start](s.controller)
 	g.send(5, &frame.Start{Step: step})
 
-	g.expectClosed()
+	g.expectDismissed()
 }
 
 func TestQuestionsBeyondTheBoundAreDeniedAtOnce(t *testing.T) {

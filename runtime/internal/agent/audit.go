@@ -75,6 +75,8 @@ func (o *outage) entry(what string, lost int) *auditOutage {
 	}
 }
 
+var errSlowDisk = errors.New("the disk was slower than the entries")
+
 // openAudit continues the audit log, if there is to be one.
 func (a *Agent) openAudit(run string) error {
 	c := a.config.Audit
@@ -96,8 +98,12 @@ func (a *Agent) openAudit(run string) error {
 		},
 		OnWell: func(lost int) {
 			<-opened
+			if current.err == nil {
+				current = outage{since: time.Now(), err: errSlowDisk}
+			}
 			a.log.Warn(eventAuditWell, keyCount, lost)
 			a.record(audit.EventOutage, current.entry("audit_log", lost))
+			current = outage{}
 		},
 	})
 	if err != nil {

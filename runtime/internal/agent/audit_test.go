@@ -188,8 +188,8 @@ func TestAnAuditLogThatCannotBeWrittenMakesEverythingDeny(t *testing.T) {
 
 	g.send(0, record("kept?"))
 
-	g.expectClosed()
-	other.expectClosed()
+	g.expectDismissed()
+	other.expectDismissed()
 	if _, welcome := s.hello("c1", "shop", "pay"); welcome.OK || welcome.Reason != "no_guard" {
 		t.Errorf("while the log fails: %#v", welcome)
 	}
@@ -234,7 +234,7 @@ func TestAFullDiskMakesEverythingDenyAndLosesNothing(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		}
 	}
-	g.expectClosed()
+	g.expectDismissed()
 	if _, welcome := s.hello("c1", "shop", "pay"); welcome.OK || welcome.Reason != "no_guard" {
 		t.Errorf("while the disk is full: %#v", welcome)
 	}

@@ -53,6 +53,20 @@ func newGuard(conn *net.UnixConn) (*guard, error) {
 	}, nil
 }
 
+// dismiss ends the connection of a guard that is to decide nothing more. To its policy an agent that is gone may be a reason to
+// let messages pass, so the last that it hears is that its lease is over. It must not be in the table any more, or a new
+// lease could follow.
+func (g *guard) dismiss() {
+	data, err := frame.Append(nil, 0, &frame.Lease{LeaseMS: 0})
+	if err == nil {
+		err = g.sender.send(data)
+	}
+	if err == nil {
+		g.sender.finish(guardDismissTimeout)
+	}
+	g.sender.close()
+}
+
 // serveGuard runs one connection to its end.
 func (a *Agent) serveGuard(conn *net.UnixConn) {
 	defer conn.Close()
@@ -68,8 +82,11 @@ func (a *Agent) serveGuard(conn *net.UnixConn) {
 	}
 	a.log.Info(eventGuardWelcome, keyInstance, g.identity.Instance, keyApp, g.identity.App, keyFunction, g.identity.Function)
 	err = a.listen(g, reader)
-	g.sender.close()
 	a.forget(g)
+	if g.sender.reason() == nil && !errors.Is(err, io.EOF) {
+		g.dismiss()
+	}
+	g.sender.close()
 	if errors.Is(err, io.EOF) && !errors.Is(err, errHalfFrame) || errors.Is(err, net.ErrClosed) {
 		a.log.Info(eventGuardClosed, keyInstance, g.identity.Instance)
 		return

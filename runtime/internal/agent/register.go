@@ -249,10 +249,18 @@ func (a *Agent) release(i *instance) {
 // drop needs mu.
 func (a *Agent) drop(i *instance) {
 	delete(a.instances, i.container)
-	if i.guard != nil {
-		i.guard.sender.close()
-		i.guard = nil
+	a.dismiss(i)
+}
+
+// dismiss takes its guard from an instance and ends it, and says whether there was one. It needs mu.
+func (a *Agent) dismiss(i *instance) bool {
+	g := i.guard
+	if g == nil {
+		return false
 	}
+	i.guard = nil
+	go g.dismiss()
+	return true
 }
 
 func (a *Agent) acknowledge(i *instance) bool {

@@ -566,17 +566,29 @@ func (g *fakeGuard) answer() (uint32, *frame.Answer) {
 }
 
 // expectClosed reads to the end of the connection.
-func (g *fakeGuard) expectClosed() {
+func (g *fakeGuard) expectClosed() { g.lastWord() }
+
+// expectDismissed reads to the end of the connection, and finds that the guard may decide nothing then.
+func (g *fakeGuard) expectDismissed() {
+	g.t.Helper()
+	if lease, ok := g.lastWord().(*frame.Lease); !ok || lease.LeaseMS != 0 {
+		g.t.Errorf("the connection ended without the end of the lease")
+	}
+}
+
+// lastWord is the last frame before the end of the connection.
+func (g *fakeGuard) lastWord() (last frame.Message) {
 	g.t.Helper()
 	_ = g.conn.SetReadDeadline(time.Now().Add(patience))
 	for {
-		_, _, err := g.reader.next()
+		_, m, err := g.reader.next()
 		switch {
 		case err == nil:
+			last = m
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			g.t.Fatal("the connection stays open")
 		default:
-			return
+			return last
 		}
 	}
 }

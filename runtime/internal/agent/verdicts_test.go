@@ -136,8 +136,8 @@ func TestALogThatCannotBeWrittenMakesEverythingDeny(t *testing.T) {
 
 	g.send(0, record("lost?"))
 
-	g.expectClosed()
-	other.expectClosed()
+	g.expectDismissed()
+	other.expectDismissed()
 	if _, welcome := s.hello("c1", "shop", "pay"); welcome.OK || welcome.Reason != "no_guard" {
 		t.Errorf("while the log fails: %#v", welcome)
 	}

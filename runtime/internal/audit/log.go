@@ -32,7 +32,8 @@ type Options struct {
 	Run      string // 16 hexadecimal digits
 	Fsync    string // FsyncAlways, FsyncInterval or FsyncNever
 	BytesMax int64  // of a file
-	// OnFailed and OnWell are called without locks, once for each change; OnWell is told how many entries were lost.
+	// OnFailed and OnWell are called without locks, once for each change; OnWell is told how many entries were lost, and is called
+	// without a failure, too, when a slow disk left no room for some.
 	OnFailed func(error)
 	OnWell   func(lost int)
 
@@ -239,7 +240,7 @@ func (l *Log) flush(isLast bool) {
 	switch {
 	case err != nil && !failedBefore:
 		l.onFailed(err)
-	case err == nil && failedBefore:
+	case err == nil && (failedBefore || lost > 0):
 		l.onWell(lost)
 	}
 }

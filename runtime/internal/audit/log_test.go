@@ -220,6 +220,30 @@ func TestAFullDiskIsSaidOnceAndHeals(t *testing.T) {
 	}
 }
 
+// A disk that is slow fails at nothing: no failure would say it.
+func TestWhatFoundNoRoomIsSaidWithoutAFailure(t *testing.T) {
+	w := watch(t, Options{Path: filepath.Join(t.TempDir(), "audit.jsonl")})
+	defer w.Close()
+	w.mu.Lock()
+	w.taken, w.wait = pendingBytesMax, 0 // as if a batch were being written
+	w.mu.Unlock()
+	if err := w.Add(EventVerdict, text{}); !errors.Is(err, ErrFull) {
+		t.Fatal(err)
+	}
+	w.mu.Lock()
+	w.taken = 0
+	w.mu.Unlock()
+
+	if err := w.Add(EventVerdict, text{}); err != nil {
+		t.Fatal(err)
+	}
+
+	until(t, "the loss is said", func() bool { return w.lost.Load() == 1 })
+	if w.well.Load() != 1 || w.failed.Load() != 0 {
+		t.Errorf("well %d times, failed %d times", w.well.Load(), w.failed.Load())
+	}
+}
+
 func TestAFileSystemThatIsReallyFullLosesNothing(t *testing.T) {
 	dir := t.TempDir()
 	if err := unix.Mount("none", dir, "tmpfs", 0, "size=64k"); err != nil {

@@ -15,6 +15,8 @@ const (
 	queueMax   = 1024 // frames that wait to be written
 	pendingMax = 256  // questions without an answer, the abandoned ones included
 	readBytes  = 64 << 10
+
+	lastWordMax = time.Second // for what the agent said before it went
 )
 
 // Errors of a link. The texts are details for people.
@@ -23,6 +25,7 @@ var (
 	errNoAnswer   = errors.New("no answer within the policy's deadline")
 	errLinkFull   = errors.New("too many questions wait for an answer")
 	errQueueStuck = errors.New("the agent takes no frames")
+	errStarved    = errors.New("the sandbox had no time to hear the answer")
 )
 
 // Link is the guard's end of the connection to the agent. The connection cannot be made again from inside of the
@@ -87,7 +90,8 @@ func (l *Link) write(report func(string)) {
 		for b := *queued; len(b) > 0; {
 			n, err := l.conn.Write(b)
 			if err != nil {
-				l.fail(report, fmt.Errorf("write to the agent: %w", err))
+				// What the agent said last may still be there to be read: that the lease is over.
+				time.AfterFunc(lastWordMax, func() { l.fail(report, fmt.Errorf("write to the agent: %w", err)) })
 				return
 			}
 			b = b[n:]
@@ -263,18 +267,12 @@ func (l *Link) ask(deadline time.Time, m frame.Message, start bool) (*frame.Answ
 		l.mu.Unlock()
 		return nil, err
 	}
-	timer := time.NewTimer(time.Until(deadline))
-	defer timer.Stop()
-	select {
-	case answer := <-q.answer:
+	answer, err := l.wait(q, deadline)
+	switch {
+	case answer != nil:
 		return answer, nil
-	case <-timer.C:
-		err = errNoAnswer
-		if len(l.queue) == cap(l.queue) {
-			err = errQueueStuck
-		}
-	case <-l.down:
-		err = errLinkDown
+	case err == errNoAnswer && len(l.queue) == cap(l.queue):
+		err = errQueueStuck
 	}
 	l.mu.Lock()
 	q.abandoned = true
@@ -284,6 +282,40 @@ func (l *Link) ask(deadline time.Time, m frame.Message, start bool) (*frame.Answ
 		return answer, nil
 	default:
 		return nil, err
+	}
+}
+
+const (
+	waitSlice  = 5 * time.Millisecond
+	starvedMax = 8 // deadlines, after which nobody waits any more
+)
+
+// wait waits for the answer to q. The deadline runs only while this process does: a program that uses up the processors of its
+// sandbox, so that all of it stands still, must not make an answer that is there already look like none.
+func (l *Link) wait(q *question, deadline time.Time) (*frame.Answer, error) {
+	last := time.Now()
+	left := deadline.Sub(last)
+	end := last.Add(starvedMax * left)
+	timer := time.NewTimer(min(left, waitSlice))
+	defer timer.Stop()
+	for {
+		select {
+		case answer := <-q.answer:
+			return answer, nil
+		case <-l.down:
+			return nil, errLinkDown
+		case <-timer.C:
+		}
+		now := time.Now()
+		left -= min(now.Sub(last), waitSlice)
+		switch {
+		case left <= 0:
+			return nil, errNoAnswer
+		case now.After(end):
+			return nil, errStarved
+		}
+		last = now
+		timer.Reset(min(left, waitSlice))
 	}
 }
 

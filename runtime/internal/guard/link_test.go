@@ -3,6 +3,7 @@ package guard
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"strings"
 	"testing"
@@ -236,5 +237,50 @@ func TestAPolicyThatComesWhileAnAnswerIsWaitedForDelaysNothing(t *testing.T) {
 
 	if got := <-outcome; got != Allowed {
 		t.Errorf("outcome %d", got)
+	}
+}
+
+// dismissal is a connection that cannot be written any more, with a last word that is read a little later.
+type dismissal struct {
+	word   []byte
+	closed chan struct{}
+}
+
+func (d *dismissal) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
+
+func (d *dismissal) Read(b []byte) (int, error) {
+	select {
+	case <-d.closed:
+		return 0, io.ErrClosedPipe
+	case <-time.After(20 * time.Millisecond):
+	}
+	n := copy(b, d.word)
+	d.word = d.word[n:]
+	return n, nil
+}
+
+func (d *dismissal) Close() error {
+	close(d.closed)
+	return nil
+}
+
+// Else a guard that writes when it is dismissed would take the agent for gone, which a fail mode may forgive.
+func TestAGuardThatIsDismissedHearsTheEndOfItsLease(t *testing.T) {
+	word, err := frame.Append(nil, 0, &frame.Lease{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &dismissal{word: word, closed: make(chan struct{})}
+	l := NewLink(d, 1, func(*frame.VerdictRecord) {})
+	g, err := New(testIdentity, guardtest.PublicKey, guardtest.Welcome(t, "enforce"), l)
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	l.Serve(&frame.Reader{}, g, func(string) {}) // and the guard says its mode
+
+	<-l.down
+	if g.leased() {
+		t.Error("the link is down, and the lease goes on")
 	}
 }
