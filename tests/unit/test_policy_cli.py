@@ -104,7 +104,7 @@ def test_what_sign_writes_verify_takes(kalium: Run, policy: Path, keys: tuple[Pa
     code, out, _ = kalium("policy", "verify", signed, "--key", keys[1], "--output", "json")
 
     assert code == 0
-    assert {**json.loads(out), "key_id": ""} == {"app": "hello-retail", "version": 2, "mode": "enforce", "key_id": ""}
+    assert {**json.loads(out), "key_id": ""} == {"app": "hello-retail", "version": 3, "mode": "enforce", "key_id": ""}
 
 
 def test_a_compiled_policy_signs_as_its_source_does(kalium: Run, policy: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
@@ -142,10 +142,10 @@ def test_a_changed_policy_needs_a_higher_version(kalium: Run, policy: Path, keys
 
     code, _, err = kalium("policy", "sign", policy, "--key", keys[0], "-o", signed)
     assert (code, signed.read_bytes()) == (1, before)
-    assert err.startswith("error[policy.version]: cannot sign version 2 of hello-retail: ")
-    assert "next: write `version: 3` into the policy" in err
+    assert err.startswith("error[policy.version]: cannot sign version 3 of hello-retail: ")
+    assert "next: write `version: 4` into the policy" in err
 
-    replaced(policy, "version: 2", "version: 3")
+    replaced(policy, "version: 3", "version: 4")
     assert kalium("policy", "sign", policy, "--key", keys[0], "-o", signed)[0] == 0
     assert signed.read_bytes() != before
 
