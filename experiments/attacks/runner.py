@@ -16,11 +16,21 @@ import pandas as pd
 
 from experiments import database
 from experiments.attacks import capture as wire
-from experiments.attacks import exfiltrate_row, invoke_early, invoke_twice, repeat_write, wrong_moment
-from experiments.attacks.case import MARKER_BYTES, RECEIVER_PORT, Case, Received
+from experiments.attacks import (
+    collude,
+    exfiltrate_row,
+    invoke_early,
+    invoke_invent,
+    invoke_skip,
+    invoke_twice,
+    repeat_write,
+    token_replay,
+    wrong_moment,
+)
+from experiments.attacks.case import HOLES, MARKER_BYTES, RECEIVER_PORT, Case, Received
 from experiments.attacks.scene import Scene
 from experiments.database import Resetter
-from experiments.entries import ENTRIES, MASTER, MASTER_PATH, RECEIVE, REPORT, SUCCESS, Stack, sample_input
+from experiments.entries import ENTRIES, MASTER, MASTER_PATH, MICROBENCH, RECEIVE, REPORT, SUCCESS, Stack, sample_input
 from experiments.errors import ExperimentError, RunRefused
 from experiments.gateway import Function, Gateway
 from experiments.interruption import told
@@ -32,9 +42,13 @@ from experiments.systems import KALIUM_STRICT, STOCK, System
 from experiments.tails import LogTail
 from experiments.verdicts import Verdict, VerdictLog
 
-CASES: Sequence[Case] = (exfiltrate_row.CASE, wrong_moment.CASE, repeat_write.CASE, invoke_twice.CASE, invoke_early.CASE)
-FUNCTIONS = (MASTER, RECEIVE, SUCCESS, REPORT)
-VULNERABLE_IMAGE = f"attack/{RECEIVE}"
+CASES: Sequence[Case] = (
+    exfiltrate_row.CASE, wrong_moment.CASE, repeat_write.CASE, invoke_twice.CASE, invoke_early.CASE, invoke_skip.CASE, invoke_invent.CASE,
+    collude.CASE, token_replay.CASE,
+)  # fmt: skip
+FUNCTIONS = (MASTER, RECEIVE, SUCCESS, REPORT, MICROBENCH)
+# Exploited on one node, while all that they attack is on another: their accomplice (success) too.
+ATTACKERS = (MASTER, RECEIVE)
 SYSTEMS = (STOCK, KALIUM_STRICT)
 FUNCTION_PORT = 8080  # of the gateway inside, and of every instance
 POLL_SECONDS = 0.1
@@ -143,7 +157,7 @@ class Attacks:
         run.write_record(record)
         observations: list[Observation] = []
         with told(run, record, None, self.site, leave=lambda: self.gateway.remove_all(FUNCTIONS)):
-            with Scene(self.site, run, RECEIVE) as scene:
+            with Scene(self.site, run, ATTACKERS) as scene:
                 for system in SYSTEMS:
                     observations += self.run_system(system, run, scene)
             self.resetter.reset()
@@ -158,13 +172,13 @@ class Attacks:
         return FinishedRun(run)
 
     def functions(self, system: System, scene: Scene) -> list[Function]:
-        """The application with its vulnerable function, as it is deployed for `system`."""
-        return [scene.place(self.stack.function(name, system, image_key=VULNERABLE_IMAGE if name == RECEIVE else "")) for name in FUNCTIONS]
+        """The application with its vulnerable functions, as it is deployed for `system`."""
+        return [scene.place(self.stack.function(name, system, image_key=f"attack/{name}" if name in HOLES else "")) for name in FUNCTIONS]
 
     def run_system(self, system: System, run: RunPaths, scene: Scene) -> list[Observation]:
         """Every case under one system, each followed by a benign request."""
         self.resetter.reset()
-        print(f"{system.name}: deploying the application with the vulnerable function", flush=True)
+        print(f"{system.name}: deploying the application with the vulnerable functions", flush=True)
         self.gateway.deploy_all(self.functions(system, scene))
         scene.deployed(system, FUNCTIONS)
         problem = self.benign(system, "before")
@@ -198,12 +212,12 @@ class Attacks:
         """One exploit: send it, ask the receiver until it answers or the evidence time is over, read the verdicts."""
         marker = secrets.token_hex(MARKER_BYTES)
         verdict_log = VerdictLog(self.site)
-        body = {**self.input, "exploit": case.source(marker, self.site)}
+        body = {**self.input, **case.fields(marker, self.site)}
         answer = self.gateway.invoke(
             MASTER, body, path=MASTER_PATH, call_id=f"attack-{system.name}-{case.name}", seconds_max=self.parameters.request_seconds_max
         )
         received = self.ask(case.at_receiver, logs, marker)
-        verdicts = [verdict for verdict in verdict_log.settled() if verdict.app == system.app and verdict.function == RECEIVE]
+        verdicts = [verdict for verdict in verdict_log.settled() if verdict.app == system.app and verdict.function == case.attacker]
         denial = case.denial(verdicts) if system.is_guarded else None
         benign_problem = self.benign(system, f"after-{case.name}")
         return Observation(
@@ -384,6 +398,6 @@ def _places(run: RunPaths) -> list[str]:
     placement, points = record["placement"], [f"{entry['host']}/{entry['interface']}" for entry in record["captures"]]
     same = ", the only node" if placement["exploited"] == placement["targets"] else ""
     return [
-        f"{RECEIVE} ran on node {placement['exploited']}, the functions that it attacks on node {placement['targets']}{same}",
+        f"{' and '.join(ATTACKERS)} ran on node {placement['exploited']}, the functions that they attack on node {placement['targets']}{same}",
         f"the attacker's server ran on host {record['attacker']['host']}; captured at {', '.join(points)}",
     ]

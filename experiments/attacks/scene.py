@@ -1,8 +1,8 @@
 """Where the attack suite plays: on which nodes the functions run, where the attacker's server listens, where packets are captured.
 
-On a site of one machine all of it is that machine. On a cluster the exploited function runs on one node and the functions that it
-attacks on another; packets are captured on the pods' side and on the uplinks of the exploited function's node, on the pods' side of
-its targets' node, and on the hosts whose services receive.
+On a site of one machine all of it is that machine. On a cluster the exploited functions run on one node and the functions that they
+attack on another; packets are captured on the pods' side and on the uplinks of the exploited functions' node, on the pods' side of
+their targets' node, and on the hosts whose services receive.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -46,7 +46,7 @@ class Point:
 class Scene:
     """One run's places. `open` once the functions of the first system are there, since an interface of pods is made by the first of them."""
 
-    def __init__(self, site: Site, run: RunPaths, exploited: str) -> None:
+    def __init__(self, site: Site, run: RunPaths, exploited: Collection[str]) -> None:
         self._site = site
         self._run = run
         self._exploited = exploited
@@ -69,12 +69,14 @@ class Scene:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.__exit__(kind, error, trace)
 
+    def _node_of(self, name: str) -> Host:
+        return self.attacker_node if name in self._exploited else self.target_node
+
     def place(self, function: Function) -> Function:
         """`function` with the node on which it has to run, where there is more than one."""
         if self._view is None:
             return function
-        node = self.attacker_node if function.name == self._exploited else self.target_node
-        return replace(function, constraints=(f"kubernetes.io/hostname={node.name}",))
+        return replace(function, constraints=(f"kubernetes.io/hostname={self._node_of(function.name).name}",))
 
     def deployed(self, system: System, functions: Sequence[str]) -> None:
         """The functions of `system` are there: see that each runs where it was placed, and capture from now on."""
@@ -83,7 +85,7 @@ class Scene:
         pods = self._view.placed(functions, system)
         self._seen[system.name] = {name: pod.node for name, pod in pods.items()}
         for name, pod in pods.items():
-            wanted = self.attacker_node if name == self._exploited else self.target_node
+            wanted = self._node_of(name)
             if pod.node != wanted.name:
                 raise ExperimentError(
                     "attacks.placement", f"run {name} on node {wanted.name}", f"it runs on {pod.node}", "see that the gateway passes on `constraints`"

@@ -174,8 +174,8 @@ def test_attacks_across_nodes(operator: Operator, site: Site) -> None:
     said = operator.must("fab", "run-attacks")
 
     print(said.end(12))
-    assert len(re.findall(r" bytes +0 bytes +blocked +works ", said.text)) == 5
-    placed = re.search(r"ran on node (\S+), the functions that it attacks on node (\S+)$", said.text, re.MULTILINE)
+    assert len(re.findall(r" bytes +0 bytes +blocked +works ", said.text)) == 9
+    placed = re.search(r"ran on node (\S+), the functions that they attack on node (\S+)$", said.text, re.MULTILINE)
     assert placed and placed[1] != placed[2]
 
 

@@ -15,11 +15,12 @@ import pytest
 from experiments_world import local_site
 
 from experiments.attacks import capture, runner
-from experiments.attacks.case import Case, Match
+from experiments.attacks.case import HOLES, Case, Match
 from experiments.attacks.receiver import Receiver, request_is_complete
-from experiments.attacks.runner import CASES, Observation, failures, wire_evidence
+from experiments.attacks.runner import ATTACKERS, CASES, FUNCTIONS, Observation, failures, wire_evidence
 from experiments.errors import RunRefused
 from experiments.paths import RESULTS_SCHEMA, RunPaths
+from experiments.site import CHECKOUT
 from experiments.verdicts import Verdict
 
 MARKER = "0123456789abcdef0123456789abcdef"
@@ -157,11 +158,29 @@ def verdict(kind: str, message: str, *, allowed: bool, peer: str = "", **more: A
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_an_exploit_is_python_and_does_not_carry_its_marker(case: Case) -> None:
-    source = case.source(MARKER, SITE)
+    fields = case.fields(MARKER, SITE)
 
-    compile(source, case.name, "exec")
-    assert MARKER not in source and MARKER[::-1] in source
-    assert "@" not in source
+    assert HOLES[case.attacker] in fields
+    for source in fields.values():
+        compile(source, case.name, "exec")
+        assert MARKER not in source and MARKER[::-1] in source
+        assert "@" not in source
+
+
+def test_what_is_exploited_has_a_variant_with_that_hole() -> None:
+    """The handler of each variant says which field of the input it runs."""
+    for function, field in HOLES.items():
+        assert f'run("{field}", event)' in (CHECKOUT / "functions" / "attack" / function / "handler.py").read_text(encoding="utf-8")
+    assert all(case.exploits.keys() <= HOLES.keys() for case in CASES)
+
+
+def test_what_attacks_and_what_is_attacked_are_on_two_nodes() -> None:
+    """An invocation is attacked from the node of the attackers; an accomplice is on the other one."""
+    attacks = [case for case in CASES if case.category == "scenario-2"]
+
+    assert all(case.denied.fragment in FUNCTIONS and case.denied.fragment not in ATTACKERS for case in attacks)
+    assert all(case.exploits.keys() & set(ATTACKERS) for case in attacks)
+    assert [case.name for case in attacks if case.attacker not in ATTACKERS] == ["collude"]
 
 
 def test_a_denial_of_the_exploits_preparations_is_not_a_denial_of_the_hostile_message() -> None:
@@ -223,7 +242,7 @@ def test_nothing_received_a_denial_and_a_delivery_under_stock_is_blocked(tmp_pat
 
     assert outcomes(run) == {"blocked"} and failures(run) == []
     assert run.aggregate.read_text(encoding="utf-8").splitlines() == [
-        "name,value,unit", "cases,5,count", "invalid,0,count", "kalium_enforce_missed_within_scope,0,count", "benign_broken,0,count",
+        "name,value,unit", f"cases,{len(CASES)},count", "invalid,0,count", "kalium_enforce_missed_within_scope,0,count", "benign_broken,0,count",
     ]  # fmt: skip
     assert (
         run.summary.read_text(encoding="utf-8").splitlines()[0] == "case,class,system,expected,verdict,marker,stock_delivered,received_bytes,evidence"

@@ -82,12 +82,13 @@ def run(tmp_path: Path) -> RunPaths:
 # Placement
 
 
-def test_the_exploited_function_is_placed_on_one_node_and_its_targets_on_another(site: Site, run: RunPaths) -> None:
-    play = Scene(site, run, EXPLOITED)
+def test_exploited_functions_are_placed_on_one_node_and_their_targets_on_another(site: Site, run: RunPaths) -> None:
+    play = Scene(site, run, (EXPLOITED, "master"))
 
-    placed = {name: play.place(Function(name, "image", labels={"a": "b"})) for name in (EXPLOITED, TARGET)}
+    placed = {name: play.place(Function(name, "image", labels={"a": "b"})) for name in (EXPLOITED, "master", TARGET)}
 
-    assert [placed[name].constraints for name in (EXPLOITED, TARGET)] == [("kubernetes.io/hostname=node1",), ("kubernetes.io/hostname=node2",)]
+    nodes = [placed[name].constraints for name in (EXPLOITED, "master", TARGET)]
+    assert nodes == [(f"kubernetes.io/hostname={node}",) for node in ("node1", "node1", "node2")]
     assert placed[TARGET].labels == {"a": "b"}
 
 
@@ -95,8 +96,8 @@ def test_the_targets_stay_on_the_second_node_whatever_nodes_there_are(site: Site
     three = replace(site, groups={**site.groups, "function_nodes": ("node1", "node2", "control")})
     one = replace(site, groups={**site.groups, "function_nodes": ("node2",)})
 
-    assert [Scene(which, run, EXPLOITED).target_node.name for which in (three, one)] == ["node2", "node2"]
-    assert Scene(one, run, EXPLOITED).attacker_node.name == "node2"
+    assert [Scene(which, run, {EXPLOITED}).target_node.name for which in (three, one)] == ["node2", "node2"]
+    assert Scene(one, run, {EXPLOITED}).attacker_node.name == "node2"
 
 
 @pytest.mark.parametrize(
@@ -108,14 +109,14 @@ def test_a_function_on_another_node_than_it_was_placed_on_is_refused_before_anyt
     nodes = {EXPLOITED: "node1", TARGET: "node2", name: node}
     fakes["control"].answers["get pods"] = items(*(pod(function, where, "gvisor") for function, where in nodes.items()))
 
-    with pytest.raises(ExperimentError, match=found) as caught, Scene(site, run, EXPLOITED) as play:
+    with pytest.raises(ExperimentError, match=found) as caught, Scene(site, run, {EXPLOITED}) as play:
         play.deployed(STOCK, (EXPLOITED, TARGET))
 
     assert caught.value.code == "attacks.placement" and opened.ever == ["receiver receiver.jsonl"] and opened.now == []
 
 
 def test_a_function_under_another_runtime_than_the_systems_is_refused(site: Site, run: RunPaths, opened: Open) -> None:
-    with pytest.raises(RunRefused, match="RuntimeClass gvisor"), Scene(site, run, EXPLOITED) as play:
+    with pytest.raises(RunRefused, match="RuntimeClass gvisor"), Scene(site, run, {EXPLOITED}) as play:
         play.deployed(KALIUM_STRICT, (EXPLOITED, TARGET))
 
 
@@ -176,7 +177,7 @@ def test_our_own_connection_is_left_out_of_a_capture_and_nothing_else(fakes: dic
 
 
 def test_captures_begin_with_the_first_system_and_last_until_the_end(site: Site, run: RunPaths, fakes: dict[str, FakeRemote], opened: Open) -> None:
-    with Scene(site, run, EXPLOITED) as play:
+    with Scene(site, run, {EXPLOITED}) as play:
         assert opened.now == ["receiver receiver.jsonl"]
         play.deployed(STOCK, (EXPLOITED, TARGET))
         first = list(opened.now)
@@ -200,16 +201,16 @@ def test_a_scene_waits_until_the_pods_of_a_system_are_gone(
     monkeypatch.setattr("experiments.cluster.POLL_SECONDS", 0.001)
 
     with pytest.raises(ExperimentError, match="wait until pod report-1 on node node2 is gone"):
-        Scene(site, run, EXPLOITED).removed((TARGET,))
+        Scene(site, run, {EXPLOITED}).removed((TARGET,))
     fakes["control"].answers["get pods"] = items()
-    Scene(site, run, EXPLOITED).removed((TARGET,))
+    Scene(site, run, {EXPLOITED}).removed((TARGET,))
 
 
 def test_one_machine_is_a_scene_of_its_own(run: RunPaths, tmp_path: Path, opened: Open) -> None:
     """Its one interface is captured from the start, functions are placed nowhere, and run.json says nothing of places."""
     function = Function(EXPLOITED, "image")
 
-    with Scene(local_site(tmp_path), run, EXPLOITED) as play:
+    with Scene(local_site(tmp_path), run, {EXPLOITED}) as play:
         assert play.place(function) is function
         play.deployed(STOCK, (EXPLOITED,))
         play.removed((EXPLOITED,))
@@ -223,7 +224,7 @@ def test_a_scene_that_cannot_be_opened_leaves_no_server_behind(run: RunPaths, tm
 
     monkeypatch.setattr(scene, "Capture", fails)
 
-    with pytest.raises(ExperimentError, match="no such device"), Scene(local_site(tmp_path), run, EXPLOITED):
+    with pytest.raises(ExperimentError, match="no such device"), Scene(local_site(tmp_path), run, {EXPLOITED}):
         pytest.fail("it is not open")
     assert opened.ever == ["receiver receiver.jsonl"] and opened.now == []
 

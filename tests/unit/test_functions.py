@@ -255,6 +255,19 @@ def test_the_vulnerable_variant_runs_its_input_and_then_does_the_same_work(world
     assert [len(statements) for statements in world.database.settled()] == [4, 7]
 
 
+@pytest.mark.parametrize("name", [SUCCESS, MASTER])
+def test_each_vulnerable_variant_runs_its_own_field_alone_and_sees_its_request(name: str, world: World, tmp_path: Path) -> None:
+    """One input is passed on through all of them."""
+    field = {SUCCESS: "exploit_success", MASTER: "exploit_master"}[name]
+    mark = tmp_path / "mark"
+    code = f"import pathlib\npathlib.Path({str(mark)!r}).write_text(event.headers['Content-Type'])"
+    others = {other: "raise SystemError" for other in ("exploit", "exploit_success", "exploit_master") if other != field}
+
+    world.call(f"attack/{name}", world.sample(name, **others, **{field: code}))
+
+    assert mark.read_text() == "application/json"
+
+
 def test_an_exploit_that_is_stopped_fails_its_request_and_nothing_else(world: World) -> None:
     status, answer = world.call(VULNERABLE, world.sample(RECEIVE, exploit="raise PermissionError('stopped')"))
 
@@ -273,16 +286,16 @@ def test_no_other_function_runs_its_input(name: str, world: World, tmp_path: Pat
     assert not any("exec(" in path.read_text(encoding="utf-8") for path in (STACK.parent / name).glob("*.py"))
 
 
-def test_apart_from_the_hole_the_vulnerable_variant_is_the_function(tmp_path: Path) -> None:
-    plain, vulnerable = write_files(RECEIVE, tmp_path), write_files(VULNERABLE, tmp_path)
+@pytest.mark.parametrize(("name", "module"), [(RECEIVE, "receive.py"), (SUCCESS, "success.py"), (MASTER, "master.py")])
+def test_apart_from_the_hole_a_vulnerable_variant_is_the_function(name: str, module: str, tmp_path: Path) -> None:
+    plain, vulnerable = write_files(name, tmp_path), write_files(f"attack/{name}", tmp_path)
 
     def files(place: Path) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
     left, right = files(plain), files(vulnerable)
-    assert right.pop("receive.py") == left.pop("handler.py")
-    hole = right.pop("handler.py").decode()
-    assert hole.count("exec(") == 1
+    assert right.pop(module) == left.pop("handler.py")
+    assert right.pop("hole.py").count(b"exec(") == 1 and b"exec(" not in right.pop("handler.py")
     assert left == right
 
 
@@ -301,7 +314,7 @@ def test_the_stack_file_describes_each_function_once() -> None:
     stack = yaml.safe_load(STACK.read_text(encoding="utf-8"))
 
     assert sorted(stack["functions"]) == sorted([*FUNCTIONS, E2_LOAD, E2_CALLEE])
-    assert list(stack["x-variants"]) == [VULNERABLE]
+    assert list(stack["x-variants"]) == [f"attack/{name}" for name in (RECEIVE, SUCCESS, MASTER)]
     for name, description in stack["functions"].items():
         assert description["handler"] == f"./{name}"
         assert all(isinstance(value, str) for value in (description.get("environment") or {}).values())

@@ -1,0 +1,1 @@
+../../product-photos-4-success/handler.py

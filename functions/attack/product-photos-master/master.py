@@ -1,0 +1,1 @@
+../../product-photos-master/handler.py
