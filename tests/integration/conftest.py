@@ -13,9 +13,12 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from .actors import Apps
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPERVISORCTL = ("/opt/kalium/venv/bin/supervisorctl", "-c", "/etc/kalium/supervisord.conf")
@@ -49,7 +52,7 @@ class Gateway:
         password = Path(site["basic_auth_password_file"]).read_text(encoding="utf-8").strip()
         token = base64.b64encode(f"{site['basic_auth_user']}:{password}".encode()).decode()
         self._auth = {"Authorization": f"Basic {token}"}
-        self._images = json.loads(Path(site["images_file"]).read_text(encoding="utf-8"))
+        self.images = json.loads(Path(site["images_file"]).read_text(encoding="utf-8"))
 
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
         data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -69,7 +72,7 @@ class Gateway:
         """Deploy and wait until a replica is available."""
         body = {
             "service": function,
-            "image": self._images[image or function]["image"],
+            "image": self.images[image or function]["image"],
             "envVars": {
                 "DB_HOST": "database",
                 "DB_PORT": "3306",
@@ -162,6 +165,27 @@ def image_requests(site: dict[str, Any]) -> Lines:
 def supervisorctl(*words: str) -> str:
     """Ask the site's supervisor; its exit status is not a verdict, its text is."""
     return subprocess.run([*SUPERVISORCTL, *words], capture_output=True, text=True, timeout=60, check=False).stdout
+
+
+@pytest.fixture(scope="session")
+def actor(site: dict[str, Any], gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The name of the image of tests/integration/actors.py, for `deployed` too."""
+    from .actors import ACTOR, built  # noqa: PLC0415  both modules need what stands above
+    from .backend import Image  # noqa: PLC0415
+
+    archive = Image(ACTOR, Path(site["images_file"]).parent, tmp_path_factory.mktemp("actor")).archive
+    with built(archive, gateway) as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def apps(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Apps"]:
+    """Policies of a module's own; none of them is left."""
+    from .actors import Apps  # noqa: PLC0415  it needs what stands above
+
+    made = Apps(tmp_path_factory.mktemp("policies"))
+    yield made
+    made.remove()
 
 
 @pytest.fixture
