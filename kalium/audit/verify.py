@@ -73,6 +73,7 @@ class Report:
     signed_seq: int = 0  # of the last head that verifies
     signed_ms: int = 0
     unsigned: int = 0  # entries behind it
+    adopted: int = 0  # entries that had no head behind them when their writer was started again, whose head covers them now
     starts: int = 0
     torn_bytes: int = 0  # behind the last whole line
     clock_back: int = 0  # how often an entry is older than the one before
@@ -105,6 +106,7 @@ class Verification:
         self._last_ms = 0
         self._unsigned_ms: int | None = None
         self._unsigned_said = False
+        self._adopted = 0  # of report.unsigned, those that are counted in report.adopted
         self._file = ""
         self._line = 0
         self._is_first = True  # no line of the log was seen
@@ -203,7 +205,10 @@ class Verification:
         if self._line == 1 and number not in (0, line.seq):
             self._say("name", line.seq, f"the file's name says that entry {number} begins it")
         report.starts += why in ("first", "restart")
-        self._unsigned_ms, self._unsigned_said = None, False  # a writer that was killed has left its last second unsigned
+        # A writer that was killed has left its last second unsigned, and the next one has not looked at more than the hashes.
+        self._unsigned_ms, self._unsigned_said = None, False
+        report.adopted += report.unsigned - self._adopted
+        self._adopted = report.unsigned
 
     def _sign(self, line: Line) -> None:
         report = self.report
@@ -222,6 +227,7 @@ class Verification:
         report.heads += 1
         if self._is_signed(line):
             report.unsigned, report.signed_seq, report.signed_ms = 0, line.seq, line.time_ms
+            self._adopted = 0
         else:
             report.unsigned += 1
             self._say("signature", line.seq, "its signature does not verify: a forged head, or another key")
@@ -284,6 +290,11 @@ class Verification:
             yield "who wrote it: no key was given, so anybody may have made the whole chain"
         if report.unsigned:
             yield f"the last {report.unsigned} entries: no head is behind them yet, so whoever may write the file may have changed them"
+        if report.adopted:
+            yield (
+                f"{report.adopted} entries that stood without a head when their writer was started again: whoever could write the file"
+                " while it was down may have changed them"
+            )
         if report.torn_bytes:
             yield f"the last {report.torn_bytes} bytes: a line that is being written, or was when its writer was killed"
         if not self._has_anchors:

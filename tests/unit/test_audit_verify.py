@@ -308,7 +308,29 @@ def test_what_a_killed_writer_left_unsigned_is_covered_by_the_next_start() -> No
     report = verify([("a", first + again.take()[0].data)])
 
     assert report.findings == []
-    assert (report.starts, report.unsigned) == (2, 0)
+    assert (report.starts, report.unsigned, report.adopted) == (2, 0, 2)
+
+
+def test_what_somebody_else_wrote_while_the_writer_was_down_is_signed_by_its_next_start_and_that_is_said() -> None:
+    """The writer goes on behind any line whose hash is right; that it had not written it shows in nothing but the missing head."""
+    chain = Chain(Writer("agent", "node0", RUN, LOG), KEY.sign, 1 << 20)
+    chain.open(now_ms=T)
+    chain.append("verdict", {"id": "1"}, now_ms=T + 1)
+    chain.seal(now_ms=T + 2)
+    data = b"".join(part.data for part in chain.take())
+    forger = Chain(Writer("agent", "node0", RUN, LOG), lambda _: b"", 1 << 20, chain.place, 1, len(data))
+    for number in range(3):
+        forger.open(now_ms=T + 3)
+        forger.append("verdict", {"id": f"forged {number}"}, now_ms=T + 3)
+    data += forger.take()[0].data
+    again = Chain(Writer("agent", "node0", RUN, LOG), KEY.sign, 1 << 20, forger.place, 1, len(data))
+    again.open(now_ms=T + 3_600_000)
+    again.seal(now_ms=T + 3_600_001)
+
+    report = verify([("a", data + again.take()[0].data)])
+
+    assert (report.findings, report.unsigned, report.adopted) == ([], 0, 6)
+    assert any(text.startswith("6 entries that stood without a head") for text in report.unknown)
 
 
 def test_a_clock_that_jumps_is_counted_and_no_finding() -> None:
