@@ -23,7 +23,8 @@ class Limits:
     starts_per_instance: int = INFLIGHT_MAX  # remembered answers; the oldest is forgotten, and asked again it is a new step
     duplicate_heard_ms: int = 3_000  # another run of an agent is refused while this one was heard within this; it pings when idle
     agents: int = 1024  # beyond it the welcome says no
-    instances_per_agent: int = 4096  # of its node, those included that a new connection has not registered again
+    # Of its node, those included that a new connection has not registered again: an agent has half as many, and as many before a restart.
+    instances_per_agent: int = 2048
     versions_per_app: int = 8  # beyond it the oldest one is dropped before its drain ends
     token_ms: int = 30_000
     token_late_ms: int = 600_000  # of asynchronous edges, which wait in the gateway's queue, and of callbacks
@@ -37,3 +38,4 @@ assert LIMITS.agent_gone_ms >= LEASE_MS  # evicting earlier would end invocation
 assert LIMITS.invocations_per_call <= INVOCATIONS_PER_CALL_MAX
 assert LIMITS.starts_per_instance >= INFLIGHT_MAX  # after a lost connection a guard repeats every question that was open
 assert LIMITS.calls <= LIMITS.invocations
+assert LIMITS.instances_per_agent * LIMITS.invocations_per_instance < LIMITS.calls  # one node's key leaves room for the calls of others
