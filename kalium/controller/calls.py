@@ -23,6 +23,7 @@ from kalium.controller.registry import NS_PER_MS, REGISTERED, Instance, denied, 
 from kalium.policy.automaton import CompiledPolicy, Label, States
 from kalium.policy.message import Reason
 from kalium.protocol.frames import Answer, InstanceInvoke
+from kalium.protocol.limits import CALL_HEX
 
 Result = TypeVar("Result")
 Held = Callable[[str, int, int], "CompiledPolicy | None"]  # held(app, version, now_ns): the policy, if steps may be taken by it
@@ -118,18 +119,22 @@ class Calls(Protocol):
 
 TICK_NS = 100 * NS_PER_MS  # deadlines are cut to it, so that what begins in one tick shares them
 FINISHED = Answer(True, Reason.ALLOWED.value)
+_OVERLOADED = Reason.OVERLOADED.value
 _UNKNOWN_CALL = denied(Reason.UNKNOWN_CALL, "no such invocation of this instance is live")
 _NO_TOKEN = denied(Reason.BAD_TOKEN, "the token is not pending for this function")
 _TOO_EARLY = denied(Reason.BAD_TOKEN, "the invocation whose result this would take is not over")
 _STEP_REUSED = denied(Reason.MALFORMED, "the step id has been used for another question")
 _NUMBER_BITS = 32  # of an invocation within its call: 8 for its place, the others count
+_NUMBER_MASK = (1 << _NUMBER_BITS) - 1
 _PLACE_MASK = INVOCATIONS_PER_CALL_MAX - 1
 _REUSED_MAX = (1 << (_NUMBER_BITS - 8)) - 2
 _EPOCH_HEX = 12
 _KEY_HEX = 12
 _ENDING = "f" * 8  # of the id of a call; no invocation has this number
+_PREFIX_HEX = _EPOCH_HEX + _KEY_HEX
+_NUMBERS = tuple(f"{number:08x}" for number in range(INVOCATIONS_PER_CALL_MAX))  # of most invocations
 assert _PLACE_MASK == 0xFF  # a place is the low byte of an invocation's number
-assert _EPOCH_HEX + _KEY_HEX + len(_ENDING) == 32 == _EPOCH_HEX + _KEY_HEX + _NUMBER_BITS // 4
+assert _PREFIX_HEX + len(_ENDING) == CALL_HEX == _PREFIX_HEX + _NUMBER_BITS // 4
 
 # An invocation as an INVOKE names it: callee, by the queue or not, callback. What a LabelKey is equal to.
 Key = tuple[str, bool, str]
@@ -140,7 +145,7 @@ class _Call(msgspec.Struct, gc=False, eq=False):
 
     key: int  # its id is made of it
     policy: CompiledPolicy
-    rows: list[_Invocation | int] = []  # by place; a place that is free names the next free one, the last one -1
+    rows: list[_Invocation | int]  # by place; a place that is free names the next free one, the last one -1
     live: int = 0  # invocations
     tokens: int = 0  # pending ones
     free: int = -1  # the first free place
@@ -166,7 +171,7 @@ class _Asked(msgspec.Struct, gc=False, eq=False):
     step: int
     grant: _Grant | None
     token: int
-    refusal: _Refusal | None
+    refusal: _Refusal | None = None
     open: dict[int, int] | None = None  # group -> granted edges of it that are not answered
 
 
@@ -206,9 +211,12 @@ class _Grant(msgspec.Struct, gc=False, eq=False):
 
 
 class _Record:
-    """What an instance has begun. `owner` is its registration at the controller that adopted it last."""
+    """What an instance has begun. `owner` is its registration at the controller that adopted it last.
 
-    __slots__ = ("due_ns", "ended", "function", "live", "owner", "starts")
+    What its function's invocations begin with is looked up once for each policy, as most begin under the same.
+    """
+
+    __slots__ = ("due_ns", "ended", "function", "is_entry", "lifetime_ns", "live", "owner", "policy", "start", "starts")
 
     def __init__(self, owner: Instance) -> None:
         self.function = owner.function
@@ -217,6 +225,17 @@ class _Record:
         self.due_ns = 0  # when to look at it, never later than the first of `live` is due; 0 for never
         self.starts: dict[str, tuple[str, int, Answer]] = {}  # step -> token, version, answer
         self.ended: dict[str, str] = {}  # invocation -> outcome, of those whose end somebody waits for
+        self.policy: CompiledPolicy | None = None
+        self.start: States = frozenset()
+        self.lifetime_ns = 0
+        self.is_entry = False
+
+    def begin_under(self, policy: CompiledPolicy, grace_ns: int) -> None:
+        """Look up what begins an invocation under `policy`, which has the function."""
+        self.policy = policy
+        self.start = policy.app_cfg[self.function].start
+        self.lifetime_ns = policy.functions[self.function].invocation_timeout_ms * NS_PER_MS + grace_ns
+        self.is_entry = self.function in policy.entries
 
 
 class MemoryCalls:
@@ -229,6 +248,7 @@ class MemoryCalls:
         self._held = held
         self._mint = mint
         self._limits = limits
+        self._starts_max = limits.starts_per_instance
         self._grace_ns = limits.invocation_grace_ms * NS_PER_MS
         self._token_ns = limits.token_ms * NS_PER_MS
         self._late_ns = limits.token_late_ms * NS_PER_MS
@@ -275,43 +295,56 @@ class MemoryCalls:
     def begin(self, who: Instance, version: int, step: str, *, now_ns: int) -> Answer:
         """As Calls.begin."""
         record: _Record = who.calls
-        remembered = record.starts.get(step)
+        starts = record.starts
+        remembered = starts.get(step)
         if remembered is not None:
             return remembered[2] if remembered[0] == "" and remembered[1] == version else _STEP_REUSED
-        if len(record.live) >= self._limits.invocations_per_instance:
-            return full("live invocations of one instance", self._limits.invocations_per_instance)
         policy = self._held(who.app, version, now_ns)
-        if policy is None:
-            answer = _mismatch(who.app, version)
-        elif who.function not in policy.functions:
-            answer = denied(Reason.UNKNOWN_FUNCTION, f"version {version} of {who.app} has no function {who.function}")
-        elif who.function not in policy.entries:
-            answer = denied(Reason.NOT_AN_ENTRY, f"{who.function} starts only with the token of a granted invoke")
-        elif len(self._calls) >= self._limits.calls:
-            return full("live calls", self._limits.calls)
-        elif self._invocations >= self._limits.invocations:
-            return full("live invocations", self._limits.invocations)
-        else:
-            self._begun += 1
-            call = self._calls[self._begun] = _Call(self._begun, policy)
-            answer = self._begin(call, record, None, now_ns)
-        self._remember_start(record, step, "", version, answer)
+        answer: Answer | None = None
+        if policy is None or record.policy is not policy or not record.is_entry:
+            answer = self._fault_of_entry(who, record, policy, version)
+        if answer is None:
+            assert policy is not None
+            limits = self._limits
+            if len(record.live) >= limits.invocations_per_instance:
+                return full("live invocations of one instance", limits.invocations_per_instance)
+            if len(self._calls) >= limits.calls:
+                return full("live calls", limits.calls)
+            if self._invocations >= limits.invocations:
+                return full("live invocations", limits.invocations)
+            self._begun = key = self._begun + 1
+            call = self._calls[key] = _Call(key, policy, [-1])  # a list that begins with one place does not grow to four
+            answer = self._begin(call, record, None, 0, 0, now_ns)
+        starts[step] = ("", version, answer)
+        if len(starts) > self._starts_max:
+            del starts[next(iter(starts))]  # a guard repeats only its latest questions
         return answer
+
+    def _fault_of_entry(self, who: Instance, record: _Record, policy: CompiledPolicy | None, version: int) -> Answer | None:
+        """Why `who` cannot begin a call under `policy`."""
+        if policy is None:
+            return _mismatch(who.app, version)
+        if record.policy is not policy:
+            if who.function not in policy.functions:
+                return denied(Reason.UNKNOWN_FUNCTION, f"version {version} of {who.app} has no function {who.function}")
+            record.begin_under(policy, self._grace_ns)
+        return None if record.is_entry else denied(Reason.NOT_AN_ENTRY, f"{who.function} starts only with the token of a granted invoke")
 
     def join(self, who: Instance, version: int, token: str, step: str, *, now_ns: int) -> Answer:
         """As Calls.join."""
         record: _Record = who.calls
-        remembered = record.starts.get(step)
+        starts = record.starts
+        remembered = starts.get(step)
         if remembered is not None:
             return remembered[2] if remembered[0] == token and remembered[1] == version else _STEP_REUSED
-        if len(record.live) >= self._limits.invocations_per_instance:
-            return full("live invocations of one instance", self._limits.invocations_per_instance)
         answer = self._join(who, record, version, token, now_ns)
-        if answer.reason != Reason.OVERLOADED.value:  # a full table is no decision: asked again it may have room
-            self._remember_start(record, step, token, version, answer)
+        if answer.reason != _OVERLOADED:  # a full table is no decision: asked again it may have room
+            starts[step] = (token, version, answer)
+            if len(starts) > self._starts_max:
+                del starts[next(iter(starts))]
         return answer
 
-    def _join(self, who: Instance, record: _Record, version: int, text: str, now_ns: int) -> Answer:  # noqa: PLR0911 - one for each rule
+    def _join(self, who: Instance, record: _Record, version: int, text: str, now_ns: int) -> Answer:  # noqa: PLR0911, PLR0912 - rule by rule
         key = _key_of(text)
         grant = self._tokens.get(key) or self._late.get(key)
         if grant is None or now_ns >= grant.due_ns:
@@ -331,11 +364,24 @@ class MemoryCalls:
             return _TOO_EARLY
         if not self._is_held(call, version, now_ns):
             return _mismatch(who.app, version)
-        if call.live >= self._limits.invocations_per_call or call.reused >= _REUSED_MAX:
-            return full("invocations of one call", self._limits.invocations_per_call)
-        if self._invocations >= self._limits.invocations:
-            return full("live invocations", self._limits.invocations)
-        answer = self._begin(call, record, edge, now_ns)
+        limits = self._limits
+        if len(record.live) >= limits.invocations_per_instance:
+            return full("live invocations of one instance", limits.invocations_per_instance)
+        if call.live >= limits.invocations_per_call or call.reused >= _REUSED_MAX:
+            return full("invocations of one call", limits.invocations_per_call)
+        if self._invocations >= limits.invocations:
+            return full("live invocations", limits.invocations)
+        place = call.free
+        if place < 0:
+            place = number = len(call.rows)  # small numbers are shared
+            call.rows.append(-1)
+        else:
+            following = call.rows[place]
+            assert type(following) is int
+            call.free = following
+            call.reused += 1
+            number = call.reused << 8 | place
+        answer = self._begin(call, record, edge, place, number, now_ns)
         if type(what) is _Callback:
             what.edge.is_called_back = True
             self._remove_token(what.edge.token)  # a start that has not come yet would be behind its own result
@@ -345,30 +391,18 @@ class MemoryCalls:
     def _is_held(self, call: _Call, version: int, now_ns: int) -> bool:
         """Whether steps may be taken in `call` by a guard that has `version`."""
         policy = call.policy
-        if self._held(policy.app, policy.version, now_ns) is not policy:
+        app, own = policy.app, policy.version
+        if self._held(app, own, now_ns) is not policy:
             return False
-        return version == policy.version or self._held(policy.app, version, now_ns) is not None
+        return version == own or self._held(app, version, now_ns) is not None
 
-    def _begin(self, call: _Call, record: _Record, edge: _Edge | None, now_ns: int) -> Answer:
-        """Add an invocation of the record's function to the call."""
-        policy, function, rows = call.policy, record.function, call.rows
-        due_ns = self._due_ns(policy.functions[function].invocation_timeout_ms * NS_PER_MS + self._grace_ns, now_ns)
-        place = call.free
-        if place >= 0:
-            call.reused += 1
-            number = call.reused << 8 | place
-        else:
-            place = number = len(rows)  # small numbers are shared
-        invocation = _Invocation(call, number, record, policy.app_cfg[function].start, due_ns, len(record.live), edge)
-        if place < len(rows):
-            following = rows[place]
-            assert type(following) is int
-            call.free = following
-            rows[place] = invocation
-        elif rows:
-            rows.append(invocation)
-        else:
-            call.rows = [invocation]  # a list that begins with one is smaller than one that grew to it
+    def _begin(self, call: _Call, record: _Record, edge: _Edge | None, place: int, number: int, now_ns: int) -> Answer:
+        """Add an invocation of the record's function to the call, at a place that is free."""
+        if record.policy is not call.policy:
+            record.begin_under(call.policy, self._grace_ns)
+        due_ns = self._due_ns(record.lifetime_ns, now_ns)
+        invocation = _Invocation(call, number, record, record.start, due_ns, len(record.live), edge)
+        call.rows[place] = invocation
         call.live += 1
         self._invocations += 1
         record.live.append(invocation)
@@ -380,14 +414,8 @@ class MemoryCalls:
             edge.newest = invocation
             hold = edge.label.join > 0 or edge.label.key.callback != ""
         prefix = f"{self._epoch}{call.key:012x}"
-        return Answer(True, "allowed", prefix + _ENDING, f"{prefix}{number:08x}", hold=hold)
-
-    def _remember_start(self, record: _Record, step: str, token: str, version: int, answer: Answer) -> None:
-        """Keep the answer, and forget the oldest one at the bound: a guard repeats only its latest questions."""
-        starts = record.starts
-        starts[step] = (token, version, answer)
-        if len(starts) > self._limits.starts_per_instance:
-            del starts[next(iter(starts))]
+        suffix = _NUMBERS[number] if number < INVOCATIONS_PER_CALL_MAX else f"{number:08x}"
+        return Answer(True, "allowed", prefix + _ENDING, prefix + suffix, hold=hold)
 
     # Invokes
 
@@ -400,40 +428,37 @@ class MemoryCalls:
         step = int(said.step, 16)
         asked = invocation.asked
         if asked is not None and asked.step == step:
-            return self._again(invocation, asked, key)
+            return self._again(said, asked, key)
         call = invocation.call
-        if not self._is_held(call, said.version, now_ns):
-            return _mismatch(said.app, said.version)
+        policy, version = call.policy, said.version
+        if version != policy.version and self._held(policy.app, version, now_ns) is None:
+            return _mismatch(said.app, version)
+        if self._held(policy.app, policy.version, now_ns) is not policy:
+            return _mismatch(said.app, version)
         if call.tokens >= self._limits.tokens_per_call:  # a callback's may be one more
             return full("pending tokens of one call", self._limits.tokens_per_call)
         if len(self._tokens) + len(self._late) >= self._limits.tokens:
             return full("pending tokens", self._limits.tokens)
-        if asked is None:
-            asked = _Asked(step, None, 0, None)
         if said.retry:
-            edge = asked.grant.what if asked.grant is not None else None
+            edge = asked.grant.what if asked is not None and asked.grant is not None else None
             if type(edge) is not _Edge or edge.label.key != key or edge.retries >= edge.label.retries or edge.is_called_back:
-                return self._refuse(invocation, asked, step, key, f"{who.function} may not invoke {said.callee} once more", ())
-            invocation.asked = asked
+                return self._refuse(invocation, step, key, f"{who.function} may not invoke {said.callee} once more", ())
+            assert asked is not None
             self._take_again(asked, edge)
-            return self._grant(invocation, asked, step, edge, now_ns)
-        graph = call.policy.app_cfg[who.function]
-        opened: Collection[int] = asked.open or ()
+            return self._grant(said, invocation, step, edge, now_ns)
+        graph = policy.app_cfg[who.function]
+        opened: Collection[int] = (asked.open or ()) if asked is not None else ()
         states, index = graph.step(invocation.states, key, opened)  # type: ignore[arg-type]  # a LabelKey is such a tuple
         if index < 0:
-            expected = tuple(call.policy.expected(who.function, invocation.states, opened))
-            return self._refuse(invocation, asked, step, key, f"{who.function} may not invoke {said.callee} now", expected)
-        label = graph.labels[index]
+            expected = tuple(policy.expected(who.function, invocation.states, opened))
+            return self._refuse(invocation, step, key, f"{who.function} may not invoke {said.callee} now", expected)
         invocation.states = states
-        invocation.asked = asked
-        if not (label.join or label.retries or label.key.callback):
-            return self._grant(invocation, asked, step, label, now_ns)
-        if label.join:
-            asked.open = asked.open or {}
-            asked.open[label.join] = asked.open.get(label.join, 0) + 1
-        return self._grant(invocation, asked, step, _Edge(label, invocation), now_ns)
+        label = graph.labels[index]
+        if label.join or label.retries or said.callback:
+            return self._grant(said, invocation, step, _Edge(label, invocation), now_ns)
+        return self._grant(said, invocation, step, label, now_ns)
 
-    def _again(self, invocation: _Invocation, asked: _Asked, key: Key) -> Answer:
+    def _again(self, said: InstanceInvoke, asked: _Asked, key: Key) -> Answer:
         """The answer that the last step of an invocation had."""
         refusal, grant = asked.refusal, asked.grant
         if refusal is not None:
@@ -441,11 +466,14 @@ class MemoryCalls:
         assert grant is not None
         if _label_of(grant.what).key != key:
             return _STEP_REUSED
-        return self._granted(invocation, asked.token, grant.what)
+        callback = grant.what.callback if type(grant.what) is _Edge else 0
+        return Answer(True, "allowed", said.call, said.invocation, _text_of(asked.token), callback=_text_of(callback) if callback else "")
 
-    def _refuse(self, invocation: _Invocation, asked: _Asked, step: int, key: Key, detail: str, expected: tuple[str, ...]) -> Answer:
+    def _refuse(self, invocation: _Invocation, step: int, key: Key, detail: str, expected: tuple[str, ...]) -> Answer:
         answer = denied(Reason.EDGE_NOT_ALLOWED, detail, expected)
-        invocation.asked = asked
+        asked = invocation.asked
+        if asked is None:
+            asked = invocation.asked = _Asked(step, None, 0)
         asked.step = step
         asked.refusal = _Refusal(key, answer)
         return answer
@@ -461,52 +489,63 @@ class MemoryCalls:
             assert asked.open is not None
             asked.open[edge.label.join] = asked.open.get(edge.label.join, 0) + 1
 
-    def _grant(self, invocation: _Invocation, asked: _Asked, step: int, what: Label | _Edge, now_ns: int) -> Answer:
+    def _grant(self, said: InstanceInvoke, invocation: _Invocation, step: int, what: Label | _Edge, now_ns: int) -> Answer:
         """Issue the token of an edge, and that of its callback."""
-        call = invocation.call
-        key = _label_of(what).key
-        due_ns = self._due_ns(self._late_ns if key.asynchronous else self._token_ns, now_ns)
-        grant = asked.grant
-        if grant is None or grant.what is not what or grant.due_ns != due_ns:
-            grant = asked.grant = _Grant(call, what, due_ns)
-        asked.step = step
-        asked.refusal = None
-        asked.token = self._issue(self._late if key.asynchronous else self._tokens, grant)
+        call, asked = invocation.call, invocation.asked
+        is_late = said.asynchronous
+        due_ns = self._due_ns(self._late_ns if is_late else self._token_ns, now_ns)
+        text = self._mint()
+        token = int(text, 16)
+        if asked is None:
+            grant = _Grant(call, what, due_ns)
+            asked = invocation.asked = _Asked(step, grant, token)
+        else:
+            last = asked.grant
+            if last is not None and last.what is what and last.due_ns == due_ns:
+                grant = last
+            else:
+                grant = asked.grant = _Grant(call, what, due_ns)
+            asked.step = step
+            asked.token = token
+            asked.refusal = None
+        (self._late if is_late else self._tokens)[token] = grant
+        call.tokens += 1
         if type(what) is _Edge:
-            what.token = asked.token
-            if key.callback:
-                what.callback = self._issue(self._late, _Grant(call, _Callback(what), self._due_ns(self._late_ns, now_ns)))
-        return self._granted(invocation, asked.token, what)
+            return Answer(True, "allowed", said.call, said.invocation, text, callback=self._follow(what, call, asked, now_ns))
+        return Answer(True, "allowed", said.call, said.invocation, text)
 
-    def _issue(self, table: dict[int, _Grant], grant: _Grant) -> int:
-        key = int(self._mint(), 16)
-        assert key not in table, "mint has repeated itself"
-        table[key] = grant
-        grant.call.tokens += 1
-        return key
-
-    def _granted(self, invocation: _Invocation, token: int, what: Label | _Edge | _Callback) -> Answer:
-        prefix = f"{self._epoch}{invocation.call.key:012x}"
-        callback = f"{what.callback:032x}" if type(what) is _Edge and what.callback else ""
-        return Answer(True, "allowed", prefix + _ENDING, f"{prefix}{invocation.number:08x}", f"{token:032x}", callback=callback)
+    def _follow(self, edge: _Edge, call: _Call, asked: _Asked, now_ns: int) -> str:
+        """Keep what has a future after the grant of an edge, and return the token of its callback, "" when it has none."""
+        group = edge.label.join
+        if group and not edge.token:
+            asked.open = asked.open or {}
+            asked.open[group] = asked.open.get(group, 0) + 1
+        edge.token = asked.token
+        if not edge.label.key.callback:
+            return ""
+        text = self._mint()
+        edge.callback = int(text, 16)
+        self._late[edge.callback] = _Grant(call, _Callback(edge), self._due_ns(self._late_ns, now_ns))
+        call.tokens += 1
+        return text
 
     def _find(self, who: Instance, call_id: str, invocation_id: str) -> _Invocation | None:
         """The live invocation of this instance that goes by these ids."""
-        prefix = call_id[:-8]
-        if call_id[:_EPOCH_HEX] != self._epoch or call_id[-8:] != _ENDING or invocation_id[:-8] != prefix:
+        prefix = call_id[:_PREFIX_HEX]
+        if prefix + _ENDING != call_id or not (invocation_id.startswith(prefix) and prefix.startswith(self._epoch)):
             return None
         try:
             number = int(invocation_id[_EPOCH_HEX:], 16)
         except ValueError:
             return None
         call = self._calls.get(number >> _NUMBER_BITS)
-        place = number & _PLACE_MASK
-        if call is None or place >= len(call.rows):
+        if call is None:
             return None
-        found = call.rows[place]
-        if type(found) is not _Invocation or found.record is not who.calls or found.number != number & 0xFFFFFFFF:
-            return None
-        return found
+        place, rows = number & _PLACE_MASK, call.rows
+        found = rows[place] if place < len(rows) else -1
+        if type(found) is _Invocation and found.record is who.calls and found.number == number & _NUMBER_MASK:
+            return found
+        return None
 
     # Ends
 
@@ -606,24 +645,29 @@ class MemoryCalls:
         return Evicted(call.policy.app, owner.function, prefix + _ENDING, f"{prefix}{invocation.number:08x}", owner.id, why)
 
     def _remove(self, invocation: _Invocation) -> None:
-        call, live, place = invocation.call, invocation.record.live, invocation.number & _PLACE_MASK
-        call.rows[place] = call.free
-        call.free = place
-        call.live -= 1
+        call, live = invocation.call, invocation.record.live
         self._invocations -= 1
         last = live.pop()
         if last is not invocation:  # the last one moves into the gap
             live[invocation.place] = last
             last.place = invocation.place
         # What holds each other is let go here, because no garbage collector looks at it.
-        invocation.asked = None
-        edge, invocation.edge = invocation.edge, None
+        if invocation.asked is not None:
+            invocation.asked = None
+        edge = invocation.edge
         if edge is not None:
+            invocation.edge = None
             edge.live -= 1
             if edge.newest is invocation:
                 edge.newest = None
-        if not call.live and not call.tokens:
+        if call.live == 1 and not call.tokens:
             del self._calls[call.key]
+            call.rows.clear()
+        else:
+            place = invocation.number & _PLACE_MASK
+            call.rows[place] = call.free
+            call.free = place
+            call.live -= 1
 
     def _remove_token(self, key: int) -> None:
         """Forget a token, if it is pending."""
@@ -650,7 +694,11 @@ def _key_of(text: str) -> int:
         key = int(text, 16)
     except ValueError:
         return 0
-    return key if f"{key:032x}" == text else 0
+    return key if _text_of(key) == text else 0
+
+
+def _text_of(token: int) -> str:
+    return f"{token:032x}"
 
 
 def _mismatch(app: str, version: int) -> Answer:

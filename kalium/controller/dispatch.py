@@ -44,7 +44,6 @@ from kalium.protocol.session import AgentSession, CloseReason, SessionState, neg
 # Not `controller_unavailable`: no fail mode may let a step pass that could not be put on record.
 _UNWRITABLE = Answer(False, Reason.OVERLOADED.value, detail="the controller's audit log cannot be written")
 _Step = InstanceStart | InstanceInvoke | InstanceFinish
-_QUESTIONS: Mapping[type[_Step], str] = {InstanceStart: "start", InstanceInvoke: "invoke", InstanceFinish: "finish"}
 STATUS_KEPT_NS = 100 * NS_PER_MS  # a large site's takes tens of milliseconds, in which no step is answered
 _QUIET = (CloseReason.END_OF_STREAM.value, CloseReason.LOST.value)
 
@@ -76,7 +75,8 @@ class Dispatcher:
         self._registry = state.registry
         self._log = log
         self._counts = Counts() if counts is None else counts
-        self._answered = {kind: self._counts.steps[name] for kind, name in _QUESTIONS.items()}
+        self._started, self._invoked, self._finished = (self._counts.steps[question] for question in ("start", "invoke", "finish"))
+        self._is_writable = True  # the audit log, as of the last bytes that came
         self.waiting = 0  # questions that the store has not answered yet
         self._audit: AuditLog = NoAudit() if audit is None else audit
         self._peers: dict[AgentKey, _Peer] = {}
@@ -192,11 +192,13 @@ class Dispatcher:
 
     def _work(self, key: AgentKey, peer: _Peer, now_ns: int) -> None:
         self._touched[key] = None
-        for event in peer.session.events():
-            if peer.session.close_reason is not None and (event.id or not peer.node):
+        self._is_writable = self._audit.healthy
+        session, handlers = peer.session, self._handlers
+        for event in session.events():
+            frame_id, frame = event.id, event.frame
+            if session.close_reason is not None and (frame_id or not peer.node):
                 continue  # nobody would hear the answer, so no step is taken; and who was not welcomed has nothing to tell
-            handler = self._handlers[type(event.frame)]
-            handler(key, peer, event.id, event.frame, now_ns)
+            handlers[type(frame)](key, peer, frame_id, frame, now_ns)
 
     def _push(self, frame: Lease | Policy) -> None:
         for key, peer in self._peers.items():
@@ -270,25 +272,28 @@ class Dispatcher:
         self._state.unregister(key, said.instance, now_ns=now_ns)
 
     def _start(self, key: AgentKey, peer: _Peer, frame_id: int, said: InstanceStart, now_ns: int) -> None:
-        self._answer(key, peer, frame_id, said, self._state.start(key, said, now_ns=now_ns) if self._audit.healthy else _UNWRITABLE)
+        answer = self._state.start(key, said, now_ns=now_ns) if self._is_writable else _UNWRITABLE
+        self._answer(key, peer, frame_id, said, answer, self._started)
 
     def _invoke(self, key: AgentKey, peer: _Peer, frame_id: int, said: InstanceInvoke, now_ns: int) -> None:
-        self._answer(key, peer, frame_id, said, self._state.invoke(key, said, now_ns=now_ns) if self._audit.healthy else _UNWRITABLE)
+        answer = self._state.invoke(key, said, now_ns=now_ns) if self._is_writable else _UNWRITABLE
+        self._answer(key, peer, frame_id, said, answer, self._invoked)
 
     def _finish(self, key: AgentKey, peer: _Peer, frame_id: int, said: InstanceFinish, now_ns: int) -> None:
-        self._answer(key, peer, frame_id, said, self._state.finish(key, said, now_ns=now_ns))
+        self._answer(key, peer, frame_id, said, self._state.finish(key, said, now_ns=now_ns), self._finished)
 
     def _end(self, key: AgentKey, _peer: _Peer, _frame_id: int, said: InstanceEnd, now_ns: int) -> None:
         self._state.finish(key, said, now_ns=now_ns)  # an END for what was evicted before is no news
 
-    def _answer(self, key: AgentKey, peer: _Peer, frame_id: int, said: _Step, answer: Answer | Deferred[Answer]) -> None:
-        """Answer now, or when the store has."""
-        if isinstance(answer, Deferred):
+    def _answer(self, key: AgentKey, peer: _Peer, frame_id: int, said: _Step, answer: Answer | Deferred[Answer], counts: dict[str, int]) -> None:
+        """Answer now, or when the store has, and count the answer by its reason."""
+        if type(answer) is not Answer:
+            assert isinstance(answer, Deferred)
             self.waiting += 1
             self._counts.store_round_trips += 1
-            answer.then(lambda late: self._answer_late(key, peer, frame_id, said, late))
+            answer.then(lambda late: self._answer_late(key, peer, frame_id, said, late, counts))
             return
-        self._answered[type(said)][answer.reason] += 1
+        counts[answer.reason] += 1
         if not answer.allowed:
             self._log_step_denied(answer, said, peer.node)
         self._give(key, peer, frame_id, answer)
@@ -298,9 +303,9 @@ class Dispatcher:
             peer.session.answer(frame_id, answer)
             self._touched[key] = None
 
-    def _answer_late(self, key: AgentKey, peer: _Peer, frame_id: int, said: _Step, answer: Answer) -> None:
+    def _answer_late(self, key: AgentKey, peer: _Peer, frame_id: int, said: _Step, answer: Answer, counts: dict[str, int]) -> None:
         self.waiting -= 1
-        self._answer(key, peer, frame_id, said, answer)
+        self._answer(key, peer, frame_id, said, answer, counts)
 
     def _ping(self, _key: AgentKey, peer: _Peer, frame_id: int, _said: Ping, _now_ns: int) -> None:
         peer.session.answer(frame_id, Pong())

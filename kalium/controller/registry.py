@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from kalium.controller.deadlines import Deadlines
@@ -22,12 +21,15 @@ NS_PER_MS = 1_000_000
 AgentKey = Hashable  # names a live connection; the shell chooses it
 
 
-@dataclass(frozen=True)
 class Published:
-    """The newest policy of an app, and the signed bytes that agents get."""
+    """A version of an app's policy, and the signed bytes that agents get. It is drained at `drained_ns`, 0 while it is the newest."""
 
-    policy: CompiledPolicy
-    envelope: bytes
+    __slots__ = ("drained_ns", "envelope", "policy")
+
+    def __init__(self, policy: CompiledPolicy, envelope: bytes) -> None:
+        self.policy = policy
+        self.envelope = envelope
+        self.drained_ns = 0
 
 
 class DuplicateAgent(Exception):
@@ -109,6 +111,7 @@ class Registry:
                     "sign the policy under a higher version; to go back, sign the old text under a new one", EXIT_NO,
                 )  # fmt: skip
             self._draining.add((policy.app, newest.policy.version), now_ns=now_ns)
+            newest.drained_ns = now_ns + self._limits.drain_ms * NS_PER_MS
         held[policy.version] = Published(policy, envelope)
         while len(held) > self._limits.versions_per_app:
             self._drop_version(policy.app, next(iter(held)))
@@ -122,7 +125,7 @@ class Registry:
         """The policy, if it is the newest or its drain is not over."""
         versions = self._versions.get(app)
         found = versions.get(version) if versions else None
-        if found is None or (self._draining and self._draining.is_due((app, version), now_ns=now_ns)):
+        if found is None or 0 < found.drained_ns <= now_ns:
             return None
         return found.policy
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
-import secrets
 import signal
 import socket
 import ssl
@@ -33,6 +32,7 @@ from kalium.controller.identity import Role
 from kalium.controller.limits import LIMITS
 from kalium.controller.log import LogLine
 from kalium.controller.metrics import Exporter
+from kalium.controller.mint import Mint
 from kalium.controller.monitor import Monitor
 from kalium.controller.redis_calls import RedisCalls
 from kalium.controller.redis_link import Link
@@ -132,13 +132,10 @@ class Controller:
         self._all_gone.set()
 
     def _calls(self, link: Link | None, name: str) -> MemoryCalls | RedisCalls:
-        def mint() -> str:
-            return secrets.token_hex(16)
-
         if link is None:
-            return MemoryCalls(held=self.registry.held, mint=mint)
+            return MemoryCalls(held=self.registry.held, mint=Mint())
         link.replied = self._flush
-        return RedisCalls(link, name=name, versions=self.registry.versions, mint=mint)
+        return RedisCalls(link, name=name, versions=self.registry.versions, mint=Mint())
 
     @property
     def connections(self) -> int:

@@ -3,16 +3,21 @@
 Canonical means that a frame has exactly one spelling: keys rise, numbers and lengths take the shortest form, nothing is
 said twice. What arrives is unpacked and packed again, and anything that comes out differently is refused; so two readers
 cannot understand the same bytes differently. Only ProtocolError comes out of the decoding half, whatever goes in.
+
+`_Shape` is the rule. The frames of app edges are most of what is said, and have a short way besides: msgspec reads them into their
+classes and packs them again, and whatever is not plainly right goes the long way, which says what is wrong.
+tests/protocol/test_codec.py holds the two against each other.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import msgpack  # type: ignore[import-untyped]  # no package of stubs exists for it
+import msgspec
 
 from kalium.policy.message import Reason
 from kalium.protocol.frames import (
@@ -24,8 +29,13 @@ from kalium.protocol.frames import (
     SHAPES,
     SPAN_ABSENT,
     WITHOUT_ID,
+    Answer,
     Frame,
     FrameType,
+    InstanceEnd,
+    InstanceFinish,
+    InstanceInvoke,
+    InstanceStart,
     Kind,
     StatusReport,
     VerdictRecord,
@@ -45,7 +55,8 @@ from kalium.protocol.limits import (
 
 MAGIC = b"KL"
 _PREFIX = struct.Struct(">2sBBII")
-assert _PREFIX.size == PREFIX_BYTES
+_HEADS = struct.Struct(">III")  # the same, with what comes before the id as one number
+assert _PREFIX.size == _HEADS.size == PREFIX_BYTES
 _PACKER = msgpack.Packer()  # one for all: making one costs as much as packing a frame. It keeps nothing between calls
 
 # The closed set of what a peer can do wrong with bytes; sessions add what it can do wrong with their order.
@@ -80,12 +91,16 @@ def encode(frame_id: int, frame: Frame) -> bytes:
     Raises:
         ProtocolError: a value is not what its field may hold. That is a mistake of ours, found before it is sent.
     """
+    if type(frame) is Answer and 0 < frame_id <= ID_MAX and frame.reason in _REASONS:
+        payload = _PACK(frame)
+        if len(payload) <= TEXT_BYTES_MAX:  # so no text of it is longer
+            return _HEADS.pack(_ANSWER_HEAD, frame_id, len(payload)) + payload
     shape = _SHAPE_OF_CLASS[type(frame)]
     if not _is_id_of(shape.frame_type, frame_id):
         raise ProtocolError("bad_id", f"{shape.frame_type.name} with id {frame_id}")
     document = shape.document(frame)
     shape.check(document)
-    payload: bytes = _PACKER.pack(document)
+    payload = cast(bytes, _PACKER.pack(document))
     if len(payload) > FRAME_BYTES_MAX:
         raise ProtocolError("oversize", f"{shape.frame_type.name} of {len(payload)} bytes, at most {FRAME_BYTES_MAX}")
     return _PREFIX.pack(MAGIC, FORM, shape.frame_type, frame_id, len(payload)) + payload
@@ -115,7 +130,7 @@ class FrameReader:
     """
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._buffer: bytes | bytearray = b""
         self._taken = 0  # bytes of the buffer that are handed out already
         self._error: ProtocolError | None = None
 
@@ -125,11 +140,19 @@ class FrameReader:
         return len(self._buffer) - self._taken
 
     def feed(self, data: bytes) -> None:
-        """Take bytes in. Afterwards call `next_frame` until it returns None, or the buffer grows by what it holds."""
-        if self._taken:
+        """Take bytes in. Afterwards read `frames` to the end, or the buffer grows by what it holds."""
+        left = self.buffered
+        if not left:
+            self._buffer = data
+        elif left <= _LEFT_BYTES_MAX:
+            self._buffer = bytes(self._buffer[self._taken :]) + data
+        else:
+            # A long frame that comes in small pieces must not be copied at each of them.
+            if type(self._buffer) is not bytearray:
+                self._buffer = bytearray(self._buffer)
             del self._buffer[: self._taken]
-            self._taken = 0
-        self._buffer += data
+            self._buffer += data
+        self._taken = 0
 
     def next_frame(self) -> tuple[int, Frame] | None:
         """The next whole frame with its id; None when more bytes are needed.
@@ -137,10 +160,36 @@ class FrameReader:
         Raises:
             ProtocolError: the next frame breaks a rule.
         """
+        return next(self.frames(), None)
+
+    def frames(self) -> Iterator[tuple[int, Frame]]:
+        """The whole frames with their ids, in order, each once. Nothing is fed while somebody iterates.
+
+        Raises:
+            ProtocolError: the next frame breaks a rule.
+        """
         if self._error is not None:
             raise self._error
+        buffer, size, taken, ways = self._buffer, len(self._buffer), self._taken, _SHORT_WAYS
         try:
-            return self._next_frame()
+            while size - taken >= PREFIX_BYTES:
+                head, frame_id, length = _HEADS.unpack_from(buffer, taken)
+                end = taken + PREFIX_BYTES + length
+                # What comes in small pieces goes the long way: its buffer is another.
+                short_way = ways.get(head)
+                if short_way is not None and end <= size and length <= TEXT_BYTES_MAX and type(buffer) is bytes:
+                    frame = short_way(frame_id, buffer[taken + PREFIX_BYTES : end])
+                    if frame is not None:
+                        self._taken = taken = end
+                        yield frame_id, frame
+                        continue
+                found = self._next_frame()
+                if found is None:
+                    return
+                taken = self._taken
+                yield found
+            if size > taken:
+                _check_prefix(bytes(buffer[taken:]))
         except ProtocolError as error:
             self._error = error
             raise
@@ -157,9 +206,7 @@ class FrameReader:
             raise self._error
 
     def _next_frame(self) -> tuple[int, Frame] | None:
-        if self.buffered < PREFIX_BYTES:
-            _check_prefix(bytes(self._buffer[self._taken :]))
-            return None
+        """The frame whose prefix is there, by the long way; None when more bytes are needed."""
         magic, version, type_number, frame_id, length = _PREFIX.unpack_from(self._buffer, self._taken)
         frame_type = _TYPES.get(type_number)
         if magic != MAGIC or version != FORM or frame_type is None:
@@ -393,4 +440,78 @@ _TYPES = {int(frame_type): frame_type for frame_type in FrameType}
 _SHAPE_OF_CLASS: Mapping[type[Frame], _Shape] = {cls: _Shape(cls, frame_type) for frame_type, classes in SHAPES.items() for cls in classes}
 _SHAPES_BY_NAMES: Mapping[FrameType, Mapping[tuple[str, ...], _Shape]] = {
     frame_type: {_SHAPE_OF_CLASS[cls].names: _SHAPE_OF_CLASS[cls] for cls in classes} for frame_type, classes in SHAPES.items()
+}
+
+# The short way
+
+_LEFT_BYTES_MAX = 4096
+_REASONS = frozenset(reason.value for reason in Reason)
+_PACK = msgspec.msgpack.Encoder(order="sorted").encode
+_STEP_DIGITS = "0123456789abcdef"
+
+
+def _head(frame_type: FrameType) -> int:
+    """What comes before the id in the prefix of a frame, as one number."""
+    return int.from_bytes(MAGIC + bytes([FORM, frame_type]), "big")
+
+
+_ANSWER_HEAD = _head(FrameType.ANSWER)
+
+
+def _short_step(cls: type[InstanceStart | InstanceInvoke]) -> Callable[[int, bytes], Frame | None]:
+    unpack = msgspec.msgpack.Decoder(cls).decode
+
+    def read(frame_id: int, payload: bytes) -> Frame | None:
+        """The frame in a payload of TEXT_BYTES_MAX at most, so that no text of it is longer; None: go the long way."""
+        try:
+            frame = unpack(payload)
+        except (msgspec.MsgspecError, ValueError):
+            return None
+        step = frame.step
+        if (
+            frame_id
+            and _PACK(frame) == payload
+            and len(step) == STEP_HEX
+            and not step.strip(_STEP_DIGITS)
+            and frame.version <= INT_MAX
+            and (frame.instance or frame.app or frame.function)
+        ):
+            return frame
+        return None
+
+    return read
+
+
+def _short_end(cls: type[InstanceEnd | InstanceFinish]) -> Callable[[int, bytes], Frame | None]:
+    unpack, has_id = msgspec.msgpack.Decoder(cls).decode, cls is InstanceFinish
+
+    def read(frame_id: int, payload: bytes) -> Frame | None:
+        """As that of a step."""
+        try:
+            frame = unpack(payload)
+        except (msgspec.MsgspecError, ValueError):
+            return None
+        if _PACK(frame) == payload and frame.outcome in OUTCOMES and (frame_id > 0) is has_id and (frame.instance or frame.app or frame.function):
+            return frame
+        return None
+
+    return read
+
+
+def _short_answer(frame_id: int, payload: bytes) -> Frame | None:
+    """As that of a step."""
+    try:
+        frame = _UNPACK_ANSWER(payload)
+    except (msgspec.MsgspecError, ValueError):
+        return None
+    return frame if frame_id and frame.reason in _REASONS and _PACK(frame) == payload else None
+
+
+_UNPACK_ANSWER = msgspec.msgpack.Decoder(Answer).decode
+_SHORT_WAYS: Mapping[int, Callable[[int, bytes], Frame | None]] = {
+    _head(FrameType.START): _short_step(InstanceStart),
+    _head(FrameType.INVOKE): _short_step(InstanceInvoke),
+    _head(FrameType.END): _short_end(InstanceEnd),
+    _head(FrameType.FINISH): _short_end(InstanceFinish),
+    _ANSWER_HEAD: _short_answer,
 }

@@ -186,7 +186,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     call: Annotated[str, Kind.TEXT] = ""
     invocation: Annotated[str, Kind.TEXT] = ""
     token: Annotated[str, Kind.TEXT] = ""
-    expected: Annotated[Sequence[str], Kind.TEXTS] = ()
+    expected: Annotated[tuple[str, ...], Kind.TEXTS] = ()
     detail: Annotated[str, Kind.TEXT] = ""
     callback: Annotated[str, Kind.TEXT] = ""
     hold: Annotated[bool, Kind.BOOL] = False

@@ -14,7 +14,8 @@ from __future__ import annotations
 import abc
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from kalium.protocol.codec import FrameReader, ProtocolError, encode
 from kalium.protocol.frames import (
@@ -117,8 +118,7 @@ ANSWERS: Mapping[type[Frame], type[Frame]] = {
 }
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(msgspec.Struct, frozen=True, gc=False):
     """A frame that its session's table allows here. `id` is 0 when nobody waits for an answer to it."""
 
     id: int
@@ -158,15 +158,18 @@ class _Session(abc.ABC):
         if self.state is SessionState.CLOSED:
             return  # bytes that were under way when we closed
         self._reader.feed(data)
+        take, taken = self._transitions[self.state], self._events
         try:
-            while self.close_reason is None and (found := self._reader.next_frame()) is not None:
-                frame_id, frame = found
-                after = self._transitions[self.state].get(type(frame))
+            for frame_id, frame in self._reader.frames():
+                after = take.get(type(frame))
                 if after is None:
                     self.close(CloseReason.UNEXPECTED_FRAME, f"{type(frame).__name__} in state {self.state.value}")
-                elif self._accept(frame_id, frame):
-                    self.state = after
-                    self._events.append(Event(frame_id, frame))
+                elif not frame_id or self._accept(frame_id, frame):
+                    if after is not self.state:
+                        self.state, take = after, self._transitions[after]
+                    taken.append(Event(frame_id, frame))
+                if self.close_reason is not None:
+                    break
         except ProtocolError as error:
             self.close(error.code, str(error))
 
@@ -207,12 +210,15 @@ class _Session(abc.ABC):
 
     @abc.abstractmethod
     def _accept(self, frame_id: int, frame: Frame) -> bool:
-        """Whether a frame that the table allows becomes an event; otherwise it has closed the session or was answered."""
+        """Whether a question or an answer that the table allows becomes an event; otherwise the session is closed, or has answered it."""
 
     def _send(self, frame_id: int, frame: Frame) -> None:
         if self.state is SessionState.CLOSED:
-            raise LocalError(f"{type(frame).__name__} on a session that is closed: {self.close_reason}")
+            raise self._closed(frame)
         self._out.append(encode(frame_id, frame))
+
+    def _closed(self, frame: Frame) -> LocalError:
+        return LocalError(f"{type(frame).__name__} on a session that is closed: {self.close_reason}")
 
 
 class AgentSession(_Session):
@@ -233,7 +239,9 @@ class AgentSession(_Session):
         question = self._open.pop(frame_id, None)
         if question is None or ANSWERS[question] is not type(frame):
             raise LocalError(f"{type(frame).__name__} for id {frame_id}, where {question and question.__name__} is open")
-        self._send(frame_id, frame)
+        if self.state is SessionState.CLOSED:
+            raise self._closed(frame)
+        self._out.append(encode(frame_id, frame))
         if type(frame) is ControllerWelcome and not frame.ok:
             self.close(CloseReason.REFUSED, frame.reason)
 
@@ -251,8 +259,6 @@ class AgentSession(_Session):
             self.close(CloseReason.HELLO_TIMEOUT, f"no AGENT_HELLO within {HELLO_TIMEOUT_MS} ms")
 
     def _accept(self, frame_id: int, frame: Frame) -> bool:
-        if type(frame) not in ANSWERS:
-            return True
         if frame_id in self._open:
             self.close(CloseReason.ID_IN_USE, f"{type(frame).__name__} with the id of an open question")
             return False
@@ -295,8 +301,6 @@ class ControllerSession(_Session):
         self._send(0, message)
 
     def _accept(self, frame_id: int, frame: Frame) -> bool:
-        if frame_id == 0:
-            return True
         question = self._open.pop(frame_id, None)
         if question is None or ANSWERS[question] is not type(frame):
             self.close(CloseReason.UNKNOWN_ID, f"{type(frame).__name__} for an id with another question or none")

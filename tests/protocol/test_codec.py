@@ -2,15 +2,17 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
+import msgpack  # type: ignore[import-untyped]  # no package of stubs exists for it
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kalium.policy.message import Reason
-from kalium.protocol import limits
+from kalium.protocol import codec, limits
 from kalium.protocol.codec import FrameReader, ProtocolError, decode, encode
 from kalium.protocol.frames import (
     COLUMNS,
@@ -23,6 +25,9 @@ from kalium.protocol.frames import (
     Answer,
     Frame,
     FrameType,
+    InstanceEnd,
+    InstanceFinish,
+    InstanceInvoke,
     InstanceStart,
     Kind,
     Lease,
@@ -152,6 +157,100 @@ def test_junk_in_the_middle_makes_a_reader_raise_nothing_else(said: tuple[int, F
     data = encode(*said)
 
     read(data[: at % len(data)] + junk, [])
+
+
+# The short way against the long one
+
+SHORT = [InstanceStart, InstanceInvoke, InstanceEnd, InstanceFinish, Answer]
+
+
+@st.composite
+def hot_frames(draw: st.DrawFn) -> tuple[int, Frame]:
+    """A frame that has a short way, with texts as they are in life and as they are not."""
+    cls: type[Any] = draw(st.sampled_from(SHORT))
+    texts = st.sampled_from(["", "shop", "f" * 32, "é" * 40, "x" * 200, "世"]) | TEXTS
+    values = {name: texts if kind is Kind.TEXT else VALUES[kind] for name, kind in kinds_of(cls).items()}
+    frame = draw(st.builds(cls, **values))
+    if getattr(frame, "instance", "there") == "":
+        frame = msgspec.structs.replace(frame, instance="c")
+    return 0 if cls is InstanceEnd else draw(st.integers(1, limits.ID_MAX)), frame
+
+
+def by_the_long_way(data: bytes) -> tuple[list[tuple[int, Frame]], str]:
+    """What a reader without short ways makes of a stream."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec, "_SHORT_WAYS", {})
+        return read(data, [])
+
+
+@given(hot_frames(), st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 255)), max_size=3))
+def test_the_short_way_is_the_long_way_for_frames_and_for_what_becomes_of_them(said: tuple[int, Frame], changes: list[tuple[int, int]]) -> None:
+    """Whole frames, and frames of which some bytes were changed: the same frames and the same refusal."""
+    data = bytearray(encode(*said))
+    for at, change in changes:
+        data[at % len(data)] ^= change
+
+    assert read(bytes(data), []) == by_the_long_way(bytes(data))
+
+
+def packed_with(document: dict[str, Any], value: Any, *names: str) -> bytes:
+    """`document` with `value` in the fields `names`, of which it may lack some."""
+    packed: bytes = msgpack.packb({name: value if name in names else each for name, each in document.items()})
+    return packed
+
+
+Spelling = Callable[[dict[str, Any]], bytes]
+OTHER_SPELLINGS: list[Spelling] = [
+    lambda document: msgpack.packb(dict(reversed(document.items()))),
+    lambda document: msgpack.packb({**document, "zz": 1}),
+    lambda document: msgpack.packb(dict(list(document.items())[1:])),
+    lambda document: msgpack.packb(document) + b"\xc0",
+    lambda document: b"\xde\x00" + bytes([len(document)]) + msgpack.packb(document)[1:],
+    lambda document: msgpack.packb({name: value.encode() if isinstance(value, str) else value for name, value in document.items()}),
+    lambda document: msgpack.packb({name: float(value) if type(value) is int else value for name, value in document.items()}),
+    lambda document: msgpack.packb({name: int(value) if isinstance(value, bool) else value for name, value in document.items()}),
+    lambda document: msgpack.packb({name: 2**63 if type(value) is int else value for name, value in document.items()}),
+    lambda document: msgpack.packb({name: None if value == "" else value for name, value in document.items()}),
+    lambda document: packed_with(document, "0" * 15 + "A", "step"),
+    lambda document: packed_with(document, "because", "reason", "outcome"),
+    lambda document: packed_with(document, "", "instance", "app", "function"),
+    lambda document: msgpack.packb(list(document.values())),
+    lambda document: msgpack.packb(document).replace(b"\x01", b"\xcc\x01"),
+    lambda document: msgpack.packb(document).replace(b"\xa7allowed", b"\xd9\x07allowed").replace(b"\xa3app", b"\xd9\x03app"),
+    lambda document: msgpack.packb(document).replace(b"\xa3app", b"\xa3app\xa1x\xa3app"),
+    lambda document: msgpack.packb(document).replace(b"shop", b"\xed\xa0\x80x"),
+]
+
+
+@pytest.mark.parametrize("spelling", OTHER_SPELLINGS, ids=range(len(OTHER_SPELLINGS)))
+@pytest.mark.parametrize("cls", SHORT)
+@pytest.mark.parametrize("frame_id", [0, 1])
+def test_another_spelling_is_refused_by_the_short_way_as_by_the_long_one(
+    cls: type[Any], spelling: Callable[[dict[str, Any]], bytes], frame_id: int
+) -> None:
+    plain: dict[Kind, Any] = {Kind.TEXT: "shop", Kind.STEP: "0" * 16, Kind.OUTCOME: "closed", Kind.REASON: "allowed", Kind.TEXTS: ["x"], Kind.INT: 1}
+    document = {name: plain.get(kind, False) for name, kind in kinds_of(cls).items()}
+    frame_type = next(each for each, shapes in SHAPES.items() if cls in shapes)
+
+    for payload in (msgpack.packb(document), spelling(document)):
+        data = b"KL\x01" + bytes([frame_type]) + frame_id.to_bytes(4, "big") + len(payload).to_bytes(4, "big") + payload
+        assert read(data, []) == by_the_long_way(data)
+
+
+@given(st.sampled_from([3, 4, 5, 6, 12]), st.integers(0, 2), st.binary(max_size=400))
+def test_the_short_way_is_the_long_way_for_any_bytes(frame_type: int, frame_id: int, payload: bytes) -> None:
+    data = b"KL\x01" + bytes([frame_type]) + frame_id.to_bytes(4, "big") + len(payload).to_bytes(4, "big") + payload
+
+    assert read(data, []) == by_the_long_way(data)
+
+
+def test_a_short_frame_behind_a_long_one_in_pieces_is_read() -> None:
+    """The buffer of what comes in pieces is another than that of what comes whole."""
+    said: list[tuple[int, Frame]] = [(0, Policy("a", b"x" * 20_000)), (7, Answer(True, "allowed")), (8, Answer(False, "bad_token"))]
+    stream = b"".join(encode(*each) for each in said)
+
+    for cut in (5_000, 15_000, len(stream) - 20, len(stream) - 1):
+        assert read(stream, [1, cut]) == (said, "")
 
 
 def test_a_wrong_first_byte_is_refused_without_waiting_for_more() -> None:

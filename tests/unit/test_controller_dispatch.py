@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from controller_samples import counting_mint, policy, state_of
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kalium.controller.audit import NoAudit
 from kalium.controller.calls import Deferred, Evicted, MemoryCalls
@@ -573,3 +576,94 @@ def test_the_status_is_asked_for_one_at_a_time_and_made_once_for_many() -> None:
     assert clients[1].session.close_reason is None  # ours was told nothing
     assert not clients[1].is_connected
     assert len(made) == 2
+
+
+# Whatever peers send
+
+HOT: list[tuple[int, Frame]] = [
+    (1, AgentHello("node0", RUN)),
+    (2, Register(*FRONT, "image")),
+    (3, InstanceStart("0" * 16, "", "", 1, *FRONT)),
+    (4, InstanceInvoke("1" * 16, "f" * 32, "f" * 32, "stock", 1, *FRONT)),
+    (0, InstanceEnd("f" * 32, "f" * 32, "answered", *FRONT)),
+    (5, InstanceFinish("f" * 32, "f" * 32, "answered", *FRONT)),
+    (6, Ping()),
+    (0, Report(1, "h", ("shop",), ("front",), ("audit",), (1,), (2,))),
+    (7, Status()),
+    (0, Unregister(FRONT[0])),
+    (8, Answer(True, "allowed")),
+    (0, Lease(1)),
+]
+BROKEN = [b"GET / HTTP/1.1\r\n", b"KL\x02", b"KL\x01\x63", b"KL\x01\x03\0\0\0\1\xff\xff\xff\xff", b"KL\x01\x03\0\0\0\1\0\0\0\1\xc1"]
+
+
+@given(
+    st.lists(st.sampled_from([encode(*each) for each in HOT]) | st.sampled_from(BROKEN) | st.binary(max_size=40), max_size=12),
+    st.lists(st.integers(0, 3000), max_size=6),
+    st.sampled_from([Role.AGENT, Role.CLIENT, Role.NONE]),
+)
+def test_whatever_bytes_a_peer_sends_only_its_own_session_ends(said: list[bytes], cuts: list[int], role: Role) -> None:
+    """Frames out of turn, frames again, junk: an agent beside it goes on as if nothing were, and nothing is raised."""
+    site = Site()
+    good = Agent(site, "good", node="node1")
+    good.ask(Register(*STOCK, "image"))
+    good.ask(Register("c-front-1", "shop", "front", "image"))
+    front = good.start(("c-front-1", "shop", "front"))
+    site.dispatcher.connected("bad", identity=PeerIdentity(role, "node0"), address="bad:1", now_ns=0)
+    stream = b"".join(said)
+    edges = [0, *sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]
+
+    for begin, end in pairwise(edges):
+        site.dispatcher.received("bad", stream[begin:end], now_ns=0)
+        for outgoing in site.dispatcher.outgoing(now_ns=0):
+            assert outgoing.key == "bad"
+    site.dispatcher.received_end("bad", now_ns=0)
+    assert all(outgoing.key == "bad" for outgoing in site.dispatcher.outgoing(now_ns=0))
+
+    said_invoke = InstanceInvoke("2" * 16, front.call, front.invocation, "stock", 1, "c-front-1", "shop", "front")
+    answer = good.ask(said_invoke)
+    assert isinstance(answer, Answer)
+    assert answer.allowed
+    assert good.start(STOCK, answer.token, step="3" * 16).allowed
+    assert site.dispatcher._peers.keys() == {"good"}
+
+
+@pytest.mark.parametrize("state", ["new", "serving", "closed"])
+@pytest.mark.parametrize("junk", BROKEN)
+def test_a_broken_frame_ends_the_session_in_every_state_and_no_other(state: str, junk: bytes) -> None:
+    site = Site()
+    bad, good = Agent(site, "bad", hello=state != "new"), Agent(site, "good", node="node1")
+    if state == "closed":
+        bad.send(b"garbage")
+
+    if state == "closed":
+        site.dispatcher.received("bad", junk, now_ns=0)
+        assert list(site.dispatcher.outgoing(now_ns=0)) == []
+    else:
+        bad.send(junk)
+
+    assert (bad.is_connected, good.is_connected) == (False, True)
+    assert good.ask(Ping()) == Pong()
+
+
+# The clock
+
+
+@pytest.mark.parametrize("leap_ms", [0, 86_400_000 * 400])
+def test_a_clock_that_stands_still_or_leaps_allows_nothing_that_must_not_be(leap_ms: int) -> None:
+    """It is monotonic, but a machine may sleep for a year. What was live before is over, and life goes on."""
+    site = Site()
+    agent = Agent(site, "a")
+    agent.ask(Register(*FRONT, "image"), Register(*STOCK, "image"))
+    front = agent.start(FRONT)
+    token = agent.invoke(front, "stock").token
+
+    site.now_ms += leap_ms
+    skipped = agent.invoke(front, "stock", step="2" * 16)
+    stock = agent.start(STOCK, token, step="3" * 16)
+
+    assert not skipped.allowed
+    assert stock.allowed == (leap_ms == 0)
+    assert not site.dispatcher.expire(now_ns=site.now_ns)
+    assert agent.start(FRONT, step="4" * 16).allowed
+    assert not agent.start(STOCK, token, step="5" * 16).allowed

@@ -258,6 +258,7 @@ def test_a_call_goes_its_way_over_tls(site: Site, any_loop: str) -> None:
     assert (refused.allowed, refused.reason) == (False, "edge_not_allowed")
     agent.tell(InstanceEnd(stock.call, stock.invocation, "answered", *STOCK))
     agent.tell(InstanceEnd(front.call, front.invocation, "answered", *FRONT))
+    until(lambda: cast(StatusAnswer, agent.ask(Status())).status.agents == 1, "a status that is newer than the readiness check's")
     report = cast(StatusAnswer, agent.ask(Status())).status
     assert (report.agents, report.calls, report.invocations) == (1, 0, 0)
     agent.close()

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalium.controller.calls import Evicted, MemoryCalls
+from kalium.controller.deadlines import Buckets
 from kalium.controller.limits import LIMITS
+from kalium.controller.mint import Mint
 from kalium.controller.registry import NS_PER_MS, DuplicateAgent
 from kalium.errors import KaliumError
 from kalium.policy.automaton import CompiledPolicy
@@ -555,6 +557,18 @@ def test_a_function_that_the_guards_version_lacks_does_not_start() -> None:
     granted(node.start("lists", version=1))
 
 
+def test_a_policy_of_100_000_states_is_refused_and_changes_nothing() -> None:
+    node = site()
+    document = json.loads(compiled(2))
+    document["app_cfg"]["front"]["states"] = document["functions"]["front"]["states"] = 100_000
+
+    with pytest.raises(KaliumError, match="cannot load a policy"):
+        CompiledPolicy.parse(canonical(document))
+
+    assert node.state.status().policies == {"shop": 1}
+    granted(node.start("front"))
+
+
 # Bounds: each is denied with what the guard knows how to handle, and moves nothing
 
 
@@ -674,6 +688,38 @@ def test_an_app_has_a_bound_of_versions_and_drops_the_oldest() -> None:
 
     denied(node.invoke(front, "front", "pay"), "policy_mismatch")
     granted(node.start("front", version=2))
+
+
+# Where ids and tokens come from
+
+
+def test_no_digit_is_given_twice() -> None:
+    """Randomness is drawn in pieces; what is given is the pieces, cut."""
+    drawn: list[bytes] = []
+
+    def draw(size: int) -> bytes:
+        drawn.append(bytes((len(drawn) + at) % 256 for at in range(size)))
+        return drawn[-1]
+
+    mint = Mint(draw=draw)
+    given_out = [mint() for _ in range(600)]
+
+    assert {len(each) for each in given_out} == {32}
+    assert "".join(given_out) == b"".join(drawn).hex()[: 600 * 32]
+    assert len({Mint()() for _ in range(100)}) == 100
+
+
+def test_deadlines_that_many_share_come_in_their_order() -> None:
+    buckets: Buckets[str] = Buckets()
+    for item, deadline_ns in (("c", 30), ("a", 10), ("b", 10), ("d", 30), ("e", 20)):
+        buckets.add(item, deadline_ns)
+    buckets.discard("e", 20)
+    buckets.discard("d", 30)
+
+    assert not buckets.has_due(now_ns=9)
+    assert {buckets.next_due(now_ns=25), buckets.next_due(now_ns=25)} == {"a", "b"}
+    assert not buckets.has_due(now_ns=29)
+    assert (buckets.next_due(now_ns=29), buckets.next_due(now_ns=30), buckets.next_due(now_ns=99)) == (None, "c", None)
 
 
 # Everything at once
