@@ -116,7 +116,8 @@ class RedisCalls:
             refusal = Reason.NOT_AN_ENTRY.value
         limits = self._limits
         arguments = (
-            self._clock_ms(), _instance(who), _speaker(who), step, f"{version} ", limits.invocations_per_instance, limits.starts_per_instance, KEEP_MS,
+            self._clock_ms(), _instance(who), _speaker(who), step, f"{version} ",
+            limits.invocations_per_instance, limits.starts_per_instance, KEEP_MS,
             limits.invocations, who.function, refusal, version, graph.sha if graph is not None else "", limits.calls, self._mint(), self._mint(),
         )  # fmt: skip
         return self._ask(who, "begin", arguments, version, held)
@@ -126,7 +127,8 @@ class RedisCalls:
         held = self._held(who.app, now_ns)
         limits = self._limits
         arguments = (
-            self._clock_ms(), _instance(who), _speaker(who), step, f"{version} {token}", limits.invocations_per_instance, limits.starts_per_instance, KEEP_MS,
+            self._clock_ms(), _instance(who), _speaker(who), step, f"{version} {token}",
+            limits.invocations_per_instance, limits.starts_per_instance, KEEP_MS,
             limits.invocations, who.function, version, _flat(held), limits.invocations_per_call, token, self._mint(),
         )  # fmt: skip
         return self._ask(who, "join", arguments, version, held)
@@ -137,7 +139,8 @@ class RedisCalls:
         limits = self._limits
         key = _key(said.callee, said.asynchronous, said.callback)
         arguments = (
-            self._clock_ms(), _instance(who), _speaker(who), said.step, limits.tokens_per_call, limits.tokens, KEEP_MS, said.call, said.invocation, said.version,
+            self._clock_ms(), _instance(who), _speaker(who), said.step,
+            limits.tokens_per_call, limits.tokens, KEEP_MS, said.call, said.invocation, said.version,
             _flat(held), key, said.callee, said.callback, said.retry, self._mint(), self._mint() if said.callback else "",
             limits.token_late_ms if said.asynchronous else limits.token_ms, limits.token_late_ms,
         )  # fmt: skip

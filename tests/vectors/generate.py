@@ -129,7 +129,7 @@ def good() -> Iterator[tuple[str, int, frames.Frame]]:
     yield "invoke_of_the_agent", 4, frames.InstanceInvoke(STEP, CALL, INVOCATION, "product-photos-4-success", 7, **ORIGIN)
     yield "answer_that_grants_a_start", 2, frames.Answer(True, "allowed", CALL, INVOCATION)
     yield "answer_that_grants_an_invoke", 4, frames.Answer(True, "allowed", CALL, INVOCATION, TOKEN)
-    denial = frames.Answer(False, "edge_not_allowed", expected=["invoke product-photos-4-success @line 30"], detail="not the next one")
+    denial = frames.Answer(False, "edge_not_allowed", expected=("invoke product-photos-4-success @line 30",), detail="not the next one")
     yield "answer_that_denies", 4, denial
     yield "answer_that_grants_a_callback", 4, frames.Answer(True, "allowed", CALL, INVOCATION, TOKEN, callback=TOKEN[::-1])
     yield "answer_that_holds", 2, frames.Answer(True, "allowed", CALL, INVOCATION, hold=True)
@@ -172,7 +172,7 @@ def good() -> Iterator[tuple[str, int, frames.Frame]]:
     for size in (0, 255, 256, 65_536):
         yield f"bin_of_{size}_bytes", 0, frames.Policy("a", b"\x5a" * size)
     for size in (15, 16, ITEMS_MAX):
-        yield f"list_of_{size}", 9, frames.Answer(False, "edge_not_allowed", expected=["x"] * size)
+        yield f"list_of_{size}", 9, frames.Answer(False, "edge_not_allowed", expected=("x",) * size)
     yield "text_beyond_ascii", 0, frames.Unregister("Grüße, 世界 🔒")
     yield "text_of_512_bytes_beyond_ascii", 0, frames.Unregister("é" * (TEXT_BYTES_MAX // 2))
     yield "keys_rise_by_their_bytes", 0, frames.Names({"a": [], "Z": [], "é": [], "aa": [], "": []})
