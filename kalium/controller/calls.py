@@ -586,7 +586,7 @@ class MemoryCalls:
     def expire(self, *, now_ns: int, evictions_max: int = 1000) -> list[Evicted]:
         """As Calls.expire; at most about `evictions_max` of each kind."""
         for table in (self._tokens, self._late):
-            for key in self._expired(table, now_ns, evictions_max):
+            for key in self._expired(table, now_ns, 4 * evictions_max):
                 self._remove_token(key)
         evicted: list[Evicted] = []
         for _ in range(evictions_max):
@@ -613,8 +613,8 @@ class MemoryCalls:
     def _expired(self, table: dict[int, _Grant], now_ns: int, count_max: int) -> list[int]:
         """The first tokens of a table whose time is over.
 
-        To find the first key of a dict is linear in those deleted before it, but never more than its size, as it makes itself
-        smaller when it grows: some milliseconds for a million tokens, once a sweep. It saves every token a node of a queue.
+        To find the first key of a dict is linear in those deleted before it, but never more than its size, as it drops them when
+        it has no room: some milliseconds for a million tokens, for each portion. It saves every token a node of a queue.
         """
         found: list[int] = []
         for key, grant in table.items():

@@ -266,7 +266,9 @@ class Dispatcher:
         self._counts.steps["register"][answer.reason] += 1
         if not answer.allowed:
             self._log_denied(answer, question="register", instance=said.instance, app=said.app, function=said.function, node=peer.node)
-        self._give(key, peer, frame_id, answer)
+        if peer.session.close_reason is None:
+            peer.session.answer(frame_id, answer)
+            self._touched[key] = None
 
     def _unregister(self, key: AgentKey, _peer: _Peer, _frame_id: int, said: Unregister, now_ns: int) -> None:
         self._state.unregister(key, said.instance, now_ns=now_ns)
@@ -296,11 +298,9 @@ class Dispatcher:
         counts[answer.reason] += 1
         if not answer.allowed:
             self._log_step_denied(answer, said, peer.node)
-        self._give(key, peer, frame_id, answer)
-
-    def _give(self, key: AgentKey, peer: _Peer, frame_id: int, answer: Answer) -> None:
-        if peer.session.close_reason is None:  # whoever asked may be gone by the time that the store answers
-            peer.session.answer(frame_id, answer)
+        session = peer.session
+        if session.close_reason is None:  # whoever asked may be gone by the time that the store answers
+            session.answer(frame_id, answer)
             self._touched[key] = None
 
     def _answer_late(self, key: AgentKey, peer: _Peer, frame_id: int, said: _Step, answer: Answer, counts: dict[str, int]) -> None:

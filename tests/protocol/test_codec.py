@@ -212,6 +212,8 @@ OTHER_SPELLINGS: list[Spelling] = [
     lambda document: msgpack.packb({name: 2**63 if type(value) is int else value for name, value in document.items()}),
     lambda document: msgpack.packb({name: None if value == "" else value for name, value in document.items()}),
     lambda document: packed_with(document, "0" * 15 + "A", "step"),
+    lambda document: packed_with(document, "x" * 513, "label", "call", "detail"),
+    lambda document: packed_with(document, "é" * 257, "label", "call", "detail"),
     lambda document: packed_with(document, "because", "reason", "outcome"),
     lambda document: packed_with(document, "", "instance", "app", "function"),
     lambda document: msgpack.packb(list(document.values())),
@@ -246,11 +248,12 @@ def test_the_short_way_is_the_long_way_for_any_bytes(frame_type: int, frame_id: 
 
 def test_a_short_frame_behind_a_long_one_in_pieces_is_read() -> None:
     """The buffer of what comes in pieces is another than that of what comes whole."""
-    said: list[tuple[int, Frame]] = [(0, Policy("a", b"x" * 20_000)), (7, Answer(True, "allowed")), (8, Answer(False, "bad_token"))]
+    short: list[tuple[int, Frame]] = [(7, Answer(True, "allowed")), (8, Answer(False, "bad_token"))]
+    said: list[tuple[int, Frame]] = [*short, (0, Policy("a", b"x" * 20_000)), *short]
     stream = b"".join(encode(*each) for each in said)
 
-    for cut in (5_000, 15_000, len(stream) - 20, len(stream) - 1):
-        assert read(stream, [1, cut]) == (said, "")
+    for cut in (200, 6_000, 15_000, len(stream) - 20, len(stream) - 1):
+        assert read(stream, [1, cut]) == read(stream, [cut]) == (said, "")
 
 
 def test_a_wrong_first_byte_is_refused_without_waiting_for_more() -> None:
@@ -306,6 +309,7 @@ def test_a_refused_stream_stays_refused() -> None:
         (0, Unregister("x" * 513), "out_of_range"),
         (0, Unregister("\ud800"), "wrong_type"),
         (1, Answer(False, "because"), "out_of_range"),
+        (1, Answer(False, "bad_token", detail="x" * 513), "out_of_range"),
         (1, Answer(False, ""), "out_of_range"),
         (1, InstanceStart("xyz", "", "", 1, "c", "a", "f"), "out_of_range"),
         (1, InstanceStart("0" * 16, "", "", 1, "", "", ""), "out_of_range"),
