@@ -114,24 +114,28 @@ class RedisCalls:
             refusal = Reason.UNKNOWN_FUNCTION.value
         elif who.function not in graph.policy.entries:
             refusal = Reason.NOT_AN_ENTRY.value
-        limits = self._limits
         arguments = (
-            self._clock_ms(), _instance(who), _speaker(who), step, f"{version} ",
-            limits.invocations_per_instance, limits.starts_per_instance, KEEP_MS,
-            limits.invocations, who.function, refusal, version, graph.sha if graph is not None else "", limits.calls, self._mint(), self._mint(),
+            *self._asking(who, step, f"{version} "), who.function, refusal, version, graph.sha if graph is not None else "",
+            self._limits.calls, self._mint(), self._mint(),
         )  # fmt: skip
         return self._ask(who, "begin", arguments, version, held)
 
     def join(self, who: Instance, version: int, token: str, step: str, *, now_ns: int) -> Answer | Deferred[Answer]:
         """As Calls.join."""
         held = self._held(who.app, now_ns)
-        limits = self._limits
         arguments = (
-            self._clock_ms(), _instance(who), _speaker(who), step, f"{version} {token}",
-            limits.invocations_per_instance, limits.starts_per_instance, KEEP_MS,
-            limits.invocations, who.function, version, _flat(held), limits.invocations_per_call, token, self._mint(),
+            *self._asking(who, step, f"{version} {token}"), who.function, version, _flat(held), self._limits.invocations_per_call, token,
+            self._mint(),
         )  # fmt: skip
         return self._ask(who, "join", arguments, version, held)
+
+    def _asking(self, who: Instance, step: str, question: str) -> tuple[int | str, ...]:
+        """What every start begins with."""
+        limits = self._limits
+        return (
+            self._clock_ms(), _instance(who), _speaker(who), step, question, limits.invocations_per_instance, limits.starts_per_instance, KEEP_MS,
+            limits.invocations,
+        )  # fmt: skip
 
     def invoke(self, who: Instance, said: InstanceInvoke, *, now_ns: int) -> Answer | Deferred[Answer]:
         """As Calls.invoke."""
@@ -139,10 +143,9 @@ class RedisCalls:
         limits = self._limits
         key = _key(said.callee, said.asynchronous, said.callback)
         arguments = (
-            self._clock_ms(), _instance(who), _speaker(who), said.step,
-            limits.tokens_per_call, limits.tokens, KEEP_MS, said.call, said.invocation, said.version,
-            _flat(held), key, said.callee, said.callback, said.retry, self._mint(), self._mint() if said.callback else "",
-            limits.token_late_ms if said.asynchronous else limits.token_ms, limits.token_late_ms,
+            self._clock_ms(), _instance(who), _speaker(who), said.step, limits.tokens_per_call, limits.tokens, KEEP_MS, said.call,
+            said.invocation, said.version, _flat(held), key, said.callee, said.callback, said.retry, self._mint(),
+            self._mint() if said.callback else "", limits.token_late_ms if said.asynchronous else limits.token_ms, limits.token_late_ms,
         )  # fmt: skip
         return self._ask(who, "invoke", arguments, said.version, held, said)
 
@@ -246,7 +249,7 @@ class RedisCalls:
         return deferred
 
     def _claim(self, who: Instance, run: str, then: Callable[[Answer], None]) -> None:
-        """Claim the instance's id for its node; and behind that, harmless without it, tell other controllers that it speaks here."""
+        """Claim the instance's id for its node; and behind that, only then, tell other controllers that it speaks here."""
         place: _Place = who.calls
 
         def take(reply: Reply) -> None:
@@ -261,13 +264,14 @@ class RedisCalls:
                     self._instances.pop(who.id, None)
             else:
                 place.is_claimed = True
+                arguments = _packed((0, _instance(who), self._me, KEEP_MS, place.speaker))
+                self._link.run_script(self._base(who.app), "adopt", arguments, _ignore)
             waiting, place.waiting = place.waiting or [], None
             for step in waiting:
                 step(None if answer.allowed else answer)
             then(answer)
 
         self._site("claim", (who.id, _owner(who), CLAIM_MS, who.node, run), take)
-        self._link.run_script(self._base(who.app), "adopt", _packed((0, _instance(who), self._me, KEEP_MS, place.speaker)), _ignore)
 
     def forget(self, who: Instance, why: str, *, now_ns: int) -> list[Evicted] | Deferred[list[Evicted]]:  # noqa: ARG002
         """As Calls.forget."""
@@ -380,7 +384,11 @@ class RedisCalls:
             self.on_instance_lost(who)
 
     def _joined(self) -> None:
-        """A connection is there, perhaps to a server that has forgotten everything."""
+        """A connection is there, perhaps to a server that has forgotten everything: steps wait until it knows the instances again."""
+        for who in self._instances.values():
+            place: _Place = who.calls
+            place.is_claimed = False
+            place.waiting = place.waiting or []
         for node, run in self._agents.items():
             self._site("agent", (node, run, self._me, BEAT_MS), lambda reply, node=node, run=run: self._judge_agent(node, run, reply))  # type: ignore[misc]
         self.renew_claims()

@@ -7,7 +7,6 @@ used at all (`_fence`). A command is answered exactly once: by its reply, or by 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.resources
 import random
 import re
@@ -84,6 +83,9 @@ class _Wire(asyncio.Protocol):
 
     def send(self, command: Sequence[Argument], then: Then) -> None:
         """Queue a command for the write at the end of this turn of the loop."""
+        if self.lost.done():  # and nobody has noticed yet: what waits now would wait for ever
+            then(Away(self.lost.result()))
+            return
         if not self.waiting:
             self.heard_s = self._loop.time()
         self.waiting.append(then)
@@ -185,14 +187,10 @@ class Link:
         wait_s = BACKOFF_S[0]
         try:
             while True:
-                wire = None
                 try:
-                    wire = await asyncio.wait_for(self._connect(), CONNECT_S)
-                    detail = await asyncio.wait_for(self._greet(wire), CONNECT_S)
-                except (OSError, ssl.SSLError, Away, Refused, ValueError, asyncio.TimeoutError) as error:
-                    why = str(error) or f"no answer within {CONNECT_S:.0f} s"
-                    if wire is not None:
-                        wire.cut(why)
+                    wire, detail = await self._open()
+                except (OSError, ssl.SSLError, Away, Refused, ValueError) as error:
+                    why = str(error) or type(error).__name__
                 else:
                     self._log("store_connected", address=self._store.url, detail=detail)
                     self._is_away_said = False
@@ -218,11 +216,30 @@ class Link:
     async def _watch(wire: _Wire) -> str:
         """Wait until the connection is lost, or give it up; returns why."""
         while not wire.lost.done():
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.shield(wire.lost), STALL_S / 4)
+            # Not wait_for: before Python 3.12 one that is cancelled just when its future is done is not cancelled.
+            await asyncio.wait([wire.lost], timeout=STALL_S / 4)
             if wire.is_stalled():
                 wire.cut(f"no reply within {STALL_S:.0f} s")
         return wire.lost.result()
+
+    async def _open(self) -> tuple[_Wire, str]:
+        """A connection that is ready, within CONNECT_S, and a word on what the server held."""
+        opening = asyncio.ensure_future(self._connect_and_greet())
+        try:
+            await asyncio.wait([opening], timeout=CONNECT_S)
+            if not opening.done():
+                raise Away(f"no answer within {CONNECT_S:.0f} s")
+            return opening.result()
+        finally:
+            opening.cancel()
+
+    async def _connect_and_greet(self) -> tuple[_Wire, str]:
+        wire = await self._connect()
+        try:
+            return wire, await self._greet(wire)
+        except BaseException as error:
+            wire.cut(str(error))
+            raise
 
     async def _connect(self) -> _Wire:
         loop = asyncio.get_running_loop()

@@ -59,6 +59,7 @@ class Pair:
         self.memory.adopt(memory, now_ns=self.now_ns)
         for controller in (1 - at, at):
             assert self.redis[controller].adopt(redis[controller], now_ns=self.now_ns).allowed
+            self.redis[controller].settle()
         self.mine[name] = memory, redis, at
 
     @staticmethod

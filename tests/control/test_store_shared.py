@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,9 @@ class Two:
 
     def adopt(self) -> None:
         assert self.one.adopt(self.at_one, now_ns=0).allowed
+        self.one.settle()
         assert self.two.adopt(self.at_two, now_ns=0).allowed
+        self.two.settle()
 
     def invoke(self, calls: PatientCalls, who: Instance, grant: Answer, callee: str, step: str) -> Answer:
         return calls.invoke(who, InstanceInvoke(step, grant.call, grant.invocation, callee, 1, *FRONT), now_ns=0)
@@ -99,6 +102,18 @@ def test_an_instance_of_another_run_of_its_agent_is_not_registered(two: Two) -> 
     answer = two.two.adopt(two.at_two, now_ns=0)
 
     assert (answer.allowed, answer.reason) == (False, "unregistered")
+
+
+def test_a_refused_registration_does_not_silence_who_was_there_first(two: Two) -> None:
+    two.one.agent_here("node0", "a" * 16)
+    assert two.one.adopt(two.at_one, now_ns=0).allowed
+    start = two.one.begin(two.at_one, 1, "a" * 16, now_ns=0)
+    two.two.agent_here("node0", "b" * 16)
+
+    assert not two.two.adopt(two.at_two, now_ns=0).allowed
+    two.two.settle()
+
+    assert two.invoke(two.one, two.at_one, start, "stock", "b" * 16).allowed
 
 
 def test_the_same_run_of_an_agent_may_come_to_another_controller(two: Two) -> None:
@@ -201,8 +216,8 @@ def test_steps_that_come_with_a_registration_wait_for_it(two: Two) -> None:
     adopted.then(answers.append)
     begun.then(answers.append)
 
-    two.one.settle()
-    two.one.settle()
+    for _ in range(3):  # the claim, what is said behind it, and the step
+        two.one.settle()
 
     assert [answer.allowed for answer in answers] == [True, True]
 
@@ -271,6 +286,31 @@ def test_a_store_that_hangs_is_given_up_within_its_time(own: Callable[..., tuple
     assert answer.reason == "controller_unavailable"
     assert two.one.loop.time() - begun < 2
     server.signal(signal.SIGCONT)
+
+
+def test_a_step_in_the_turn_after_the_store_is_lost_is_answered(own: Callable[..., tuple[RedisServer, Two]]) -> None:
+    """Whoever is told that there is no answer may ask again at once, before anybody has noticed."""
+    server, two = own(*FORGETFUL)
+    two.adopt()
+    server.signal(signal.SIGSTOP)
+    answers: list[Answer] = []
+
+    def ask(step: str) -> None:
+        begun = two.one.calls.begin(two.at_one, 1, step, now_ns=0)
+        assert not isinstance(begun, Answer)
+        begun.then(heard)
+
+    def heard(answer: Answer) -> None:
+        answers.append(answer)
+        if len(answers) == 1:
+            two.one.loop.call_soon(ask, "b" * 16)
+
+    ask("a" * 16)
+    server.kill()
+
+    two.one.loop.run_until_complete(asyncio.sleep(0.1))
+
+    assert [answer.reason for answer in answers] == ["controller_unavailable"] * 2
 
 
 def test_a_store_that_has_each_step_on_its_disk_keeps_calls_over_a_crash(own: Callable[..., tuple[RedisServer, Two]]) -> None:
