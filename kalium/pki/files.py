@@ -129,7 +129,7 @@ def change_ca(directory: Path, step: CaStep, *, now: datetime, dry_run: bool = F
             raise _not_now(directory, step, "the old CA still issues", CaStep.SWITCH)
         olds = [path.name for path in _pairs(directory) if not authority.is_issued_by(_certificates(path)[0], ca.certificate)]
         if olds:
-            found, next_step = f"the old CA issued {', '.join(olds)}", "issue them anew: run playbooks/certificates.yml, or remove what nobody uses"
+            found, next_step = f"the old CA issued {', '.join(olds)}", "issue them anew: run playbooks/pki.yml, or remove what nobody uses"
             raise KaliumError("pki.ca", f"cannot drop the old CA in {directory}", found, next_step)
         if len(bundle) > 1 and not dry_run:
             _write(file, _pem([ca.certificate]), PUBLIC)

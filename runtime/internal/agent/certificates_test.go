@@ -66,6 +66,32 @@ func TestAnOwnCertificateThatWouldBeRefusedIsNotShown(t *testing.T) {
 	}
 }
 
+// The file of the CA holds two of the same name: every pair is of the one or the other until it has been issued anew.
+func TestWhileASiteChangesItsCABothAreTrusted(t *testing.T) {
+	for name, c := range map[string]struct{ ownIsNew, theirsIsNew bool }{
+		"neither pair is new": {}, "the agent's is": {ownIsNew: true}, "the controller's is": {theirsIsNew: true}, "both are": {true, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t)
+			next := newAuthority(t)
+			s.write("ca.crt", append(s.ca.pem(), next.pem()...))
+			s.controller.tls.ClientCAs.AddCert(next.cert)
+			if c.ownIsNew {
+				s.pair(next.issue(roleAgent, "node-0"))
+			}
+			if c.theirsIsNew {
+				cert, key := next.issue(roleController, "controller")
+				s.controller.tls.Certificates = []tls.Certificate{must(tls.X509KeyPair(cert, key))}
+			}
+
+			s.controller.start()
+			s.start()
+
+			s.until("they are connected", func() bool { return strings.Contains(s.log.String(), eventControllerUp) })
+		})
+	}
+}
+
 func (s *site) pair(cert, key []byte) {
 	s.write("agent.key", key)
 	s.write("agent.crt", cert)
