@@ -37,7 +37,7 @@ class Counts:
         self.store_round_trips = 0  # steps whose answer a shared store owes or has given: each is one
 
     def batch(self, ns: int) -> None:
-        """One read of a connection has been worked on, and answered, in `ns` nanoseconds."""
+        """What was read from a connection, or a turn's share of it, has been worked on, and answered, in `ns` nanoseconds."""
         self.batches[bisect_left(_BATCH_NS, ns)] += 1
         self.batch_ns += ns
 

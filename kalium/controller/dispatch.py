@@ -117,6 +117,13 @@ class Dispatcher:
             peer.session.receive_data(data, now_ns=now_ns)
             self._work(key, peer, now_ns)
 
+    def received_last(self, key: AgentKey, data: bytes, *, now_ns: int) -> None:
+        """Bytes of a peer that is gone: what it has told counts, and no step is taken whose answer nobody would hear."""
+        peer = self._peers.get(key)
+        if peer is not None:
+            peer.session.receive_data(data, now_ns=now_ns)
+            self._work(key, peer, now_ns, is_heard=False)
+
     def received_end(self, key: AgentKey, *, now_ns: int) -> None:
         """The peer will send no more."""
         peer = self._peers.get(key)
@@ -190,13 +197,13 @@ class Dispatcher:
             if data or is_last:
                 yield Outgoing(key, data, is_last)
 
-    def _work(self, key: AgentKey, peer: _Peer, now_ns: int) -> None:
+    def _work(self, key: AgentKey, peer: _Peer, now_ns: int, *, is_heard: bool = True) -> None:
         self._touched[key] = None
         self._is_writable = self._audit.healthy
         session, handlers = peer.session, self._handlers
         for event in session.events():
             frame_id, frame = event.id, event.frame
-            if session.close_reason is not None and (frame_id or not peer.node):
+            if (session.close_reason is not None or not is_heard) and (frame_id or not peer.node):
                 continue  # nobody would hear the answer, so no step is taken; and who was not welcomed has nothing to tell
             handlers[type(frame)](key, peer, frame_id, frame, now_ns)
 

@@ -1,8 +1,8 @@
 """The asyncio shell of the controller: sockets, TLS, clocks, signals. It carries bytes and decides nothing.
 
 A connection is one `asyncio.Protocol`, not a task: an answer is written in the same turn of the loop in which its question
-has arrived. Files are read in threads. Everything else that runs is a coroutine of `serve`, and the end of one is the end
-of all.
+has arrived, unless its peer has sent more than TURN_BYTES before it. Files are read in threads. Everything else that runs is
+a coroutine of `serve`, and the end of one is the end of all.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ CONNECTIONS_MAX = LIMITS.agents + 64  # agents, and clients that ask for the sta
 CONNECTIONS_OF_AGENT_MAX = 8  # of one name: those that it has replaced, and what is done with its key
 CONNECTIONS_OF_OTHERS_MAX = 32  # of everybody who is no agent, so that a client's certificate takes no agent's place
 BACKLOG = 256
+TURN_BYTES = 65_536  # of one connection that are worked on in a turn of the loop: some hundred questions
+KEPT_BYTES_MAX = 2_097_152  # of one connection that wait for their turns, more than honest agents have open; beyond it nothing is read
 SWEEP_S = 1.0  # between two looks at deadlines, at the policies and at the certificate
 DRAIN_S, DRAIN_EVERY_S = 1.0, 0.005  # for what the store still owes at the end, and how often that is looked at
 CLOSE_S = 2.0  # for the last bytes of a connection that is closed; then it is cut
@@ -67,6 +69,8 @@ class Connection(asyncio.Protocol):
         self.peer = tls.peer_of(None)
         self.transport: asyncio.Transport | None = None
         self._is_taken = False
+        self._kept = b""  # what waits for the next turn
+        self._next: asyncio.Handle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The handshake is done."""
@@ -78,13 +82,59 @@ class Connection(asyncio.Protocol):
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes, in any split."""
-        if self._is_taken:
-            self._controller.received(self, data)
+        """Bytes, in any split. All beyond TURN_BYTES waits, so that the others have their turns in between."""
+        if not self._is_taken:
+            return
+        if self._next is not None:
+            self._keep(data)
+            return
+        if len(data) > TURN_BYTES:
+            self._next = asyncio.get_running_loop().call_soon(self._go_on)
+            self._keep(data[TURN_BYTES:])
+        self._controller.received(self, data[:TURN_BYTES])
+
+    def _keep(self, data: bytes) -> None:
+        """Reading goes on up to the bound: uvloop throws away what it has not handed over when the peer closes a connection that is paused."""
+        self._kept += data
+        if len(self._kept) > KEPT_BYTES_MAX:
+            assert self.transport is not None
+            self.transport.pause_reading()
+
+    def _go_on(self) -> None:
+        """The next turn. The last one does nothing: what comes in it would be worked on in the same turn as what waited."""
+        if not self._kept:
+            assert self.transport is not None
+            self._next = None
+            self.transport.resume_reading()
+            return
+        self._next = asyncio.get_running_loop().call_soon(self._go_on)
+        data, self._kept = self._kept[:TURN_BYTES], self._kept[TURN_BYTES:]
+        self._controller.received(self, data)
+
+    def _drop_kept(self) -> bytes:
+        """No more turns; returns what waited for one."""
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
+        kept, self._kept = self._kept, b""
+        return kept
+
+    def _hear_kept(self) -> None:
+        """The peer is gone: all that waited, at once. Whoever sends much and goes, again and again, costs the others no turns by that."""
+        kept = self._drop_kept()
+        if kept:
+            self._controller.received_last(self, kept)
+
+    def stop_reading(self) -> None:
+        """Take no more questions, nor those that wait for their turn."""
+        self._drop_kept()
+        if self.transport is not None:
+            self.transport.pause_reading()
 
     def eof_received(self) -> None:
         """The peer has closed its side. Returning None lets asyncio close ours behind what is still to be written."""
         if self._is_taken:
+            self._hear_kept()
             self._controller.received_end(self)
 
     def pause_writing(self) -> None:
@@ -95,6 +145,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is no more."""
         if self._is_taken:
+            self._hear_kept()
             self._controller.disconnected(self, exc)
 
     def certificate(self) -> x509.Certificate:
@@ -166,6 +217,10 @@ class Controller:
         self._dispatcher.received(connection, data, now_ns=began_ns)
         self._flush()
         self._counts.batch(self._clock_ns() - began_ns)
+
+    def received_last(self, connection: Connection, data: bytes) -> None:
+        """As Dispatcher.received_last."""
+        self._dispatcher.received_last(connection, data, now_ns=self._clock_ns())
 
     def received_end(self, connection: Connection) -> None:
         """As Dispatcher.received_end."""
@@ -264,8 +319,7 @@ class Controller:
         Agents fail over and ask there what was not answered here. Waits until they are gone, CLOSE_S at most.
         """
         for connection in self._connections:
-            if connection.transport is not None:
-                connection.transport.pause_reading()
+            connection.stop_reading()
         for _ in range(int(DRAIN_S / DRAIN_EVERY_S)):
             if not self._dispatcher.waiting:
                 break

@@ -39,7 +39,7 @@ from kalium.controller import server, tls
 from kalium.controller.calls import Deferred
 from kalium.controller.client import status
 from kalium.controller.config import TlsFiles, load
-from kalium.controller.server import Connection, Controller, Door
+from kalium.controller.server import KEPT_BYTES_MAX, TURN_BYTES, Connection, Controller, Door
 from kalium.errors import KaliumError
 from kalium.pki import authority, files
 from kalium.pki.authority import Role
@@ -897,6 +897,109 @@ def test_a_peer_that_does_not_read_is_dropped() -> None:
     assert (shell.transport.high, shell.transport.ended) == (WRITE_BUFFER_BYTES_MAX, "aborted")
     assert [line["reason"] for line in shell.lines if line["event"] == "connection_closed"] == ["slow_reader"]
     assert [line["subject"] for line in shell.lines if line["event"] == "agent_connected"] == ["node0"]
+
+
+def pipelined(count: int, label: str = "label") -> tuple[ControllerSession, bytes]:
+    """An agent that has asked `count` questions behind its hello, and their bytes."""
+    agent = ControllerSession()
+    agent.ask(AgentHello("node0", RUN))
+    agent.data_to_send()
+    for number in range(count):
+        agent.ask(InstanceStart(f"{number:016x}", "", label, 1, *FRONT))
+    return agent, agent.data_to_send()
+
+
+def heard_answers(shell: Shell, agent: ControllerSession) -> int:
+    """How many have come since the last call."""
+    agent.receive_data(shell.transport.written, now_ns=0)
+    shell.transport.written = b""
+    return sum(isinstance(event.frame, Answer) for event in agent.events())
+
+
+def test_a_peer_that_asks_without_end_gets_its_answers_in_turns() -> None:
+    """Between two of them the loop serves the others; a lone question is answered in the turn in which it came."""
+    count = 2_000
+
+    async def story() -> None:
+        shell = Shell.with_agent()
+        agent, questions = pipelined(count)
+        size = len(questions) // count
+        assert len(questions) > 2 * TURN_BYTES
+        shell.transport.connection.data_received(questions)
+        turns = [heard_answers(shell, agent)]
+        while sum(turns) < count:
+            await asyncio.sleep(0)
+            turns.append(heard_answers(shell, agent))
+        assert max(turns) <= TURN_BYTES // size + 1
+        assert len(turns) == -(-len(questions) // TURN_BYTES)
+
+        await asyncio.sleep(0)
+        agent.ask(InstanceStart("f" * 16, "", "label", 1, *FRONT))
+        shell.transport.connection.data_received(agent.data_to_send())
+        assert heard_answers(shell, agent) == 1
+
+    asyncio.run(asyncio.wait_for(story(), WAIT_S))
+
+
+def test_what_comes_while_some_waits_is_worked_on_behind_it_and_not_without_bound() -> None:
+    count, step = 4_000, 500_000
+
+    async def story() -> None:
+        shell = Shell.with_agent()
+        agent, questions = pipelined(count, "l" * 500)
+        assert len(questions) > KEPT_BYTES_MAX + TURN_BYTES
+        paused = []
+        for at in range(0, len(questions), step):
+            shell.transport.connection.data_received(questions[at : at + step])
+            paused.append(shell.transport.is_paused)
+        assert paused == [at + step > KEPT_BYTES_MAX + TURN_BYTES for at in range(0, len(questions), step)]
+        got = heard_answers(shell, agent)
+        while got < count:
+            assert shell.transport.is_paused
+            await asyncio.sleep(0)
+            got += heard_answers(shell, agent)
+        await asyncio.sleep(0)
+        assert not shell.transport.is_paused
+
+    asyncio.run(asyncio.wait_for(story(), WAIT_S))
+
+
+@pytest.mark.parametrize("is_clean", [True, False])
+def test_what_a_peer_told_before_it_went_counts_and_its_questions_do_not(monkeypatch: pytest.MonkeyPatch, is_clean: bool) -> None:
+    """Else an instance would keep invocations that have ended; and steps would be taken whose answer nobody hears."""
+
+    async def story() -> None:
+        shell = Shell.with_agent()
+        agent, questions = pipelined(2_000)
+        agent.tell(Report(7, "ab" * 32))
+        reports: list[int] = []
+        monkeypatch.setattr(shell.controller.registry, "report", lambda _key, said: reports.append(said.audit_seq))
+        shell.transport.connection.data_received(questions + agent.data_to_send())
+        taken = sum(shell.controller._counts.steps["start"].values())
+        if is_clean:
+            shell.transport.connection.eof_received()
+        shell.transport.connection.connection_lost(None if is_clean else ConnectionResetError("reset"))
+        assert reports == [7]
+        assert 0 < taken == sum(shell.controller._counts.steps["start"].values()) < 2_000
+        assert shell.lines[-1]["reason"] == ("end_of_stream" if is_clean else "lost")
+
+    asyncio.run(asyncio.wait_for(story(), WAIT_S))
+
+
+def test_questions_that_wait_when_the_controller_stops_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "CLOSE_S", 0.01)
+    monkeypatch.setattr(server, "DRAIN_S", 0.05)
+
+    async def story() -> None:
+        shell = Shell.with_agent()
+        agent, questions = pipelined(2_000)
+        shell.controller._dispatcher.waiting = 1  # the store owes an answer, so there are turns before the end
+        shell.transport.connection.data_received(questions)
+        first = heard_answers(shell, agent)
+        await shell.controller.close_all()
+        assert (first > 0, heard_answers(shell, agent), shell.lines[-1]["reason"]) == (True, 0, "shutdown")
+
+    asyncio.run(asyncio.wait_for(story(), WAIT_S))
 
 
 def test_leases_are_renewed_while_an_agent_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
