@@ -46,7 +46,7 @@ def written(ansible: Ansible, folder: Path, controllers: list[str], store: list[
         "roles": str(ROOT / "roles"), "out": str(out), "ansible_connection": "local", "ansible_host": "elsewhere",
         "kalium_engine": "kubernetes", "kalium_service_manager": "systemd", "kalium_controller_address": "{{ kalium_layout_address }}",
     }  # fmt: skip
-    children = {name: {"hosts": {host: {} for host in hosts}} for name, hosts in groups.items()}
+    children: dict[str, object] = {name: {"hosts": {host: {} for host in hosts}} for name, hosts in groups.items()}
     hosts = {name: {"kalium_layout_address": address} for name, address in NODES.items()}
     inventory.write_text(yaml.safe_dump({"all": {"hosts": hosts, "vars": form, "children": children}}), encoding="utf-8")
     playbook.write_text(WRITE, encoding="utf-8")
