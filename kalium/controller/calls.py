@@ -656,7 +656,6 @@ class MemoryCalls:
             invocation.asked = None
         edge = invocation.edge
         if edge is not None:
-            invocation.edge = None
             edge.live -= 1
             if edge.newest is invocation:
                 edge.newest = None

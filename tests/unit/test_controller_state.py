@@ -1,6 +1,8 @@
 """The controller's rules, each with what breaks it. The clock is a number and the tokens are counted."""
 
+import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import msgspec
@@ -105,6 +107,31 @@ def test_a_token_starts_its_callee_and_nothing_else_and_a_refusal_does_not_spend
 
     denied(node.start("mail", token), "bad_token")
     denied(node.start("front", token), "bad_token")
+
+    granted(node.start("stock", token))
+
+
+@pytest.mark.parametrize(
+    "altered",
+    [
+        lambda token: token.upper(),
+        lambda token: " " + token,
+        lambda token: token[0] + "_" + token[1:],
+        lambda token: "+" + token,
+        lambda token: "0" + token,
+        lambda token: "0x" + token,
+        lambda token: token[:-1],
+        lambda token: token[:-1] + ("0" if token[-1] != "0" else "1"),
+    ],
+    ids=["upper_case", "space", "underscore", "sign", "zero", "prefix", "short", "digit"],
+)
+def test_a_token_has_one_spelling(altered: Callable[[str], str]) -> None:
+    """What a number's reader forgives is another token here, and none."""
+    tokens = itertools.count(0xABCDEF << 100)
+    node = site(mint=lambda: f"{next(tokens):032x}")
+    token = granted(node.invoke(granted(node.start("front")), "front", "stock")).token
+
+    denied(node.start("stock", altered(token)), "bad_token")
 
     granted(node.start("stock", token))
 
@@ -283,6 +310,35 @@ def test_ids_that_nobody_issued_are_unknown() -> None:
 
     denied(node.invoke(msgspec.structs.replace(front, call="f" * 32), "front", "stock"), "unknown_call")
     denied(node.invoke(msgspec.structs.replace(front, invocation="f" * 32), "front", "stock"), "unknown_call")
+    denied(node.invoke(msgspec.structs.replace(front, invocation="x" * 32), "front", "stock"), "unknown_call")
+    denied(node.invoke(msgspec.structs.replace(front, call="", invocation=""), "front", "stock"), "unknown_call")
+
+
+def test_ids_of_another_process_are_unknown() -> None:
+    """A controller that has started anew counts from the beginning again; what it said before must not be taken for what it says now."""
+    node = site()
+    front = granted(node.start("front"))
+    before = msgspec.structs.replace(front, call="e" * 12 + front.call[12:], invocation="e" * 12 + front.invocation[12:])
+
+    denied(node.invoke(before, "front", "stock"), "unknown_call")
+
+
+def test_an_id_is_not_used_again_though_its_place_is() -> None:
+    """A long call must not grow, and an end that comes twice must not end another invocation."""
+    node = site()
+    lists = granted(node.start("lists"))
+    tokens = [granted(node.invoke(lists, "lists", "stock")).token for _ in range(8)]
+    began = [granted(node.start("stock", token)) for token in tokens[:3]]
+    for each in (began[2], began[0]):
+        assert node.end(each, "stock")
+    began += [granted(node.start("stock", token)) for token in tokens[3:6]]
+
+    assert len({each.invocation for each in began}) == len(began)
+    assert not node.end(began[0], "stock")
+    calls = node.state.calls
+    assert isinstance(calls, MemoryCalls)
+    (call,) = calls._calls.values()
+    assert (len(call.rows), call.live) == (5, 5)
 
 
 def test_nothing_follows_the_end_of_an_invocation() -> None:
