@@ -30,7 +30,7 @@ UNANSWERED = Reason.CONTROLLER_UNAVAILABLE.value  # from a controller it means t
 EVICTIONS = ("timeout", "agent_gone", "unregistered")
 REFUSALS = (
     "accept", "not_admitted", "tls", "lost", "no_role", "too_many_connections", "too_many_agents", "unsupported_protocol", "wrong_identity",
-    "duplicate_agent",
+    "duplicate_agent", "too_many_handshakes",
 )  # fmt: skip
 CLOSES = tuple(dict.fromkeys([*ERROR_CODES, *(reason.value for reason in CloseReason)]))
 MODES = tuple(mode.value for mode in Mode)

@@ -47,6 +47,7 @@ from kalium.protocol.session import CloseReason
 
 HANDSHAKE_S = 5.0
 HANDSHAKES_MAX = 64  # at once; further connections wait in the kernel
+HANDSHAKES_OF_ADDRESS_MAX = 8  # of those, from one source address: one more is closed, and the others of the site get in
 CONNECTIONS_MAX = LIMITS.agents + 64  # agents, and clients that ask for the status; beyond it a connection is closed at once
 CONNECTIONS_OF_AGENT_MAX = 8  # of one name: those that it has replaced, and what is done with its key
 CONNECTIONS_OF_OTHERS_MAX = 32  # of everybody who is no agent, so that a client's certificate takes no agent's place
@@ -376,6 +377,7 @@ class Door:
         self._controller = controller
         self._log = log
         self._handshakes: set[asyncio.Task[None]] = set()
+        self._of_address: Counter[str] = Counter()  # handshakes, by source address
         self._room = asyncio.Semaphore(HANDSHAKES_MAX)
 
     async def accept(self) -> None:
@@ -392,13 +394,28 @@ class Door:
                     self._log("connection_refused", reason="accept", detail=str(error))
                     await asyncio.sleep(0.1)
                     continue
-                task = asyncio.create_task(self._admit(peer, f"{address[0]}:{address[1]}"))
+                host, port = address[:2]
+                if self._of_address[host] >= HANDSHAKES_OF_ADDRESS_MAX:
+                    peer.close()
+                    self._room.release()
+                    detail = f"{HANDSHAKES_OF_ADDRESS_MAX} handshakes with {host} are open"
+                    self._log("connection_refused", reason="too_many_handshakes", detail=detail, peer=f"{host}:{port}")
+                    await asyncio.sleep(0)  # an accept that need not wait gives nobody else a turn
+                    continue
+                self._of_address[host] += 1
+                task = asyncio.create_task(self._admit(peer, f"{host}:{port}"))
                 self._handshakes.add(task)
-                task.add_done_callback(self._handshakes.discard)
+                task.add_done_callback(partial(self._admitted, host))
         finally:
             for task in self._handshakes:
                 task.cancel()
             await asyncio.gather(*self._handshakes, return_exceptions=True)
+
+    def _admitted(self, host: str, task: asyncio.Task[None]) -> None:
+        self._handshakes.discard(task)
+        self._of_address[host] -= 1
+        if not self._of_address[host]:
+            del self._of_address[host]
 
     async def _admit(self, peer: socket.socket, address: str) -> None:
         try:

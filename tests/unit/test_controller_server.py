@@ -40,7 +40,7 @@ from kalium.controller.calls import Deferred
 from kalium.controller.client import status
 from kalium.controller.config import TlsFiles, load
 from kalium.controller.dispatch import STATUS_KEPT_NS
-from kalium.controller.server import KEPT_BYTES_MAX, TURN_BYTES, Connection, Controller, Door
+from kalium.controller.server import HANDSHAKES_OF_ADDRESS_MAX, KEPT_BYTES_MAX, TURN_BYTES, Connection, Controller, Door
 from kalium.errors import KaliumError
 from kalium.pki import authority, files
 from kalium.pki.authority import Role
@@ -1141,12 +1141,14 @@ def test_a_controller_that_cannot_take_steps_says_why(change: Callable[[Shell, D
     assert [name for name, fault in found.items() if fault] == [check]
 
 
-async def knock(site: Site, context: ssl.SSLContext | None) -> bytes:
-    """Connect to the site's port, without TLS for None, and return the first byte of the controller; b"" when it closes."""
+async def knock(site: Site, context: ssl.SSLContext | None, source: str = "127.0.0.1") -> bytes:
+    """Connect to the site's port from `source`, without TLS for None, and return the first byte of the controller; b"" when it closes."""
     session = ControllerSession()
     session.ask(Status())
     try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", site.port, ssl=context, server_hostname="127.0.0.1" if context else None)
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", site.port, ssl=context, server_hostname="127.0.0.1" if context else None, local_addr=(source, 0)
+        )
         if context is not None:
             writer.write(session.data_to_send())
         first = await reader.read(1)
@@ -1188,6 +1190,27 @@ def test_peers_that_never_shake_hands_hold_up_the_others_for_the_handshakes_dead
     lines = with_a_door(site, story)
 
     assert [(line["event"], line["reason"]) for line in lines] == [("connection_refused", "lost")] * 2
+
+
+def test_who_never_shakes_hands_takes_no_place_of_another_address(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silent connections without a certificate from one host; its own next one is closed, and gets in when they have ended."""
+    monkeypatch.setattr(server, "HANDSHAKES_MAX", HANDSHAKES_OF_ADDRESS_MAX + 1)
+    monkeypatch.setattr(server, "HANDSHAKE_S", 1.0)
+    silent = "127.0.0.2"
+
+    async def story(door: Door) -> None:
+        holding = [asyncio.create_task(knock(site, None, silent)) for _ in range(HANDSHAKES_OF_ADDRESS_MAX)]
+        await asyncio.to_thread(until, lambda: door._of_address[silent] == HANDSHAKES_OF_ADDRESS_MAX, "the silent ones to be accepted")
+        assert await knock(site, None, silent) == b""
+        assert await knock(site, site.context()) == b"K"
+        assert not any(task.done() for task in holding)
+        await asyncio.gather(*holding)
+        await asyncio.to_thread(until, lambda: not door._of_address, "the end of the silent ones")
+        assert await knock(site, site.context(), silent) == b"K"
+
+    lines = with_a_door(site, story)
+
+    assert [line["detail"] for line in lines if line["reason"] == "too_many_handshakes"] == ["8 handshakes with 127.0.0.2 are open"]
 
 
 def test_one_connection_too_many_is_closed_and_the_next_one_after_an_end_is_not(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
