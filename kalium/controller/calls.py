@@ -124,6 +124,7 @@ _UNKNOWN_CALL = denied(Reason.UNKNOWN_CALL, "no such invocation of this instance
 _NO_TOKEN = denied(Reason.BAD_TOKEN, "the token is not pending for this function")
 _TOO_EARLY = denied(Reason.BAD_TOKEN, "the invocation whose result this would take is not over")
 _STEP_REUSED = denied(Reason.MALFORMED, "the step id has been used for another question")
+_NO_TEXT, _NO_KEY = -1, -2  # in the place of a token's number: there is no token, and one that cannot be
 _NUMBER_BITS = 32  # of an invocation within its call: 8 for its place, the others count
 _NUMBER_MASK = (1 << _NUMBER_BITS) - 1
 _PLACE_MASK = INVOCATIONS_PER_CALL_MAX - 1
@@ -210,6 +211,10 @@ class _Grant(msgspec.Struct, gc=False, eq=False):
     due_ns: int
 
 
+# What is remembered of a START by its step: token, version, and the answer: a denial, or what the ids were made of, and `hold`.
+_Started = tuple[int, int, "Answer | int", int, bool]
+
+
 class _Record:
     """What an instance has begun. `owner` is its registration at the controller that adopted it last.
 
@@ -223,7 +228,7 @@ class _Record:
         self.owner = owner
         self.live: list[_Invocation] = []
         self.due_ns = 0  # when to look at it, never later than the first of `live` is due; 0 for never
-        self.starts: dict[str, tuple[str, int, Answer]] = {}  # step -> token, version, answer
+        self.starts: dict[str, _Started] = {}
         self.ended: dict[str, str] = {}  # invocation -> outcome, of those whose end somebody waits for
         self.policy: CompiledPolicy | None = None
         self.start: States = frozenset()
@@ -298,7 +303,7 @@ class MemoryCalls:
         starts = record.starts
         remembered = starts.get(step)
         if remembered is not None:
-            return remembered[2] if remembered[0] == "" and remembered[1] == version else _STEP_REUSED
+            return self._started(remembered) if remembered[0] == _NO_TEXT and remembered[1] == version else _STEP_REUSED
         policy = self._held(who.app, version, now_ns)
         answer: Answer | None = None
         if policy is None or record.policy is not policy or not record.is_entry:
@@ -314,11 +319,25 @@ class MemoryCalls:
                 return full("live invocations", limits.invocations)
             self._begun = key = self._begun + 1
             call = self._calls[key] = _Call(key, policy, [-1])  # a list that begins with one place does not grow to four
-            answer = self._begin(call, record, None, 0, 0, now_ns)
-        starts[step] = ("", version, answer)
+            self._begin(call, record, None, 0, 0, now_ns)
+            started: _Started = (_NO_TEXT, version, key, 0, False)
+            answer = self._started(started)
+        else:
+            started = (_NO_TEXT, version, answer, 0, False)
+        starts[step] = started
         if len(starts) > self._starts_max:
             del starts[next(iter(starts))]  # a guard repeats only its latest questions
         return answer
+
+    def _started(self, started: _Started) -> Answer:
+        """The answer to a START."""
+        _, _, call, number, hold = started
+        if type(call) is not int:
+            assert type(call) is Answer
+            return call
+        prefix = f"{self._epoch}{call:012x}"
+        suffix = _NUMBERS[number] if number < INVOCATIONS_PER_CALL_MAX else f"{number:08x}"
+        return Answer(True, "allowed", prefix + _ENDING, prefix + suffix, hold=hold)
 
     def _fault_of_entry(self, who: Instance, record: _Record, policy: CompiledPolicy | None, version: int) -> Answer | None:
         """Why `who` cannot begin a call under `policy`."""
@@ -334,18 +353,23 @@ class MemoryCalls:
         """As Calls.join."""
         record: _Record = who.calls
         starts = record.starts
+        key = _key_of(token)
         remembered = starts.get(step)
         if remembered is not None:
-            return remembered[2] if remembered[0] == token and remembered[1] == version else _STEP_REUSED
-        answer = self._join(who, record, version, token, now_ns)
-        if answer.reason != _OVERLOADED:  # a full table is no decision: asked again it may have room
-            starts[step] = (token, version, answer)
-            if len(starts) > self._starts_max:
-                del starts[next(iter(starts))]
-        return answer
+            return self._started(remembered) if remembered[0] == key and remembered[1] == version else _STEP_REUSED
+        started = self._join(who, record, version, key, now_ns)
+        if type(started) is Answer:
+            if started.reason == _OVERLOADED:  # a full table is no decision: asked again it may have room
+                return started
+            started = (key, version, started, 0, False)
+        assert type(started) is tuple
+        starts[step] = started
+        if len(starts) > self._starts_max:
+            del starts[next(iter(starts))]
+        return self._started(started)
 
-    def _join(self, who: Instance, record: _Record, version: int, text: str, now_ns: int) -> Answer:  # noqa: PLR0911, PLR0912 - rule by rule
-        key = _key_of(text)
+    def _join(self, who: Instance, record: _Record, version: int, key: int, now_ns: int) -> Answer | _Started:  # noqa: PLR0911, PLR0912 - rule by rule
+        """What a START with the token `key` has come to; a denial is an Answer."""
         grant = self._tokens.get(key) or self._late.get(key)
         if grant is None or now_ns >= grant.due_ns:
             return _NO_TOKEN
@@ -381,12 +405,12 @@ class MemoryCalls:
             call.free = following
             call.reused += 1
             number = call.reused << 8 | place
-        answer = self._begin(call, record, edge, place, number, now_ns)
+        self._begin(call, record, edge, place, number, now_ns)
         if type(what) is _Callback:
             what.edge.is_called_back = True
             self._remove_token(what.edge.token)  # a start that has not come yet would be behind its own result
         self._remove_token(key)
-        return answer
+        return key, version, call.key, number, edge is not None and (edge.label.join > 0 or edge.label.key.callback != "")
 
     def _is_held(self, call: _Call, version: int, now_ns: int) -> bool:
         """Whether steps may be taken in `call` by a guard that has `version`."""
@@ -396,7 +420,7 @@ class MemoryCalls:
             return False
         return version == own or self._held(app, version, now_ns) is not None
 
-    def _begin(self, call: _Call, record: _Record, edge: _Edge | None, place: int, number: int, now_ns: int) -> Answer:
+    def _begin(self, call: _Call, record: _Record, edge: _Edge | None, place: int, number: int, now_ns: int) -> None:
         """Add an invocation of the record's function to the call, at a place that is free."""
         if record.policy is not call.policy:
             record.begin_under(call.policy, self._grace_ns)
@@ -408,14 +432,9 @@ class MemoryCalls:
         record.live.append(invocation)
         if not 0 < record.due_ns <= due_ns:
             self._look_at(record, due_ns)
-        hold = False
         if edge is not None:
             edge.live += 1
             edge.newest = invocation
-            hold = edge.label.join > 0 or edge.label.key.callback != ""
-        prefix = f"{self._epoch}{call.key:012x}"
-        suffix = _NUMBERS[number] if number < INVOCATIONS_PER_CALL_MAX else f"{number:08x}"
-        return Answer(True, "allowed", prefix + _ENDING, prefix + suffix, hold=hold)
 
     # Invokes
 
@@ -688,12 +707,12 @@ def _label_of(what: Label | _Edge | _Callback) -> Label:
 
 
 def _key_of(text: str) -> int:
-    """The number that a token is in its one spelling; 0, which is no token's, for any other text."""
+    """The number that a token is in its one spelling; _NO_KEY for any other text."""
     try:
         key = int(text, 16)
     except ValueError:
-        return 0
-    return key if _text_of(key) == text else 0
+        return _NO_KEY
+    return key if _text_of(key) == text else _NO_KEY
 
 
 def _text_of(token: int) -> str:

@@ -202,7 +202,8 @@ def test_a_step_id_cannot_be_used_for_another_question() -> None:
     front = granted(node.start("front", step="a" * 16))
     granted(node.invoke(front, "front", "stock", step="b" * 16))
 
-    denied(node.start("front", "f" * 32, step="a" * 16), "malformed")
+    for token in ("f" * 32, "0" * 32, "no token"):
+        denied(node.start("front", token, step="a" * 16), "malformed")
     denied(node.invoke(front, "front", "pay", step="b" * 16), "malformed")
 
 
@@ -323,8 +324,7 @@ def test_ids_of_another_process_are_unknown() -> None:
     denied(node.invoke(before, "front", "stock"), "unknown_call")
 
 
-def test_an_id_is_not_used_again_though_its_place_is() -> None:
-    """A long call must not grow, and an end that comes twice must not end another invocation."""
+def test_an_end_that_comes_twice_does_not_end_another_invocation() -> None:
     node = site()
     lists = granted(node.start("lists"))
     tokens = [granted(node.invoke(lists, "lists", "stock")).token for _ in range(8)]
@@ -335,6 +335,20 @@ def test_an_id_is_not_used_again_though_its_place_is() -> None:
 
     assert len({each.invocation for each in began}) == len(began)
     assert not node.end(began[0], "stock")
+    assert node.counts() == (1, 5)
+
+
+def test_the_places_of_a_call_are_used_again() -> None:
+    """A long call must not grow."""
+    node = site()
+    lists = granted(node.start("lists"))
+    tokens = [granted(node.invoke(lists, "lists", "stock")).token for _ in range(8)]
+    began = [granted(node.start("stock", token)) for token in tokens[:3]]
+    for each in (began[2], began[0]):
+        assert node.end(each, "stock")
+    for token in tokens[3:6]:
+        granted(node.start("stock", token))
+
     calls = node.state.calls
     assert isinstance(calls, MemoryCalls)
     (call,) = calls._calls.values()
