@@ -209,6 +209,7 @@ class _Grant(msgspec.Struct, gc=False, eq=False):
     call: _Call
     what: Label | _Edge | _Callback
     due_ns: int
+    record: _Record  # of who asked for it
 
 
 # What is remembered of a START by its step: token, version, and the answer: a denial, or what the ids were made of, and `hold`.
@@ -221,12 +222,13 @@ class _Record:
     What its function's invocations begin with is looked up once for each policy, as most begin under the same.
     """
 
-    __slots__ = ("due_ns", "ended", "function", "is_entry", "lifetime_ns", "live", "owner", "policy", "start", "starts")
+    __slots__ = ("due_ns", "ended", "function", "is_entry", "lifetime_ns", "live", "owner", "policy", "start", "starts", "tokens")
 
     def __init__(self, owner: Instance) -> None:
         self.function = owner.function
         self.owner = owner
         self.live: list[_Invocation] = []
+        self.tokens = 0  # pending ones that its invokes were granted
         self.due_ns = 0  # when to look at it, never later than the first of `live` is due; 0 for never
         self.starts: dict[str, _Started] = {}
         self.ended: dict[str, str] = {}  # invocation -> outcome, of those whose end somebody waits for
@@ -456,6 +458,8 @@ class MemoryCalls:
             return _mismatch(said.app, version)
         if call.tokens >= self._limits.tokens_per_call:  # a callback's may be one more
             return full("pending tokens of one call", self._limits.tokens_per_call)
+        if invocation.record.tokens >= self._limits.tokens_per_instance:
+            return full("pending tokens of one instance", self._limits.tokens_per_instance)
         if len(self._tokens) + len(self._late) >= self._limits.tokens:
             return full("pending tokens", self._limits.tokens)
         if said.retry:
@@ -516,19 +520,20 @@ class MemoryCalls:
         text = self._mint()
         token = int(text, 16)
         if asked is None:
-            grant = _Grant(call, what, due_ns)
+            grant = _Grant(call, what, due_ns, invocation.record)
             asked = invocation.asked = _Asked(step, grant, token)
         else:
             last = asked.grant
             if last is not None and last.what is what and last.due_ns == due_ns:
                 grant = last
             else:
-                grant = asked.grant = _Grant(call, what, due_ns)
+                grant = asked.grant = _Grant(call, what, due_ns, invocation.record)
             asked.step = step
             asked.token = token
             asked.refusal = None
         (self._late if is_late else self._tokens)[token] = grant
         call.tokens += 1
+        invocation.record.tokens += 1
         if type(what) is _Edge:
             return Answer(True, "allowed", said.call, said.invocation, text, callback=self._follow(what, call, asked, now_ns))
         return Answer(True, "allowed", said.call, said.invocation, text)
@@ -544,8 +549,9 @@ class MemoryCalls:
             return ""
         text = self._mint()
         edge.callback = int(text, 16)
-        self._late[edge.callback] = _Grant(call, _Callback(edge), self._due_ns(self._late_ns, now_ns))
+        self._late[edge.callback] = _Grant(call, _Callback(edge), self._due_ns(self._late_ns, now_ns), edge.caller.record)
         call.tokens += 1
+        edge.caller.record.tokens += 1
         return text
 
     def _find(self, who: Instance, call_id: str, invocation_id: str) -> _Invocation | None:
@@ -693,6 +699,7 @@ class MemoryCalls:
         if grant is not None:
             call = grant.call
             call.tokens -= 1
+            grant.record.tokens -= 1
             if not call.live and not call.tokens:
                 del self._calls[call.key]
 

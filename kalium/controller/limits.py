@@ -19,6 +19,7 @@ class Limits:
     tokens: int = 2_000_000  # pending ones of all calls
     invocations_per_call: int = INVOCATIONS_PER_CALL_MAX
     tokens_per_call: int = 256
+    tokens_per_instance: int = 4096  # that it was granted, whatever its calls, so that one instance cannot fill the table of the site
     invocations_per_instance: int = 256  # so that one instance cannot fill the table of calls alone
     starts_per_instance: int = INFLIGHT_MAX  # remembered answers; the oldest is forgotten, and asked again it is a new step
     duplicate_heard_ms: int = 3_000  # another run of an agent is refused while this one was heard within this; it pings when idle

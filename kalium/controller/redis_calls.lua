@@ -15,6 +15,7 @@
 --                        invocations), l:CALL:INVOCATION
 --   starts:, ended:NODE ID  hashes: answers to its last starts, and to the last ends that somebody waits for
 --   live, tokens, calls  sorted sets by deadline of CALL:INVOCATION and TOKEN:CALL, and a set of ids
+--   caused:NODE ID       how many pending tokens the instance was granted; it outlives the instance, as they do
 -- Of the site:
 --   server               the run of Redis that the data belongs to
 --   instance:ID          node, app and function that the id belongs to
@@ -38,8 +39,8 @@ local KEY, LEFT, TOKEN, CALLBACK, NUMBER, JOIN = 1, 2, 3, 4, 5, 6
 -- An edge with a join or a callback: its group, its invocation that counts, how many of them live, and what has become of it.
 local GROUP, NEWEST, LIVE, IS_ANSWERED, IS_CALLED_BACK, HAS_CALLBACK = 1, 2, 3, 4, 5, 6
 -- A token: the call, the function, the edge (invocation and number) that it was granted by, the deadline; `has_future` as above,
--- whether somebody waits for the end of what it starts; and of a callback the token of its edge.
-local CALL, CALLEE, BY, EDGE, UNTIL, HAS_FUTURE, HOLD, OF = 1, 2, 3, 4, 5, 6, 7, 8
+-- whether somebody waits for the end of what it starts; of a callback the token of its edge; and the instance that it was granted.
+local CALL, CALLEE, BY, EDGE, UNTIL, HAS_FUTURE, HOLD, OF, CAUSER = 1, 2, 3, 4, 5, 6, 7, 8, 9
 
 local function clock(given)
   if given > 0 then return given end
@@ -117,8 +118,12 @@ end
 
 local function drop_token(token, id)
   call('ZREM', base .. 'tokens', token .. ':' .. id)
-  if call('DEL', base .. 'token:' .. token) == 1 then
+  local packed = call('GET', base .. 'token:' .. token)
+  if packed then
+    call('DEL', base .. 'token:' .. token)
     call('HINCRBY', base .. 'call:' .. id, 't', -1)
+    local caused = base .. 'caused:' .. unpacked(packed)[CAUSER]
+    if call('DECR', caused) <= 0 then call('DEL', caused) end
   end
 end
 
@@ -126,6 +131,8 @@ local function put_token(text, token, keep)
   call('SET', base .. 'token:' .. text, pack(token), 'PX', keep)
   call('ZADD', base .. 'tokens', token[UNTIL], text .. ':' .. token[CALL])
   call('HINCRBY', base .. 'call:' .. token[CALL], 't', 1)
+  call('INCR', base .. 'caused:' .. token[CAUSER])
+  call('PEXPIRE', base .. 'caused:' .. token[CAUSER], keep)
 end
 
 -- Starts
@@ -259,7 +266,7 @@ local function edge_of(sha, f, states, key, open)
 end
 
 local function invoke(a)
-  local given, instance, speaker, step, most_of_call, most_tokens, keep, id, invocation, version, held, key, callee, callback, is_retry, token, callback_token, life, late =
+  local given, instance, speaker, step, most_of_call, most_of_instance, most_tokens, keep, id, invocation, version, held, key, callee, callback, is_retry, token, callback_token, life, late =
     unpack(a)
   if call('HGET', base .. 'instance:' .. instance, 'speaker') ~= speaker then return {'late'} end
   local now = clock(given)
@@ -272,6 +279,9 @@ local function invoke(a)
   end
   if not may_step(held, version, found[2], found[3]) then return {'no', 'policy_mismatch'} end
   if tonumber(found[4]) >= most_of_call then return {'full', 'pending tokens of one call', most_of_call} end
+  if tonumber(call('GET', base .. 'caused:' .. instance) or 0) >= most_of_instance then
+    return {'full', 'pending tokens of one instance', most_of_instance}
+  end
   if call('ZCARD', base .. 'tokens') >= most_tokens then return {'full', 'pending tokens', most_tokens} end
   local last = v[LAST]
   local field = last[NUMBER] and edge_field(invocation, last[NUMBER])
@@ -310,9 +320,9 @@ local function invoke(a)
     answer = {'granted', token, callback_token}
     last[TOKEN], last[CALLBACK] = token, callback_token
     local hold = last[JOIN] > 0 or callback ~= ''
-    put_token(token, {id, callee, invocation, last[NUMBER], now + life, hold or last[LEFT] > 0 or is_retry, hold, ''}, keep)
+    put_token(token, {id, callee, invocation, last[NUMBER], now + life, hold or last[LEFT] > 0 or is_retry, hold, '', instance}, keep)
     if callback ~= '' then
-      put_token(callback_token, {id, callback, invocation, last[NUMBER], now + late, false, false, token}, keep)
+      put_token(callback_token, {id, callback, invocation, last[NUMBER], now + late, false, false, token, instance}, keep)
     end
     call('PEXPIRE', mine, keep)
   end

@@ -143,8 +143,8 @@ class RedisCalls:
         limits = self._limits
         key = _key(said.callee, said.asynchronous, said.callback)
         arguments = (
-            self._clock_ms(), _instance(who), _speaker(who), said.step, limits.tokens_per_call, limits.tokens, KEEP_MS, said.call,
-            said.invocation, said.version, _flat(held), key, said.callee, said.callback, said.retry, self._mint(),
+            self._clock_ms(), _instance(who), _speaker(who), said.step, limits.tokens_per_call, limits.tokens_per_instance, limits.tokens,
+            KEEP_MS, said.call, said.invocation, said.version, _flat(held), key, said.callee, said.callback, said.retry, self._mint(),
             self._mint() if said.callback else "", limits.token_late_ms if said.asynchronous else limits.token_ms, limits.token_late_ms,
         )  # fmt: skip
         return self._ask(who, "invoke", arguments, said.version, held, said)

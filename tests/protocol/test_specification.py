@@ -103,6 +103,7 @@ def test_the_bounds_of_the_controller_are_those_of_the_code() -> None:
         "pending tokens": LIMITS.tokens,
         "invocations of a call": LIMITS.invocations_per_call,
         "pending tokens of a call": LIMITS.tokens_per_call,
+        "pending tokens that an instance was granted": LIMITS.tokens_per_instance,
         "live invocations of an instance": LIMITS.invocations_per_instance,
         "agents": LIMITS.agents,
         "connections of an agent": CONNECTIONS_OF_AGENT_MAX,

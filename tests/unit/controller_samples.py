@@ -180,9 +180,9 @@ def site(limits: Limits | None = None, functions: str = "front stock pay mail li
     return node
 
 
-def edges() -> Node:
+def edges(limits: Limits = LIMITS) -> Node:
     """A state with the policy EDGES and one agent whose instances are named after their functions."""
-    state = state_of()
+    state = state_of(limits=limits)
     policy = CompiledPolicy.parse(compile_policy(EDGES.encode(), "edges"))
     state.registry.install(policy, b"signed edges", now_ns=0)
     node = Node(state, app="edges")

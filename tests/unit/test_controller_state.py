@@ -677,6 +677,31 @@ def test_a_call_has_a_bound_of_pending_tokens_and_the_cursor_stays() -> None:
     granted(node.invoke(lists, "lists", "stock", step="a" * 16))
 
 
+def test_an_instance_has_a_bound_of_pending_tokens_whatever_its_calls() -> None:
+    """Else one that loops over calls, and whose tokens nobody takes, fills the table of the site."""
+    node = site(replace(LIMITS, tokens_per_instance=2))
+    calls = [granted(node.start("lists")) for _ in range(3)]
+    tokens = [granted(node.invoke(each, "lists", "stock")).token for each in calls[:2]]
+    front = granted(node.start("front"))
+
+    refused = denied(node.invoke(calls[2], "lists", "stock", step="a" * 16), "overloaded")
+    assert "2 pending tokens of one instance" in refused.detail
+    granted(node.invoke(front, "front", "stock"))  # another instance's
+    for each in calls[:2]:
+        node.end(each, "lists")
+    denied(node.invoke(calls[2], "lists", "stock", step="a" * 16), "overloaded")  # its tokens are pending all the same
+
+    granted(node.start("stock", tokens[0]))
+    granted(node.invoke(calls[2], "lists", "stock", step="a" * 16))
+    denied(node.invoke(calls[2], "lists", "stock"), "overloaded")
+
+    node.now_ms = LIMITS.token_ms
+    node.expire()
+    for _ in range(2):
+        granted(node.invoke(calls[2], "lists", "stock"))
+    denied(node.invoke(calls[2], "lists", "stock"), "overloaded")
+
+
 def test_an_instance_has_a_bound_of_invocations() -> None:
     node = site(replace(LIMITS, invocations_per_instance=2))
     granted(node.start("front"))

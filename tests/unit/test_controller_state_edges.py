@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import secrets
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 from controller_samples import Node, edges, site
@@ -226,6 +227,17 @@ def test_a_callback_of_what_never_began_starts_and_then_it_does_not_begin() -> N
     granted(node.start("done", answer.callback))
 
     denied(node.start("job", answer.token), "bad_token")
+
+
+def test_a_callbacks_token_counts_for_the_instance_that_was_granted_it() -> None:
+    node = edges(replace(LIMITS, tokens_per_instance=2))
+    first, second = (granted(node.start("later")) for _ in range(2))
+    callback = granted(later(node, first)).callback
+
+    denied(later(node, second), "overloaded")
+    granted(node.start("done", callback))  # which revokes the edge's own
+
+    granted(later(node, second))
 
 
 @pytest.mark.parametrize(("function", "which"), [("done", "token"), ("job", "callback"), ("last", "callback")])
