@@ -46,8 +46,8 @@ from kalium.protocol.limits import LEASE_EVERY_MS, WRITE_BUFFER_BYTES_MAX
 from kalium.protocol.session import CloseReason
 
 HANDSHAKE_S = 5.0
-HANDSHAKES_MAX = 64  # at once; further connections wait in the kernel
-HANDSHAKES_OF_ADDRESS_MAX = 8  # of those, from one source address: one more is closed, and the others of the site get in
+HANDSHAKES_MAX = 256  # at once; one more takes the place of the oldest of the address that has most
+STRANGERS_BURST, STRANGERS_PER_S = 100, 10  # lines of the log about peers that have shown no certificate
 CONNECTIONS_MAX = LIMITS.agents + 64  # agents, and clients that ask for the status; beyond it a connection is closed at once
 CONNECTIONS_OF_AGENT_MAX = 8  # of one name: those that it has replaced, and what is done with its key
 CONNECTIONS_OF_OTHERS_MAX = 32  # of everybody who is no agent, so that a client's certificate takes no agent's place
@@ -376,46 +376,52 @@ class Door:
         self._listener = listener
         self._controller = controller
         self._log = log
-        self._handshakes: set[asyncio.Task[None]] = set()
-        self._of_address: Counter[str] = Counter()  # handshakes, by source address
-        self._room = asyncio.Semaphore(HANDSHAKES_MAX)
+        self._handshakes: dict[str, dict[asyncio.Task[None], str]] = {}  # by source address: each with its port, the oldest first
+        self._open = 0  # of them
+        self._lines = float(STRANGERS_BURST)  # of the log, that may be written at once
+        self._lines_s = 0.0  # when that was so
+        self._unsaid = 0
 
     async def accept(self) -> None:
         """For ever. Handshakes run beside it, HANDSHAKES_MAX at most, and are cancelled with it."""
         loop = asyncio.get_running_loop()
         try:
             while True:
-                await self._room.acquire()
                 try:
                     peer, address = await loop.sock_accept(self._listener)
                 except OSError as error:
                     # Out of descriptors, or a peer that was gone before it was accepted: the listener itself is sound.
-                    self._room.release()
-                    self._log("connection_refused", reason="accept", detail=str(error))
+                    self._refuse("accept", str(error), "")
                     await asyncio.sleep(0.1)
                     continue
-                host, port = address[:2]
-                if self._of_address[host] >= HANDSHAKES_OF_ADDRESS_MAX:
-                    peer.close()
-                    self._room.release()
-                    detail = f"{HANDSHAKES_OF_ADDRESS_MAX} handshakes with {host} are open"
-                    self._log("connection_refused", reason="too_many_handshakes", detail=detail, peer=f"{host}:{port}")
-                    await asyncio.sleep(0)  # an accept that need not wait gives nobody else a turn
-                    continue
-                self._of_address[host] += 1
-                task = asyncio.create_task(self._admit(peer, f"{host}:{port}"))
-                self._handshakes.add(task)
+                if self._open >= HANDSHAKES_MAX:
+                    self._displace()
+                host, where = address[0], f"{address[0]}:{address[1]}"
+                task = asyncio.create_task(self._admit(peer, where))
+                self._handshakes.setdefault(host, {})[task] = where
+                self._open += 1
                 task.add_done_callback(partial(self._admitted, host))
+                await asyncio.sleep(0)  # an accept that need not wait gives nobody else a turn
         finally:
-            for task in self._handshakes:
+            tasks = [task for of_host in self._handshakes.values() for task in of_host]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._handshakes, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _displace(self) -> None:
+        """End the oldest handshake of the address that has most: who says nothing keeps neither its own host out nor others."""
+        host = max(self._handshakes, key=lambda host: len(self._handshakes[host]))
+        task, where = next(iter(self._handshakes[host].items()))
+        self._admitted(host, task)
+        self._refuse("too_many_handshakes", "it had shown no certificate, and newer ones came", where)
+        task.cancel()
 
     def _admitted(self, host: str, task: asyncio.Task[None]) -> None:
-        self._handshakes.discard(task)
-        self._of_address[host] -= 1
-        if not self._of_address[host]:
-            del self._of_address[host]
+        of_host = self._handshakes.get(host, {})
+        if of_host.pop(task, None) is not None:
+            self._open -= 1
+            if not of_host:
+                del self._handshakes[host]
 
     async def _admit(self, peer: socket.socket, address: str) -> None:
         try:
@@ -424,11 +430,9 @@ class Door:
             configure(peer)
         except OSError as error:
             peer.close()
-            self._log("connection_refused", reason="not_admitted", detail=str(error), peer=address)
+            self._refuse("not_admitted", str(error), address)
         else:
             await self._shake_hands(peer, address)
-        finally:
-            self._room.release()
 
     async def _shake_hands(self, peer: socket.socket, address: str) -> None:
         """Make a Connection of `peer`, or close it and say why."""
@@ -437,12 +441,24 @@ class Door:
         try:
             await loop.connect_accepted_socket(lambda: connection, peer, ssl=context, ssl_handshake_timeout=HANDSHAKE_S)
         except ssl.SSLError as error:
-            self._log("connection_refused", reason="tls", detail=reason_of(error), peer=address)
+            self._refuse("tls", reason_of(error), address)
         except OSError as error:
-            self._log("connection_refused", reason="lost", detail=str(error) or type(error).__name__, peer=address)
+            self._refuse("lost", str(error) or type(error).__name__, address)
         else:
             if context is not self.context and connection.transport is not None:
                 connection.transport.abort()  # it was verified by a CA that may just have been dropped: let it try again
+
+    def _refuse(self, reason: str, detail: str, address: str) -> None:
+        """Say in the log that a stranger was refused. One who needs no certificate for it must not fill the disk with lines."""
+        now_s = asyncio.get_running_loop().time()
+        self._lines = min(float(STRANGERS_BURST), self._lines + (now_s - self._lines_s) * STRANGERS_PER_S)
+        self._lines_s = now_s
+        if self._lines < 1:
+            self._unsaid += 1
+            return
+        self._lines -= 1
+        unsaid, self._unsaid = self._unsaid, 0
+        self._log("connection_refused", reason=reason, detail=f"{detail}; {unsaid} more before it" if unsaid else detail, peer=address)
 
 
 def configure(peer: socket.socket) -> None:

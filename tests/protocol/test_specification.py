@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kalium.controller.limits import LIMITS
-from kalium.controller.server import CONNECTIONS_OF_AGENT_MAX, CONNECTIONS_OF_OTHERS_MAX, HANDSHAKES_OF_ADDRESS_MAX, KEPT_BYTES_MAX, TURN_BYTES
+from kalium.controller.server import CONNECTIONS_OF_AGENT_MAX, CONNECTIONS_OF_OTHERS_MAX, HANDSHAKES_MAX, KEPT_BYTES_MAX, TURN_BYTES
 from kalium.policy.message import Reason
 from kalium.protocol import limits
 from kalium.protocol.codec import ERROR_CODES
@@ -108,7 +108,7 @@ def test_the_bounds_of_the_controller_are_those_of_the_code() -> None:
         "agents": LIMITS.agents,
         "connections of an agent": CONNECTIONS_OF_AGENT_MAX,
         "connections of all who are no agents": CONNECTIONS_OF_OTHERS_MAX,
-        "open handshakes of a source address": HANDSHAKES_OF_ADDRESS_MAX,
+        "open handshakes": HANDSHAKES_MAX,
         "bytes of a connection that are worked on at a time": TURN_BYTES,
         "bytes of a connection that wait for their turns": KEPT_BYTES_MAX,
         "instances of an agent": LIMITS.instances_per_agent,

@@ -40,7 +40,7 @@ from kalium.controller.calls import Deferred
 from kalium.controller.client import status
 from kalium.controller.config import TlsFiles, load
 from kalium.controller.dispatch import STATUS_KEPT_NS
-from kalium.controller.server import HANDSHAKES_OF_ADDRESS_MAX, KEPT_BYTES_MAX, TURN_BYTES, Connection, Controller, Door
+from kalium.controller.server import KEPT_BYTES_MAX, TURN_BYTES, Connection, Controller, Door
 from kalium.errors import KaliumError
 from kalium.pki import authority, files
 from kalium.pki.authority import Role
@@ -1178,39 +1178,61 @@ def with_a_door(site: Site, story: Callable[[Door], Coroutine[Any, Any, None]]) 
     return lines
 
 
-def test_peers_that_never_shake_hands_hold_up_the_others_for_the_handshakes_deadline_only(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_that_never_shake_hands_make_room_for_newer_ones_and_end_in_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "HANDSHAKES_MAX", 2)
-    monkeypatch.setattr(server, "HANDSHAKE_S", 0.2)
+    monkeypatch.setattr(server, "HANDSHAKE_S", 1.0)
 
-    async def story(_door: Door) -> None:
+    async def story(door: Door) -> None:
         silent = [asyncio.create_task(knock(site, None)) for _ in range(2)]
+        await asyncio.to_thread(until, lambda: door._open == 2, "the silent ones to be accepted")
         assert await knock(site, site.context()) == b"K"
+        assert sum(task.done() for task in silent) == 1
         assert await asyncio.gather(*silent) == [b"", b""]
 
     lines = with_a_door(site, story)
 
-    assert [(line["event"], line["reason"]) for line in lines] == [("connection_refused", "lost")] * 2
+    assert [line["reason"] for line in lines] == ["too_many_handshakes", "lost"]
 
 
 def test_who_never_shakes_hands_takes_no_place_of_another_address(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silent connections without a certificate from one host; its own next one is closed, and gets in when they have ended."""
-    monkeypatch.setattr(server, "HANDSHAKES_MAX", HANDSHAKES_OF_ADDRESS_MAX + 1)
-    monkeypatch.setattr(server, "HANDSHAKE_S", 1.0)
-    silent = "127.0.0.2"
+    """However many come from one host, and however slow a handshake from another one is: that one is not ended for them."""
+    monkeypatch.setattr(server, "HANDSHAKES_MAX", 4)
 
     async def story(door: Door) -> None:
-        holding = [asyncio.create_task(knock(site, None, silent)) for _ in range(HANDSHAKES_OF_ADDRESS_MAX)]
-        await asyncio.to_thread(until, lambda: door._of_address[silent] == HANDSHAKES_OF_ADDRESS_MAX, "the silent ones to be accepted")
-        assert await knock(site, None, silent) == b""
-        assert await knock(site, site.context()) == b"K"
-        assert not any(task.done() for task in holding)
-        await asyncio.gather(*holding)
-        await asyncio.to_thread(until, lambda: not door._of_address, "the end of the silent ones")
-        assert await knock(site, site.context(), silent) == b"K"
+        slow = await asyncio.open_connection("127.0.0.1", site.port, local_addr=("127.0.0.3", 0))
+        await asyncio.to_thread(until, lambda: door._open == 1, "the slow one to be accepted")
+        silent = [asyncio.create_task(knock(site, None, "127.0.0.2")) for _ in range(20)]
+        await asyncio.to_thread(until, lambda: sum(task.done() for task in silent) == 17, "the silent ones to displace each other")
+        assert list(door._handshakes) == ["127.0.0.3", "127.0.0.2"]
+        assert await knock(site, site.context(), "127.0.0.2") == b"K"
+        slow[1].close()
+        for task in silent:
+            task.cancel()
 
     lines = with_a_door(site, story)
 
-    assert [line["detail"] for line in lines if line["reason"] == "too_many_handshakes"] == ["8 handshakes with 127.0.0.2 are open"]
+    assert {line["peer"].split(":")[0] for line in lines if line["reason"] == "too_many_handshakes"} == {"127.0.0.2"}
+
+
+def test_strangers_do_not_fill_the_log(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "STRANGERS_BURST", 3)
+    monkeypatch.setattr(server, "STRANGERS_PER_S", 1)
+
+    async def story(door: Door) -> None:
+        for _ in range(10):
+            _, writer = await asyncio.open_connection("127.0.0.1", site.port)
+            writer.write(b"no hello of TLS at all")
+            await asyncio.to_thread(until, lambda: not door._open, "the end of it")
+            writer.close()
+        door._lines_s -= 1
+        _, writer = await asyncio.open_connection("127.0.0.1", site.port)
+        writer.write(b"nor this")
+        await asyncio.to_thread(until, lambda: not door._open, "the end of it")
+
+    lines = with_a_door(site, story)
+
+    assert [line["reason"] for line in lines] == ["tls"] * 4
+    assert lines[-1]["detail"].endswith("; 7 more before it")
 
 
 def test_one_connection_too_many_is_closed_and_the_next_one_after_an_end_is_not(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
