@@ -122,6 +122,10 @@ def standing(ansible: Ansible) -> Iterator[Standing]:
             make_standalone(archive_of_the_interpreter(), artifacts)
             inventory.write_text(yaml.safe_dump(inventory_of(host, artifacts)), encoding="utf-8")
             before = footprint(host)
+            for playbook in ("pki", "store", "controller"):  # what they would do is told before anything is there
+                rehearsed = ansible.play(f"playbooks/{playbook}.yml", inventory, "--check", "--diff", "-e", "kalium_controller_store=redis")
+                assert rehearsed.status == 0, rehearsed.end()
+            assert footprint(host) == before
             first = ansible.play(PLAYBOOK, inventory)
             assert first.status == 0, first.end()
             yield Standing(host, folder, inventory, artifacts, before, first)
