@@ -8,6 +8,7 @@ import errno
 import itertools
 import resource
 import secrets
+import signal
 import socket
 import struct
 import threading
@@ -133,18 +134,22 @@ def test_a_recorded_connection_that_is_replayed_is_no_connection(site: tuple[Pla
     ids=["http", "unknown_form", "unknown_type", "oversized", "no_msgpack", "wrong_type", "twice", "hello", "lease", "ping"],
 )
 def test_a_guard_that_breaks_the_protocol_is_closed_by_its_agent(site: tuple[Plane, Controller, Agent], data: bytes) -> None:
-    _, _, agent = site
+    _, controller, agent = site
 
     async def story() -> None:
         history = History()
         honest, bad = await Guard(agent, "edges", "single", history).connect(), await Guard(agent, "edges", "leaf", history).connect()
         assert bad.welcome.ok
 
-        bad.send_bytes(data)
-        for _ in range(100):
-            if not bad.is_connected:
-                break
-            await asyncio.sleep(0.02)
+        controller.send(signal.SIGSTOP)  # a question that is asked stays open
+        try:
+            bad.send_bytes(data)
+            for _ in range(100):
+                if not bad.is_connected:
+                    break
+                await asyncio.sleep(0.02)
+        finally:
+            controller.send(signal.SIGCONT)
 
         assert not bad.is_connected
         granted(await honest.start())
