@@ -16,16 +16,18 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from guard.record import recorded, write_summary, write_table
 
-from .plane import ROOT, Plane, Running, built, free_port, plane, until
+from kalium.pki.authority import Role
+from kalium.policy.compile import compile_policy
+
+from .processes import ROOT, Agent, Controller, Plane, Process, built, free_port
+from .redis_server import LOSSY, RedisServer
 
 POLICY = """\
 schema: kalium/v1
@@ -54,7 +56,7 @@ class Side:
 
     name: str
     port: int
-    process: Running
+    process: Process
     tls: bool
     floor: bool = False
 
@@ -62,57 +64,44 @@ class Side:
 class Bench:
     """The servers of one run, and the turns that were taken."""
 
-    def __init__(self, where: Plane) -> None:
+    def __init__(self, where: Plane, redis: RedisServer) -> None:
         self.plane = where
         self.load = str(built("kalium-load"))
         self.turns: list[dict[str, Any]] = []
-        where.publish(POLICY)
-        self.pair = where.issue("agent", "load")
-        self.sides = {side.name: side for side in self._sides()}
+        where.issue("load", Role.AGENT)
+        self.sides = {side.name: side for side in self._sides(redis)}
 
-    def _sides(self) -> Iterator[Side]:
-        where = self.plane
-        yield Side("mtls", 0, where.controller(), True)
-        yield self._floor("plain", "plain", tls=False)
-        yield self._floor("echo-tls", "echo", tls=True)
-        yield self._floor("echo", "echo", tls=False)
-        where.redis()
-        yield Side("redis", 0, where.controller("second", store=where.store), True)
+    def _sides(self, redis: RedisServer) -> Iterator[Side]:
+        ours = self.plane.controller("controller")
+        yield Side("mtls", ours.port, ours, True)
+        yield self._floor("plain", "plain", ours)
+        yield self._floor("echo-tls", "echo", ours, "--ca", "ca.crt", "--cert", "controller.crt", "--key", "controller.key")
+        yield self._floor("echo", "echo", ours)
+        second = self.plane.controller("second", {"kind": "redis", "url": redis.url})
+        yield Side("redis", second.port, second, True)
 
-    def _floor(self, name: str, what: str, *, tls: bool) -> Side:
-        where, port = self.plane, free_port()
-        command = [sys.executable, "-m", "control.floor", what, str(port)]
-        if tls:
-            command += ["--ca", str(where.pki / "ca.crt"), "--cert", str(where.pki / "controller.crt"), "--key", str(where.pki / "controller.key")]
+    def _floor(self, name: str, what: str, ours: Controller, *tls: str) -> Side:
+        port = free_port()
+        command = [sys.executable, "-m", "control.floor", what, str(port), *tls]
         if what == "plain":
-            command += ["--policies", str(where.policies), "--key-file", str(where.folder / "operator/operator.pub")]
-        process = where.start(name, command, environment={"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"})
-        until(lambda: process.process.poll() is not None or "listening" in process.said(), name)
-        assert process.process.poll() is None, process.said()
-        return Side(name, port, process, tls, floor=what == "echo")
+            command += ["--policies", str(ours.policies), "--key-file", "operator.pub"]
+        return Side(name, port, self.plane.process(name, command, ready="listening"), bool(tls), floor=what == "echo")
 
-    def port(self, side: Side) -> int:
-        """A controller chooses its port when it starts."""
-        return side.port or self.plane.ports[side.process.name]
-
-    def tls(self, name: str) -> list[str]:
-        """What makes kalium-load prove itself, to a server of this name."""
-        return ["-ca", str(self.plane.pki / "ca.crt"), "-cert", f"{self.pair}.crt", "-key", f"{self.pair}.key", "-name", name]
+    def tls(self) -> list[str]:
+        """What makes kalium-load prove itself."""
+        folder = self.plane.folder
+        return ["-ca", f"{folder / 'ca.crt'}", "-cert", f"{folder / 'load.crt'}", "-key", f"{folder / 'load.key'}", "-name", "localhost"]
 
     def steps(self, side: Side, case: str, **options: Any) -> dict[str, Any]:
         """One turn over one connection to `side`."""
-        # What has a floor's name serves with the first controller's certificate.
-        server = side.process.name if side.process.name == "second" else "controller"
-        command = ["controller", "-address", f"127.0.0.1:{self.port(side)}"]
-        command += self.tls(server) if side.tls else []
-        command += ["-floor"] if side.floor else []
+        command = ["controller", "-address", f"127.0.0.1:{side.port}", *(self.tls() if side.tls else []), *(["-floor"] if side.floor else [])]
         return self._turn(case, side.name, side.process, command, options)
 
-    def edges(self, socket: Path, served: Running, name: str, case: str, **options: Any) -> dict[str, Any]:
+    def edges(self, socket: Path, served: Process, name: str, case: str, **options: Any) -> dict[str, Any]:
         """One turn of two guards."""
         return self._turn(case, name, served, ["edges", "-socket", str(socket), *(["-floor"] if name == "relay" else [])], options)
 
-    def _turn(self, case: str, name: str, served: Running, command: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    def _turn(self, case: str, name: str, served: Process, command: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
         words = [f"-{option.replace('_', '-')}={str(value).lower() if value is True else value}" for option, value in options.items()]
         before = served.cpu_seconds()
         done = subprocess.run([self.load, *command, *words], capture_output=True, text=True, check=False)
@@ -142,36 +131,30 @@ class Bench:
         return statistics.median(self.of(case, side, key, inner))
 
 
-@contextmanager
-def agent_and_relay(bench: Bench) -> Iterator[tuple[Running, Running]]:
+def agent_and_relay(bench: Bench) -> tuple[Agent, Process]:
     """An agent in front of (a) with a front and a leaf registered, and the relay in front of the echo."""
     where = bench.plane
-    agent = where.agent("node0", [(f"127.0.0.1:{where.ports['controller']}", "controller")])
+    agent = where.agent("node0", [where.controllers[0].address])
     for function in ("front", "leaf"):
-        answer = where.register("node0", f"load-{function}", "bench", function)
-        assert answer["ok"], answer
-    socket = where.folder / "relay.sock"
-    address = f"127.0.0.1:{bench.port(bench.sides['echo-tls'])}"
-    relay = where.start("relay", [bench.load, "relay", "-socket", str(socket), "-address", address, *bench.tls("controller")])
-    until(lambda: "listening" in relay.said(), "the relay")
-    yield agent, relay
+        agent.register("bench", function, f"load-{function}")
+    command = [bench.load, "relay", "-socket", "relay", "-address", f"127.0.0.1:{bench.sides['echo-tls'].port}", *bench.tls()]
+    return agent, where.process("relay", command, ready="listening")
 
 
 def measure(bench: Bench, *, rounds: int, seconds: float) -> None:
     """Every case of every side, in turns."""
     sides = bench.sides
-    with agent_and_relay(bench) as (agent, relay):
-        for number in range(rounds):
-            print(f"round {number + 1} of {rounds}", flush=True)
-            for lanes in LANES:
-                for name in ("mtls", "plain", "echo-tls", "echo", "redis"):
-                    bench.steps(sides[name], f"lanes-{lanes}", lanes=lanes, seconds=seconds, warm_up=lanes)
-            for _ in range(3):  # latency is what noise reaches: more and shorter turns
-                bench.edges(bench.plane.folder / "node0/guard.sock", agent, "agent", "edges", seconds=seconds / 2, warm_up=20)
-                bench.edges(bench.plane.folder / "relay.sock", relay, "relay", "edges", seconds=seconds / 2, warm_up=20)
-            bench.steps(sides["mtls"], "path-1000", edges=1000, seconds=3 * seconds, warm_up=1)
-            bench.steps(sides["mtls"], "wide-140", front="wide", edges=140, keep_open=True, seconds=seconds, warm_up=1)
-            bench.steps(sides["mtls"], "path-140", edges=140, keep_open=True, seconds=seconds, warm_up=1)
+    agent, relay = agent_and_relay(bench)
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", flush=True)
+        for lanes in LANES:
+            for name in ("mtls", "plain", "echo-tls", "echo", "redis"):
+                bench.steps(sides[name], f"lanes-{lanes}", lanes=lanes, seconds=seconds, warm_up=lanes)
+        for _ in range(3):  # latency is what noise reaches: more and shorter turns
+            bench.edges(agent.guard_socket, agent, "agent", "edges", seconds=seconds / 2, warm_up=20)
+            bench.edges(bench.plane.folder / "relay", relay, "relay", "edges", seconds=seconds / 2, warm_up=20)
+        bench.steps(sides["mtls"], "path-1000", edges=1000, seconds=3 * seconds, warm_up=1)
+        bench.steps(sides["mtls"], "wide-140", front="wide", edges=140, keep_open=True, seconds=seconds, warm_up=1)
 
 
 def memory(bench: Bench, counts: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -180,7 +163,7 @@ def memory(bench: Bench, counts: tuple[int, ...]) -> list[dict[str, Any]]:
     for calls in counts:
         for branches in (1, 8):
             command = [sys.executable, "-m", "control.memory", str(calls), str(branches)]
-            files = [str(bench.plane.policies), str(bench.plane.folder / "operator/operator.pub")]
+            files = [str(bench.plane.controllers[0].policies), str(bench.plane.folder / "operator.pub")]
             environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
             done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
@@ -241,8 +224,8 @@ def main() -> None:
     counts = (10_000,) if arguments.quick else (10_000, 100_000, 1_000_000)
     parameters = {"rounds": rounds, "seconds": seconds, "lanes": LANES, "calls": counts}
     profile = "quick" if arguments.quick else "full"
-    with tempfile.TemporaryDirectory(prefix="kalium-bench-") as folder, plane(Path(folder) / "plane") as where:
-        bench = Bench(where)
+    with Plane(compile_policy(POLICY.encode(), "the benchmark's policy")) as where, RedisServer(where.folder / "redis", *LOSSY) as redis:
+        bench = Bench(where, redis)
         with recorded("bench/controller", profile=profile, seed=0, parameters=parameters) as run:
             measure(bench, rounds=rounds, seconds=seconds)
             held = memory(bench, counts)

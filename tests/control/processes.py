@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import os
 import secrets
@@ -53,17 +54,18 @@ def free_port() -> int:
 
 
 @cache
-def agent_program() -> Path:
-    """kalium-agent of this checkout. Go's own cache makes it a matter of seconds."""
+def built(name: str) -> Path:
+    """The program runtime/cmd/`name` of this checkout. Go's own cache makes it a matter of seconds."""
     version = next(line.split()[1] for line in (ROOT / "runtime" / "go.mod").read_text(encoding="utf-8").splitlines() if line.startswith("go "))
     finder = [sys.executable, str(ROOT / "roles/kalium_toolchain/files/find_go.py"), version]
     go = subprocess.run(finder, capture_output=True, text=True, check=True).stdout.strip()
-    folder = Path(tempfile.mkdtemp(prefix="kalium-agent-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     environment = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local"}
-    command = [go, "build", "-trimpath", "-o", str(folder / "kalium-agent"), "./cmd/kalium-agent"]
+    command = [go, "build", "-trimpath", "-o", str(folder / name), f"./cmd/{name}"]
     done = subprocess.run(command, cwd=ROOT / "runtime", env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return folder / "kalium-agent"
+    return folder / name
 
 
 class Process:
@@ -101,6 +103,20 @@ class Process:
         self.process = None
         return result
 
+    def said(self) -> str:
+        """The log, as it is."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def cpu_seconds(self) -> float:
+        """User and system time so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def resident_kib(self) -> int:
+        """Resident memory."""
+        text = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
+        return int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmRSS:")))
+
     def lines(self) -> list[dict[str, Any]]:
         """The log, of what is whole and JSON."""
         found = []
@@ -131,6 +147,7 @@ class Controller(Process):
             "policies_dir": str(self.policies),
             "name": name,
             "store": store,
+            "audit": plane.audit(name, f"{name}.audit.jsonl"),
         }
 
     @property
@@ -179,6 +196,7 @@ class Agent(Process):
             "state_dir": str(self.folder / "state"),
             "verdict_log": str(self.folder / "verdicts.jsonl"),
             "timing_log": str(self.folder / "timings.jsonl"),
+            "audit": plane.audit(node, str(self.folder / "audit.jsonl")),
             "names": {},
             "incoming": {"port": 8080, "sources": ["127.0.0.1/32"], "health_path": "/"},
             "lease_ms": 60000,
@@ -186,7 +204,7 @@ class Agent(Process):
         self.config.write_text(json.dumps(document))
 
     def start(self, *, wait: bool = True) -> Agent:
-        self.run([str(agent_program()), "--config", str(self.config)])
+        self.run([str(built("kalium-agent")), "--config", str(self.config)])
         if wait:
             until(self.is_connected, f"the agent: {self.log.read_text()}")
         return self
@@ -243,6 +261,19 @@ class Plane:
 
     def issue(self, name: str, role: Role, identity: str = "") -> None:
         files.issue(self.folder, name, NAMES, role=role, identity=identity, days=7, now=datetime.now(timezone.utc))
+
+    def audit(self, name: str, log: str) -> dict[str, Any]:
+        """The configuration of an audit log that is signed by a key of `name`."""
+        files.audit_key(self.folder / "audit", name)
+        return {"log": str(self.folder / log), "key": str(self.folder / "audit" / f"{name}.key"), "fsync": "interval", "max_mib": 64}
+
+    def process(self, name: str, command: Sequence[str], *, ready: str = "") -> Process:
+        """Another program that is started; `ready` is what it says when it can be used."""
+        made = Process(self.folder / f"{name}.log")
+        self._stack.callback(made.kill)
+        made.run(command, PYTHONPATH=f"{ROOT / 'tests'}:{ROOT}")
+        until(lambda: ready in made.said(), f"{name}: {ready}")
+        return made
 
     def controller(self, name: str, store: dict[str, Any] | None = None) -> Controller:
         """A controller that is started."""

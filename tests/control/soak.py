@@ -19,7 +19,6 @@ import ssl
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -29,40 +28,43 @@ from typing import Any
 
 from guard.record import recorded, write_table
 
-from .plane import ROOT, Plane, Running, built, free_port, plane, until
-from .redis_server import DURABLE
+from kalium.pki.authority import Role
+from kalium.policy.compile import compile_policy
+
+from .processes import Plane, built
+from .redis_server import DURABLE, RedisServer
 
 POLICY = """\
 schema: kalium/v1
 app: soak
-version: {version}
+version: 1
 mode: enforce
 peers:
-  gateway: {{host: gateway, port: 8080, protocol: http, role: gateway}}
+  gateway: {host: gateway, port: 8080, protocol: http, role: gateway}
 entries: [front]
 functions:
   front:
     invocation_timeout_ms: 3600000
     messages:
-      - {{invoke: a}}
-      - choice: [{{invoke: b}}, {{invoke: c}}]
-      - optional: {{invoke: d}}
-      - parallel: [{{invoke: e}}, {{invoke: f}}]
+      - {invoke: a}
+      - choice: [{invoke: b}, {invoke: c}]
+      - optional: {invoke: d}
+      - parallel: [{invoke: e}, {invoke: f}]
         join: answered
-      - {{invoke: g, async: true, callback: h}}
-      - {{repeat: {{invoke: i}}, at_most: 3}}
-      - {{invoke: j, retries: 1}}
-  b: {{invocation_timeout_ms: 3600000, messages: [{{invoke: n}}]}}
-  a: {{messages: []}}
-  c: {{messages: []}}
-  d: {{messages: []}}
-  e: {{messages: []}}
-  f: {{messages: []}}
-  g: {{messages: []}}
-  h: {{messages: []}}
-  i: {{messages: []}}
-  j: {{messages: []}}
-  n: {{messages: []}}
+      - {invoke: g, async: true, callback: h}
+      - {repeat: {invoke: i}, at_most: 3}
+      - {invoke: j, retries: 1}
+  b: {invocation_timeout_ms: 3600000, messages: [{invoke: n}]}
+  a: {messages: []}
+  c: {messages: []}
+  d: {messages: []}
+  e: {messages: []}
+  f: {messages: []}
+  g: {messages: []}
+  h: {messages: []}
+  i: {messages: []}
+  j: {messages: []}
+  n: {messages: []}
 """
 OTHER = """\
 schema: kalium/v1
@@ -79,15 +81,25 @@ functions:
 TIMES_MIN = 10  # of each kind of fault
 HANG_S = 2.0
 UNACKNOWLEDGED_MS = 1000  # a verdict that was told so shortly before its agent was killed may be lost with it
-CONTROLLERS = ("controller-0", "controller-1")
 NODES = ("node0", "node1")
 
 
-class Faults:
-    """What can happen to the plane. Each method is one kind, and leaves the plane whole again."""
+class Site:
+    """Two controllers that share a Redis, and two agents, each with a cable of its own to each controller."""
 
-    def __init__(self, where: Plane, randomness: random.Random) -> None:
+    def __init__(self, where: Plane, redis: RedisServer) -> None:
         self.plane = where
+        self.redis = redis
+        self.controllers = [where.controller(f"controller-{number}", {"kind": "redis", "url": redis.url}) for number in range(2)]
+        self.cables = {node: [where.proxy(controller.port) for controller in self.controllers] for node in NODES}
+        self.agents = [where.agent(node, [cable.address for cable in self.cables[node]]) for node in NODES]
+
+
+class Faults:
+    """What can happen to a site. Each method is one kind, and leaves the site whole again."""
+
+    def __init__(self, site: Site, randomness: random.Random) -> None:
+        self.site = site
         self.random = randomness
         self.killed_ms: dict[str, list[int]] = {node: [] for node in NODES}
 
@@ -106,51 +118,49 @@ class Faults:
 
     def controller_killed(self) -> None:
         """kill -9, and a new one at the same address."""
-        name = self.random.choice(CONTROLLERS)
-        self.plane.running[name].kill()
-        self.plane.controller(name, store=self.plane.store)
+        controller = self.random.choice(self.site.controllers)
+        controller.kill()
+        controller.start()
 
     def controller_drained(self) -> None:
         """SIGTERM: it says goodbye."""
-        name = self.random.choice(CONTROLLERS)
-        assert self.plane.running[name].stop() == 0, self.plane.running[name].said()[-2000:]
-        self.plane.controller(name, store=self.plane.store)
+        controller = self.random.choice(self.site.controllers)
+        assert controller.end() == 0, controller.said()[-2000:]
+        controller.start()
 
     def controller_hangs(self) -> None:
         """It keeps its connections and says nothing."""
-        process = self.plane.running[self.random.choice(CONTROLLERS)].process
-        process.send_signal(signal.SIGSTOP)
+        controller = self.random.choice(self.site.controllers)
+        controller.send(signal.SIGSTOP)
         time.sleep(HANG_S)
-        process.send_signal(signal.SIGCONT)
+        controller.send(signal.SIGCONT)
 
     def store_killed(self) -> None:
         """kill -9 of Redis."""
-        assert self.plane.server is not None
-        self.plane.server.kill()
-        self.plane.server.start()
+        self.site.redis.kill()
+        self.site.redis.start()
 
     def agent_killed(self) -> None:
         """kill -9 of an agent: its sandboxes' connections are over."""
-        node = self.random.choice(NODES)
-        self.plane.running[node].kill()
-        self.killed_ms[node].append(time.time_ns() // 1_000_000)
-        start_agent(self.plane, node)
+        agent = self.random.choice(self.site.agents)
+        agent.kill()
+        self.killed_ms[agent.node].append(time.time_ns() // 1_000_000)
+        agent.start()
 
     def network_cut(self) -> None:
         """Packets between one agent and the controllers vanish: no end of a connection is seen."""
-        node = self.random.choice(NODES)
-        relays = [self.plane.running[f"{node} to {name}"].process for name in CONTROLLERS]
-        for process in relays:
-            process.send_signal(signal.SIGSTOP)
+        cables = self.site.cables[self.random.choice(NODES)]
+        for cable in cables:
+            cable.cut()
         time.sleep(HANG_S)
-        for process in relays:
-            process.send_signal(signal.SIGCONT)
+        for cable in cables:
+            cable.heal()
 
     def bad_frames(self) -> None:
         """A peer with a good certificate that sends rubbish, frames that are too long, and frames out of turn."""
-        port = self.plane.ports[self.random.choice(CONTROLLERS)]
-        context = ssl.create_default_context(cafile=str(self.plane.pki / "ca.crt"))
-        context.load_cert_chain(f"{self.plane.pki / 'stranger'}.crt", f"{self.plane.pki / 'stranger'}.key")
+        port, folder = self.random.choice(self.site.controllers).port, self.site.plane.folder
+        context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+        context.load_cert_chain(folder / "stranger.crt", folder / "stranger.key")
         context.check_hostname = False
         for rubbish in (self.random.randbytes(500), b"KL\x01\x09\0\0\0\0\xff\xff\xff\xff", b"KL\x02", b"KL\x01\x03\0\0\0\x01\0\0\0\x01\x80"):
             with socket.create_connection(("127.0.0.1", port), timeout=10) as plain, context.wrap_socket(plain) as connection:
@@ -160,29 +170,11 @@ class Faults:
 
     def half_open(self) -> None:
         """A hundred connections that never finish their handshake."""
-        port = self.plane.ports[self.random.choice(CONTROLLERS)]
+        port = self.random.choice(self.site.controllers).port
         held = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(100)]
         time.sleep(HANG_S)
         for connection in held:
             connection.close()
-
-
-def start_agent(where: Plane, node: str) -> None:
-    """An agent that reaches each controller over a relay of its own, which can be stopped like a wire can be cut."""
-    addresses = []
-    for name in CONTROLLERS:
-        relay = f"{node} to {name}"
-        if relay not in where.running:
-            port = where.ports[relay] = free_port()
-            command = [sys.executable, "-m", "control.cable", str(port), str(where.ports[name])]
-            process = where.start(relay, command, environment={"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"})
-            _until_it_listens(process)
-        addresses.append((f"127.0.0.1:{where.ports[relay]}", name))
-    where.agent(node, addresses)
-
-
-def _until_it_listens(process: Running) -> None:
-    until(lambda: "listening" in process.said(), process.name)
 
 
 def schedule(kinds: list[str], seconds: float, seed: int) -> list[tuple[float, str]]:
@@ -195,9 +187,11 @@ def schedule(kinds: list[str], seconds: float, seed: int) -> list[tuple[float, s
     return list(zip(moments, names, strict=True))
 
 
-def missing_verdicts(where: Plane, denials: Path, faults: Faults) -> list[str]:
+def missing_verdicts(site: Site, denials: Path, faults: Faults) -> list[str]:
     """Verdicts that were told and are in no log, but for those that an agent took with it when it was killed."""
-    logged = {node: {json.loads(line)["message"] for line in (where.folder / node / "verdicts.jsonl").open(encoding="utf-8")} for node in NODES}
+    logged = {
+        agent.node: {json.loads(line).get("message") for line in (agent.folder / "verdicts.jsonl").open(encoding="utf-8")} for agent in site.agents
+    }
     lost = []
     with denials.open(encoding="utf-8", newline="") as file:
         for node, message, told in csv.reader(file, delimiter="\t"):
@@ -218,16 +212,14 @@ def slope(samples: list[tuple[float, int]]) -> float:
 class Watch:
     """Resident memory of processes that nobody has restarted since the last sample."""
 
-    def __init__(self, where: Plane) -> None:
-        self.plane = where
+    def __init__(self, site: Site) -> None:
+        self.parts = {**{each.name: each for each in site.controllers}, **{each.node: each for each in site.agents}}
         self.samples: dict[tuple[str, int], list[tuple[float, int]]] = {}
 
     def look(self, at: float) -> None:
         """Take a sample of each."""
-        for name in (*CONTROLLERS, *NODES):
-            running = self.plane.running[name]
-            if running.process.poll() is None:
-                self.samples.setdefault((name, running.process.pid), []).append((at, running.resident_kib()))
+        for name, process in self.parts.items():
+            self.samples.setdefault((name, process.pid), []).append((at, process.resident_kib()))
 
     def slopes(self) -> dict[str, float]:
         """The steepest of each part, over the process that lived longest."""
@@ -237,25 +229,18 @@ class Watch:
         return {name: slope(samples) for name, samples in longest.items()}
 
 
-def play(where: Plane, arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], Counter[str], dict[str, float], list[str]]:
+def play(where: Plane, redis: RedisServer, arguments: argparse.Namespace) -> tuple[dict[str, Any], Counter[str], dict[str, float], list[str]]:
     """Everything between the start and the end of the load: its sum, the faults, slopes of memory, and what was wrong."""
-    randomness = random.Random(arguments.seed)  # noqa: S311 - as the schedule
-    where.publish(POLICY.format(version=1))
-    where.publish(OTHER)
-    where.issue("client", "stranger")
-    where.redis(*DURABLE)
-    for name in CONTROLLERS:
-        where.controller(name, store=where.store)
-    for node in NODES:
-        start_agent(where, node)
-    faults = Faults(where, randomness)
+    where.issue("stranger", Role.CLIENT)
+    site = Site(where, redis)
+    faults = Faults(site, random.Random(arguments.seed))  # noqa: S311 - as the schedule
     kinds = faults.kinds()
     seconds = arguments.minutes * 60
     plan = schedule(sorted(kinds), seconds, arguments.seed)
-    denials = folder / "denials.tsv"
+    denials = where.folder / "denials.tsv"
     options = {"soak-calls": arguments.calls, "rate": arguments.rate, "seconds": seconds, "seed": arguments.seed, "denials": denials}
     command = [str(built("kalium-load")), "soak", *(f"-{name}={value}" for name, value in options.items())]
-    load = subprocess.Popen([*command, *(str(where.folder / node) for node in NODES)], stdout=subprocess.PIPE, text=True)
+    load = subprocess.Popen([*command, *(str(agent.folder) for agent in site.agents)], stdout=subprocess.PIPE, text=True)
     lines: list[dict[str, Any]] = []
 
     def follow() -> None:
@@ -264,7 +249,7 @@ def play(where: Plane, arguments: argparse.Namespace, folder: Path) -> tuple[dic
 
     reader = threading.Thread(target=follow, daemon=True)
     reader.start()
-    began, injected, wrong, watch = time.monotonic(), Counter[str](), [], Watch(where)
+    began, injected, wrong, watch = time.monotonic(), Counter[str](), [], Watch(site)
     for due, kind in [*plan, (seconds, "")]:
         while (left := began + due - time.monotonic()) > 0 and load.poll() is None:
             time.sleep(min(left, 5.0))
@@ -285,7 +270,7 @@ def play(where: Plane, arguments: argparse.Namespace, folder: Path) -> tuple[dic
         wrong.append(f"the load ended with {load.returncode}")
     time.sleep(1.0)  # what the agents have taken is written within 20 ms
     total = lines[-1] if lines else {}
-    lost = missing_verdicts(where, denials, faults)
+    lost = missing_verdicts(site, denials, faults)
     total["LostVerdicts"] = len(lost) + total.get("LostAnswers", 0)
     wrong += [f"a verdict is in no log: {each}" for each in lost[:10]] + (total.get("First") or [])
     return total, injected, watch.slopes(), wrong
@@ -301,12 +286,13 @@ def main() -> None:
     arguments = parser.parse_args()
     parameters = {"minutes": arguments.minutes, "calls": arguments.calls, "rate": arguments.rate}
     profile = "full" if arguments.minutes >= 10 else "quick"
+    policies = [compile_policy(text.encode(), "a policy of the soak") for text in (POLICY, OTHER)]
     with (
-        tempfile.TemporaryDirectory(prefix="kalium-soak-") as folder,
-        plane(Path(folder) / "plane") as where,
+        Plane(*policies) as where,
+        RedisServer(where.folder / "redis", *DURABLE) as redis,
         recorded("soak", profile=profile, seed=arguments.seed, parameters=parameters) as run,
     ):
-        total, injected, slopes, wrong = play(where, arguments, Path(folder))
+        total, injected, slopes, wrong = play(where, redis, arguments)
         (run.folder / "observations.json").write_text(
             json.dumps({"load": total, "faults": injected, "wrong": wrong}, indent=1) + "\n", encoding="utf-8"
         )

@@ -28,10 +28,10 @@ type guard struct {
 
 // newGuard registers an instance at the agent in folder and says hello as its guard.
 func newGuard(folder, app, function, container string) (*guard, error) {
-	if err := registerAt(filepath.Join(folder, "register.sock"), app, function, container); err != nil {
+	if err := registerAt(filepath.Join(folder, "register"), app, function, container); err != nil {
 		return nil, err
 	}
-	conn, err := net.DialTimeout("unix", filepath.Join(folder, "guard.sock"), dialTimeout)
+	conn, err := net.DialTimeout("unix", filepath.Join(folder, "guard"), dialTimeout)
 	if err != nil {
 		return nil, err
 	}
