@@ -297,6 +297,10 @@ class Plane:
         self._stack.callback(made.kill)
         return made.start(wait=wait)
 
+    def at_end(self, end: Callable[[], object]) -> None:
+        """Call `end` with the plane's end."""
+        self._stack.callback(end)
+
     def proxy(self, port: int) -> Proxy:
         made = Proxy(port)
         self._stack.callback(made.close)

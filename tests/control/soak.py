@@ -241,6 +241,7 @@ def play(where: Plane, redis: RedisServer, arguments: argparse.Namespace) -> tup
     options = {"soak-calls": arguments.calls, "rate": arguments.rate, "seconds": seconds, "seed": arguments.seed, "denials": denials}
     command = [str(built("kalium-load")), "soak", *(f"-{name}={value}" for name, value in options.items())]
     load = subprocess.Popen([*command, *(str(agent.folder) for agent in site.agents)], stdout=subprocess.PIPE, text=True)
+    where.at_end(load.kill)
     lines: list[dict[str, Any]] = []
 
     def follow() -> None:
@@ -284,6 +285,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2000.0, help="questions a second; default: 2000")
     parser.add_argument("--seed", type=int, default=1, help="of calls and faults; default: 1")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
     parameters = {"minutes": arguments.minutes, "calls": arguments.calls, "rate": arguments.rate}
     profile = "full" if arguments.minutes >= 10 else "quick"
     policies = [compile_policy(text.encode(), "a policy of the soak") for text in (POLICY, OTHER)]

@@ -20,6 +20,10 @@ var errGone = errors.New("the agent is gone")
 type guard struct {
 	agent, app, function, container string
 
+	// one is held while a start or an awaited end is asked about: an instance works on one request at a time, and the
+	// answers to so many starts alone are remembered for it.
+	one sync.Mutex
+
 	conn net.Conn
 	mu   sync.Mutex
 	last uint32

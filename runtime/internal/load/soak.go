@@ -35,13 +35,13 @@ type Soaked struct {
 }
 
 const (
-	soakApp, otherApp  = "soak", "soak-other"
-	instancesOfSoak    = 8 // of a function and agent
-	patience           = 30 * time.Second
-	repeatShare        = 0.05
-	attemptShare       = 0.15
-	firstMax           = 20
-	frontInstancesMore = 4 // times as many fronts: each call has one all the time
+	soakApp, otherApp = "soak", "soak-other"
+	instancesOfSoak   = 8 // of a function and agent
+	patience          = 30 * time.Second
+	repeatShare       = 0.05
+	attemptShare      = 0.15
+	firstMax          = 20
+	callsOfFront      = 100 // that an instance of the front has when one agent has all calls
 )
 
 var soakFunctions = []string{"front", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "n"}
@@ -83,8 +83,8 @@ func Soak(plan SoakPlan, progress func(Soaked)) (*Soaked, error) {
 	for i := range plan.Calls {
 		calls.Go(func() {
 			random := rand.New(rand.NewPCG(plan.Seed, uint64(i)))
-			for first := true; ctx.Err() == nil; first = false {
-				(&soakCall{s: s, random: random, spread: first}).run()
+			for ctx.Err() == nil {
+				(&soakCall{s: s, random: random}).run()
 			}
 		})
 	}
@@ -119,7 +119,7 @@ func (s *soak) populate() error {
 		for _, function := range soakFunctions {
 			n := instancesOfSoak
 			if function == "front" {
-				n = max(n*frontInstancesMore, s.plan.Calls/len(s.plan.Folders)/100)
+				n = max(n, s.plan.Calls/callsOfFront)
 			}
 			for range n {
 				if err := s.add(folder, soakApp, function); err != nil {
@@ -218,14 +218,11 @@ type soakCall struct {
 	s      *soak
 	random *rand.Rand
 	id     string
-	spread bool // the first call of a lane begins at a random moment
 	used   []*guard
 }
 
 func (c *soakCall) run() {
-	if c.spread {
-		c.pause(1)
-	}
+	c.pause(1) // also so that what fails at once is not tried at once
 	err := c.walk()
 	switch {
 	case err == nil:
@@ -441,7 +438,7 @@ func (c *soakCall) ask(g *guard, m frame.Message) (*frame.Answer, error) {
 		if err != nil {
 			return nil, errAbandoned
 		}
-		if answer.Reason != string(policy.ReasonControllerUnavailable) {
+		if answer.Reason != string(policy.ReasonControllerUnavailable) && answer.Reason != string(policy.ReasonOverloaded) {
 			c.s.sums.steps.Add(1)
 			return answer, nil
 		}
@@ -490,6 +487,8 @@ func (c *soakCall) start(function, token string) (begun, error) {
 	g := c.s.pick(c.random, soakApp, function)
 	c.used = append(c.used, g)
 	m := &frame.Start{Step: c.step(), Token: token, Version: 1}
+	g.one.Lock()
+	defer g.one.Unlock()
 	answer, err := c.ask(g, m)
 	if err != nil {
 		return begun{}, err
@@ -533,7 +532,9 @@ func (c *soakCall) end(live begun) error {
 		}
 		return nil
 	}
+	live.by.one.Lock()
 	answer, err := c.ask(live.by, &frame.Finish{Call: c.id, Invocation: live.id, Outcome: "answered"})
+	live.by.one.Unlock()
 	if err == nil && !answer.Allowed {
 		err = c.denied("the end of "+live.by.function, answer)
 	}
@@ -549,6 +550,10 @@ func (c *soakCall) try(by begun, reason, what string, m *frame.Invoke) {
 
 // refused asks for what has to be denied, and tells the agent of the denial as a guard does.
 func (c *soakCall) refused(g *guard, reason, what string, m frame.Message) {
+	if _, isStart := m.(*frame.Start); isStart {
+		g.one.Lock()
+		defer g.one.Unlock()
+	}
 	answer, err := c.ask(g, m)
 	if err != nil || c.dead() {
 		return
