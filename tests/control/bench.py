@@ -1,6 +1,6 @@
 """The controller's benchmark: what a step and an app edge cost, beside echo servers over the same hops, in turns in one run.
 
-    python -m control.bench [--quick]        (with tests/ on PYTHONPATH; `make bench-controller`)
+    python -m control.bench [--quick] [--rounds 5]        (with tests/ on PYTHONPATH; `make bench-controller`)
 
 Four servers stand side by side: (a) the controller over mutual TLS, (b) its dispatcher without TLS, (c) an echo with the same framing,
 in the same language and on the same loop, over TLS and without, (d) the controller with Redis as its store. Edges go as two guards'
@@ -219,8 +219,9 @@ def main() -> None:
     """Measure, and record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one round of short turns, and no population of a million: shows that it runs")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each case; default: 5")
     arguments = parser.parse_args()
-    rounds, seconds = (1, 0.5) if arguments.quick else (5, 2.0)
+    rounds, seconds = (1, 0.5) if arguments.quick else (arguments.rounds, 2.0)
     counts = (10_000,) if arguments.quick else (10_000, 100_000, 1_000_000)
     parameters = {"rounds": rounds, "seconds": seconds, "lanes": LANES, "calls": counts}
     profile = "quick" if arguments.quick else "full"

@@ -134,12 +134,16 @@ func (s *soak) populate() error {
 	return nil
 }
 
+// add makes an instance. One that fails half-way is tried again under its own name: what the agent has registered stays one.
 func (s *soak) add(folder, app, function string) error {
 	s.mu.Lock()
 	s.made++
 	container := fmt.Sprintf("soak-%s-%s-%d", filepath.Base(folder), function, s.made)
 	s.mu.Unlock()
 	g, err := newGuard(folder, app, function, container)
+	for deadline := time.Now().Add(patience); err != nil && time.Now().Before(deadline); g, err = newGuard(folder, app, function, container) {
+		time.Sleep(50 * time.Millisecond)
+	}
 	if err != nil {
 		return err
 	}
@@ -171,9 +175,8 @@ func (s *soak) replace() {
 	}
 	s.mu.Unlock()
 	for _, each := range all {
-		deadline := time.Now().Add(patience)
-		for s.add(each.folder, each.app, each.function) != nil && time.Now().Before(deadline) {
-			time.Sleep(50 * time.Millisecond)
+		if err := s.add(each.folder, each.app, each.function); err != nil {
+			s.wrong(&s.sums.unexpected, "no instance of %s: %v", each.function, err)
 		}
 	}
 }
