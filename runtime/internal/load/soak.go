@@ -441,7 +441,9 @@ func (c *soakCall) ask(g *guard, m frame.Message) (*frame.Answer, error) {
 		if err != nil {
 			return nil, errAbandoned
 		}
-		if answer.Reason != string(policy.ReasonControllerUnavailable) && answer.Reason != string(policy.ReasonOverloaded) {
+		switch policy.Reason(answer.Reason) {
+		case policy.ReasonControllerUnavailable, policy.ReasonOverloaded, policy.ReasonHeldTooLong: // nothing was decided
+		default:
 			c.s.sums.steps.Add(1)
 			return answer, nil
 		}
