@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from kalium.controller.calls import MemoryCalls
@@ -22,6 +23,7 @@ from kalium.policy.envelope import public_key, verify
 from kalium.protocol.frames import Answer, InstanceInvoke, InstanceStart, Register
 
 PER_INSTANCE = LIMITS.invocations_per_instance
+BOUNDLESS = replace(LIMITS, calls=10**8, invocations=10**9, tokens=10**9)  # a population may be larger than a site's tables
 
 
 def resident_bytes() -> int:
@@ -34,7 +36,7 @@ class Population:
 
     def __init__(self, policies: Path, key_file: Path) -> None:
         registry = Registry()
-        self.state = State(registry, MemoryCalls(held=registry.held, mint=lambda: secrets.token_hex(16)))
+        self.state = State(registry, MemoryCalls(held=registry.held, mint=lambda: secrets.token_hex(16), limits=BOUNDLESS))
         key = public_key(key_file.read_bytes(), str(key_file))
         envelope = (policies / "bench.signed.json").read_bytes()
         registry.install(verify(envelope, key), envelope, now_ns=self.now())
