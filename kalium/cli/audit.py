@@ -19,9 +19,9 @@ from kalium.errors import EXIT_DONE, EXIT_NO
 
 EXAMPLES = """\
 examples:
-  kalium audit verify /var/log/kalium/audit.jsonl* --key /etc/kalium/audit/node0.pub
-  kalium audit verify /var/log/kalium/audit.jsonl* --key node0.pub --anchors controller-audit.jsonl* --anchors-key controller.pub
-  kalium audit show /var/log/kalium/audit.jsonl --event verdict --last 5
+  kalium audit verify /var/log/kalium/agent/audit.jsonl* --key node0.pub
+  kalium audit verify /var/log/kalium/agent/audit.jsonl* --key node0.pub --anchors controller-audit.jsonl* --anchors-key controller.pub
+  kalium audit show /var/log/kalium/agent/audit.jsonl --event verdict --last 5
 
 Files of one log may be named in any order.
 """

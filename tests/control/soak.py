@@ -78,7 +78,11 @@ functions:
   front: {messages: [{invoke: a}]}
   a: {messages: []}
 """
+KINDS = (
+    "controller_killed", "controller_drained", "controller_hangs", "store_killed", "agent_killed", "network_cut", "bad_frames", "half_open",
+)  # fmt: skip
 TIMES_MIN = 10  # of each kind of fault
+LOGGED_S_MAX = 5.0  # until an agent has written what it was told; it waits 20 ms for more
 HANG_S = 2.0
 UNACKNOWLEDGED_MS = 1000  # a verdict that was told so shortly before its agent was killed may be lost with it
 NODES = ("node0", "node1")
@@ -105,16 +109,7 @@ class Faults:
 
     def kinds(self) -> dict[str, Callable[[], None]]:
         """By name."""
-        return {
-            "controller_killed": self.controller_killed,
-            "controller_drained": self.controller_drained,
-            "controller_hangs": self.controller_hangs,
-            "store_killed": self.store_killed,
-            "agent_killed": self.agent_killed,
-            "network_cut": self.network_cut,
-            "bad_frames": self.bad_frames,
-            "half_open": self.half_open,
-        }
+        return {kind: getattr(self, kind) for kind in KINDS}
 
     def controller_killed(self) -> None:
         """kill -9, and a new one at the same address."""
@@ -269,9 +264,10 @@ def play(where: Plane, redis: RedisServer, arguments: argparse.Namespace) -> tup
     reader.join(10)
     if load.returncode != 0 or not lines:
         wrong.append(f"the load ended with {load.returncode}")
-    time.sleep(1.0)  # what the agents have taken is written within 20 ms
     total = lines[-1] if lines else {}
-    lost = missing_verdicts(site, denials, faults)
+    deadline = time.monotonic() + LOGGED_S_MAX
+    while (lost := missing_verdicts(site, denials, faults)) and time.monotonic() < deadline:
+        time.sleep(0.1)
     total["LostVerdicts"] = len(lost) + total.get("LostAnswers", 0)
     wrong += [f"a verdict is in no log: {each}" for each in lost[:10]] + (total.get("First") or [])
     return total, injected, watch.slopes(), wrong
@@ -317,7 +313,7 @@ def main() -> None:
         ]
         write_table(run.summary, rows)
     print(*(f"{row['name']:<36}{row['value']:>14} {row['unit']}" for row in rows), sep="\n")
-    few = [kind for kind in Faults.kinds(Faults.__new__(Faults)) if injected[kind] < TIMES_MIN]
+    few = [kind for kind in KINDS if injected[kind] < TIMES_MIN]
     bad = [row["name"] for row in rows if row["name"] in ("cross_talk", "lost_verdicts", "false_allows", "unexpected") and row["value"]]
     for sentence in (*wrong, *(f"{kind} was injected {injected[kind]} times, fewer than {TIMES_MIN}" for kind in few)):
         print(f"wrong: {sentence}")
