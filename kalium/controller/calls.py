@@ -18,7 +18,7 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 
 from kalium.controller.deadlines import Buckets
-from kalium.controller.limits import INVOCATIONS_PER_CALL_MAX, LIMITS, Limits
+from kalium.controller.limits import INVOCATIONS_PER_CALL_MAX, LIMITS, STARTS_PER_INFLIGHT, Limits
 from kalium.controller.registry import NS_PER_MS, REGISTERED, Instance, denied, full
 from kalium.policy.automaton import CompiledPolicy, Label, States
 from kalium.policy.message import Reason
@@ -222,27 +222,30 @@ class _Record:
     What its function's invocations begin with is looked up once for each policy, as most begin under the same.
     """
 
-    __slots__ = ("due_ns", "ended", "function", "is_entry", "lifetime_ns", "live", "owner", "policy", "start", "starts", "tokens")
+    __slots__ = ("due_ns", "ended", "function", "is_entry", "lifetime_ns", "live", "owner", "policy", "start", "starts", "starts_max", "tokens")
 
-    def __init__(self, owner: Instance) -> None:
+    def __init__(self, owner: Instance, starts_max: int) -> None:
         self.function = owner.function
         self.owner = owner
         self.live: list[_Invocation] = []
         self.tokens = 0  # pending ones that its invokes were granted
         self.due_ns = 0  # when to look at it, never later than the first of `live` is due; 0 for never
         self.starts: dict[str, _Started] = {}
+        self.starts_max = starts_max
         self.ended: dict[str, str] = {}  # invocation -> outcome, of those whose end somebody waits for
         self.policy: CompiledPolicy | None = None
         self.start: States = frozenset()
         self.lifetime_ns = 0
         self.is_entry = False
 
-    def begin_under(self, policy: CompiledPolicy, grace_ns: int) -> None:
+    def begin_under(self, policy: CompiledPolicy, grace_ns: int, starts_max: int) -> None:
         """Look up what begins an invocation under `policy`, which has the function."""
+        function = policy.functions[self.function]
         self.policy = policy
         self.start = policy.app_cfg[self.function].start
-        self.lifetime_ns = policy.functions[self.function].invocation_timeout_ms * NS_PER_MS + grace_ns
+        self.lifetime_ns = function.invocation_timeout_ms * NS_PER_MS + grace_ns
         self.is_entry = self.function in policy.entries
+        self.starts_max = min(STARTS_PER_INFLIGHT * function.max_inflight, starts_max)
 
 
 class MemoryCalls:
@@ -255,7 +258,6 @@ class MemoryCalls:
         self._held = held
         self._mint = mint
         self._limits = limits
-        self._starts_max = limits.starts_per_instance
         self._grace_ns = limits.invocation_grace_ms * NS_PER_MS
         self._token_ns = limits.token_ms * NS_PER_MS
         self._late_ns = limits.token_late_ms * NS_PER_MS
@@ -292,7 +294,7 @@ class MemoryCalls:
         key = (who.node, who.id, who.app, who.function)
         record = self._records.get(key)
         if record is None:
-            record = self._records[key] = _Record(who)
+            record = self._records[key] = _Record(who, self._limits.starts_per_instance)
         record.owner = who
         who.calls = record
         return REGISTERED
@@ -327,7 +329,7 @@ class MemoryCalls:
         else:
             started = (_NO_TEXT, version, answer, 0, False)
         starts[step] = started
-        if len(starts) > self._starts_max:
+        if len(starts) > record.starts_max:
             del starts[next(iter(starts))]  # a guard repeats only its latest questions
         return answer
 
@@ -348,7 +350,7 @@ class MemoryCalls:
         if record.policy is not policy:
             if who.function not in policy.functions:
                 return denied(Reason.UNKNOWN_FUNCTION, f"version {version} of {who.app} has no function {who.function}")
-            record.begin_under(policy, self._grace_ns)
+            record.begin_under(policy, self._grace_ns, self._limits.starts_per_instance)
         return None if record.is_entry else denied(Reason.NOT_AN_ENTRY, f"{who.function} starts only with the token of a granted invoke")
 
     def join(self, who: Instance, version: int, token: str, step: str, *, now_ns: int) -> Answer:
@@ -366,7 +368,7 @@ class MemoryCalls:
             started = (key, version, started, 0, False)
         assert type(started) is tuple
         starts[step] = started
-        if len(starts) > self._starts_max:
+        if len(starts) > record.starts_max:
             del starts[next(iter(starts))]
         return self._started(started)
 
@@ -425,7 +427,7 @@ class MemoryCalls:
     def _begin(self, call: _Call, record: _Record, edge: _Edge | None, place: int, number: int, now_ns: int) -> None:
         """Add an invocation of the record's function to the call, at a place that is free."""
         if record.policy is not call.policy:
-            record.begin_under(call.policy, self._grace_ns)
+            record.begin_under(call.policy, self._grace_ns, self._limits.starts_per_instance)
         due_ns = self._due_ns(record.lifetime_ns, now_ns)
         invocation = _Invocation(call, number, record, record.start, due_ns, len(record.live), edge)
         call.rows[place] = invocation

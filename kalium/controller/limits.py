@@ -8,6 +8,7 @@ from kalium.policy.limits import INFLIGHT_MAX
 from kalium.protocol.limits import LEASE_MS
 
 INVOCATIONS_PER_CALL_MAX = 256  # the place of one is a byte of its id
+STARTS_PER_INFLIGHT = 2  # remembered for each invocation that an instance may have at a time: the one, and the one before it
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Limits:
     tokens_per_call: int = 256
     tokens_per_instance: int = 4096  # that it was granted, whatever its calls, so that one instance cannot fill the table of the site
     invocations_per_instance: int = 256  # so that one instance cannot fill the table of calls alone
-    starts_per_instance: int = INFLIGHT_MAX  # remembered answers; the oldest is forgotten, and asked again it is a new step
+    # Remembered answers, of a function with a small max_inflight fewer; the oldest is forgotten, and asked again it is a new step.
+    starts_per_instance: int = INFLIGHT_MAX
     duplicate_heard_ms: int = 3_000  # another run of an agent is refused while this one was heard within this; it pings when idle
     agents: int = 1024  # beyond it the welcome says no
     # Of its node, those included that a new connection has not registered again: an agent has half as many, and as many before a restart.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kalium.controller.limits import LIMITS
+from kalium.controller.limits import LIMITS, STARTS_PER_INFLIGHT
 from kalium.controller.server import CONNECTIONS_OF_AGENT_MAX, CONNECTIONS_OF_OTHERS_MAX, HANDSHAKES_MAX, KEPT_BYTES_MAX, TURN_BYTES
 from kalium.policy.message import Reason
 from kalium.protocol import limits
@@ -126,6 +126,7 @@ def test_the_times_in_the_text_are_those_of_the_code() -> None:
     assert f"of an asynchronous edge or a callback {LIMITS.token_late_ms // 1000} s after it" in WORDS
     assert f"| a token of an asynchronous edge or a callback | {LIMITS.token_late_ms // 1000} s |" in TEXT
     assert f"the last step of an invocation and to the last {LIMITS.starts_per_instance} starts" in WORDS
+    assert f"`max_inflight` ({STARTS_PER_INFLIGHT} for each)" in WORDS
 
 
 def test_the_reasons_in_the_text_exist() -> None:
@@ -144,6 +145,7 @@ def test_the_reasons_in_the_text_exist() -> None:
         "callee",
         "expected",
         "invocation_timeout_ms",
+        "max_inflight",
     }
 
     assert words <= {reason.value for reason in Reason}

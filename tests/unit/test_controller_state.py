@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kalium.controller.calls import Evicted, MemoryCalls
 from kalium.controller.deadlines import Buckets
-from kalium.controller.limits import LIMITS
+from kalium.controller.limits import LIMITS, STARTS_PER_INFLIGHT
 from kalium.controller.mint import Mint
 from kalium.controller.registry import NS_PER_MS, DuplicateAgent
 from kalium.errors import KaliumError
@@ -745,16 +745,14 @@ def test_agents_have_a_bound_and_one_that_comes_back_is_not_one_more() -> None:
     assert node.state.registry.agent_hello("connection-3", node="node0", run=RUN, now_ns=0) == "connection-1"
 
 
-def test_the_memory_of_starts_has_a_bound_and_forgets_the_oldest() -> None:
-    node = site(replace(LIMITS, starts_per_instance=2))
-    lists = granted(node.start("lists", step="0" * 16))
-    first = granted(node.start("lists", step="1" * 16))
+@pytest.mark.parametrize(("starts_per_instance", "remembered"), [(LIMITS.starts_per_instance, STARTS_PER_INFLIGHT), (1, 1)])
+def test_the_memory_of_starts_has_a_bound_and_forgets_the_oldest(starts_per_instance: int, remembered: int) -> None:
+    node = site(replace(LIMITS, starts_per_instance=starts_per_instance))  # and `lists` has one invocation in flight
+    answers = [granted(node.start("lists", step=f"{number:016x}")) for number in range(remembered + 1)]
 
-    assert node.start("lists", step="0" * 16) == lists
-    granted(node.start("lists", step="2" * 16))
-
-    assert node.start("lists", step="1" * 16) == first
-    assert node.start("lists", step="0" * 16).call != lists.call  # a new step, judged as one
+    for number in range(1, remembered + 1):
+        assert node.start("lists", step=f"{number:016x}") == answers[number]
+    assert node.start("lists", step="0" * 16).call != answers[0].call  # a new step, judged as one
 
 
 @pytest.mark.parametrize("bound", ["invocations", "tokens"])
