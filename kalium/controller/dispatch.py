@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from kalium.controller.audit import AuditLog, NoAudit
 from kalium.controller.calls import Deferred, Evicted
@@ -48,8 +48,7 @@ STATUS_KEPT_NS = 100 * NS_PER_MS  # a large site's takes tens of milliseconds, i
 _QUIET = (CloseReason.END_OF_STREAM.value, CloseReason.LOST.value)
 
 
-@dataclass(frozen=True)
-class Outgoing:
+class Outgoing(NamedTuple):
     """What a connection has to write; `is_last`: and then to close."""
 
     key: AgentKey

@@ -52,6 +52,7 @@ CONNECTIONS_MAX = LIMITS.agents + 64  # agents, and clients that ask for the sta
 CONNECTIONS_OF_AGENT_MAX = 8  # of one name: those that it has replaced, and what is done with its key
 CONNECTIONS_OF_OTHERS_MAX = 32  # of everybody who is no agent, so that a client's certificate takes no agent's place
 BACKLOG = 256
+INCOMING_BYTES = 262_144  # what uvloop reads at a time
 TURN_BYTES = 65_536  # of one connection that are worked on in a turn of the loop: some hundred questions
 KEPT_BYTES_MAX = 2_097_152  # of one connection that wait for their turns, more than honest agents have open; beyond it nothing is read
 SWEEP_S = 1.0  # between two looks at deadlines, at the policies and at the certificate
@@ -61,8 +62,12 @@ KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_
 UNACKNOWLEDGED_MS = 60_000
 
 
-class Connection(asyncio.Protocol):
-    """One peer whose certificate has been verified. What one says whom the controller does not take is not heard."""
+class Connection(asyncio.BufferedProtocol):
+    """One peer whose certificate has been verified. What one says whom the controller does not take is not heard.
+
+    Buffered, because a loop that makes the bytes itself makes them as long as they might be: a quarter of a MiB, mapped and unmapped
+    for each question.
+    """
 
     def __init__(self, controller: Controller, address: str) -> None:
         self._controller = controller
@@ -81,6 +86,14 @@ class Connection(asyncio.Protocol):
         self._is_taken = self._controller.connected(self)
         if not self._is_taken:
             transport.abort()
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        """Where the loop writes what it calls `buffer_updated` for at once."""
+        return self._controller.incoming(sizehint)
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """So much was written there."""
+        self.data_received(bytes(memoryview(self._controller.incoming(0))[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         """Bytes, in any split. All beyond TURN_BYTES waits, so that the others have their turns in between."""
@@ -180,6 +193,7 @@ class Controller:
         self._dispatcher = Dispatcher(self._state, log=log, audit=audit, counts=self._counts)
         self._connections: dict[Connection, None] = {}
         self._of_peer: Counter[str] = Counter()  # connections, by agent; "" for everybody else
+        self._incoming = bytearray(INCOMING_BYTES)
         self._all_gone = asyncio.Event()
         self._all_gone.set()
 
@@ -188,6 +202,12 @@ class Controller:
             return MemoryCalls(held=self.registry.held, mint=Mint())
         link.replied = self._flush
         return RedisCalls(link, name=name, versions=self.registry.versions, mint=Mint())
+
+    def incoming(self, size: int) -> bytearray:
+        """A buffer of `size` bytes or more, the same for all connections."""
+        if size > len(self._incoming):
+            self._incoming = bytearray(size)
+        return self._incoming
 
     @property
     def connections(self) -> int:

@@ -6,6 +6,9 @@ Four servers stand side by side: (a) the controller over mutual TLS, (b) its dis
 in the same language and on the same loop, over TLS and without, (d) the controller with Redis as its store. Edges go as two guards'
 frames through a real agent to (a); their floor goes through a relay in Go that decodes nothing to (c). A step is one answered question
 (START or INVOKE); the ENDs between them are work that is not counted. results/bench/controller holds the figures and every turn.
+
+What is served has a core of its own, and the load, the agent and the relay have another, as on two machines. Left to itself the
+scheduler puts the two ends of a lone question on one core in some turns, which halves them, and on two in others.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ functions:
       - parallel: [WIDE]
   leaf: {messages: []}
 """.replace("[WIDE]", "[" + ", ".join(["{parallel: [" + ", ".join(["{invoke: leaf}"] * 14) + "]}"] * 10) + "]")
+CORES = sorted(os.sched_getaffinity(0))
+SERVED, ASKING = {CORES[-1]}, {CORES[0]}
 PIPELINED = 2048  # lanes
 LANES = (1, 16, 256, PIPELINED)
 
@@ -69,7 +74,9 @@ class Bench:
         self.load = str(built("kalium-load"))
         self.turns: list[dict[str, Any]] = []
         where.issue("load", Role.AGENT)
+        os.sched_setaffinity(0, SERVED)  # what is started inherits it
         self.sides = {side.name: side for side in self._sides(redis)}
+        os.sched_setaffinity(0, ASKING)
 
     def _sides(self, redis: RedisServer) -> Iterator[Side]:
         ours = self.plane.controller("controller")
@@ -223,7 +230,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rounds, seconds = (1, 0.5) if arguments.quick else (arguments.rounds, 2.0)
     counts = (10_000,) if arguments.quick else (10_000, 100_000, 1_000_000)
-    parameters = {"rounds": rounds, "seconds": seconds, "lanes": LANES, "calls": counts}
+    parameters = {"rounds": rounds, "seconds": seconds, "lanes": LANES, "calls": counts, "cores": len(SERVED | ASKING)}
     profile = "quick" if arguments.quick else "full"
     with Plane(compile_policy(POLICY.encode(), "the benchmark's policy")) as where, RedisServer(where.folder / "redis", *LOSSY) as redis:
         bench = Bench(where, redis)

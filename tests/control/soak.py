@@ -81,6 +81,8 @@ functions:
 KINDS = (
     "controller_killed", "controller_drained", "controller_hangs", "store_killed", "agent_killed", "network_cut", "bad_frames", "half_open",
 )  # fmt: skip
+RESTARTS = ("controller_killed", "controller_drained", "agent_killed")  # the kinds after which a process's memory begins anew
+RESTARTS_UNTIL = 0.6  # of the time: whoever lives then lives to the end, so that a slope of its memory says something
 TIMES_MIN = 10  # of each kind of fault
 LOGGED_S_MAX = 5.0  # until an agent has written what it was told; it waits 20 ms for more
 HANG_S = 2.0
@@ -173,13 +175,11 @@ class Faults:
 
 
 def schedule(kinds: list[str], seconds: float, seed: int) -> list[tuple[float, str]]:
-    """When which fault: each kind TIMES_MIN times and one more, in an order and at moments that the seed fixes."""
+    """When which fault: each kind TIMES_MIN times and one more, at moments that the seed fixes; no RESTARTS in the last part."""
     randomness = random.Random(seed)  # noqa: S311 - a schedule, no secret
+    margin = min(20.0, seconds / 10)
     names = kinds * (TIMES_MIN + 1)
-    randomness.shuffle(names)
-    begin, end = min(20.0, seconds / 10), seconds - min(20.0, seconds / 10)
-    moments = sorted(randomness.uniform(begin, end) for _ in names)
-    return list(zip(moments, names, strict=True))
+    return sorted((randomness.uniform(margin, seconds * RESTARTS_UNTIL if name in RESTARTS else seconds - margin), name) for name in names)
 
 
 def missing_verdicts(site: Site, denials: Path, faults: Faults) -> list[str]:
@@ -197,7 +197,7 @@ def missing_verdicts(site: Site, denials: Path, faults: Faults) -> list[str]:
 
 
 def slope(samples: list[tuple[float, int]]) -> float:
-    """KiB a minute, by least squares over the second half: the first is when tables fill."""
+    """KiB a minute, by least squares over the second half of a life: the first is when tables fill."""
     half = samples[len(samples) // 2 :]
     if len(half) < 3:
         return 0.0
