@@ -87,13 +87,13 @@ class Connection(asyncio.BufferedProtocol):
         if not self._is_taken:
             transport.abort()
 
-    def get_buffer(self, sizehint: int) -> bytearray:
+    def get_buffer(self, sizehint: int) -> memoryview:
         """Where the loop writes what it calls `buffer_updated` for at once."""
         return self._controller.incoming(sizehint)
 
     def buffer_updated(self, nbytes: int) -> None:
         """So much was written there."""
-        self.data_received(bytes(memoryview(self._controller.incoming(0))[:nbytes]))
+        self.data_received(bytes(self._controller.incoming(0)[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         """Bytes, in any split. All beyond TURN_BYTES waits, so that the others have their turns in between."""
@@ -193,7 +193,7 @@ class Controller:
         self._dispatcher = Dispatcher(self._state, log=log, audit=audit, counts=self._counts)
         self._connections: dict[Connection, None] = {}
         self._of_peer: Counter[str] = Counter()  # connections, by agent; "" for everybody else
-        self._incoming = bytearray(INCOMING_BYTES)
+        self._incoming = memoryview(bytearray(INCOMING_BYTES))
         self._all_gone = asyncio.Event()
         self._all_gone.set()
 
@@ -203,10 +203,10 @@ class Controller:
         link.replied = self._flush
         return RedisCalls(link, name=name, versions=self.registry.versions, mint=Mint())
 
-    def incoming(self, size: int) -> bytearray:
-        """A buffer of `size` bytes or more, the same for all connections."""
+    def incoming(self, size: int) -> memoryview:
+        """A buffer of `size` bytes or more, the same for all connections. A view, of which loops take parts without copying them."""
         if size > len(self._incoming):
-            self._incoming = bytearray(size)
+            self._incoming = memoryview(bytearray(size))
         return self._incoming
 
     @property
