@@ -36,8 +36,9 @@ local pack, unpacked = cmsgpack.pack, cmsgpack.unpack
 local INSTANCE, FUNCTION, DEADLINE, STATES, OPEN, CALLER, LAST, EDGES, ASKED = 1, 2, 3, 4, 5, 6, 7, 8, 9
 -- The last edge: what was invoked, retries left, its tokens, its number, and its group.
 local KEY, LEFT, TOKEN, CALLBACK, NUMBER, JOIN = 1, 2, 3, 4, 5, 6
--- An edge with a join or a callback: its group, its invocation that counts, how many of them live, and what has become of it.
-local GROUP, NEWEST, LIVE, IS_ANSWERED, IS_CALLED_BACK, HAS_CALLBACK = 1, 2, 3, 4, 5, 6
+-- An edge with a join or a callback: its group, its invocation that counts, how many of them live, what has become of it, and how
+-- many of its tokens are pending.
+local GROUP, NEWEST, LIVE, IS_ANSWERED, IS_CALLED_BACK, PENDING = 1, 2, 3, 4, 5, 6
 -- A token: the call, the function, the edge (invocation and number) that it was granted by, the deadline; `has_future` as above,
 -- whether somebody waits for the end of what it starts; of a callback the token of its edge; and the instance that it was granted.
 local CALL, CALLEE, BY, EDGE, UNTIL, HAS_FUTURE, HOLD, OF, CAUSER = 1, 2, 3, 4, 5, 6, 7, 8, 9
@@ -79,7 +80,16 @@ end
 
 -- Nothing asks for such an edge any more, unless it is the last one of its invocation: that may be taken again.
 local function is_over(edge)
-  return edge[IS_ANSWERED] and edge[LIVE] == 0 and not edge[HAS_CALLBACK]
+  return edge[LIVE] == 0 and edge[PENDING] == 0
+end
+
+-- Keeps an edge of `caller`, the invocation that took it (nil when that has ended), as long as something may ask for it.
+local function keep_edge(key, field, edge, number, caller)
+  if is_over(edge) and not (caller and caller[LAST][NUMBER] == number) then
+    call('HDEL', key, field)
+  else
+    put(key, field, edge)
+  end
 end
 
 -- How many edges of a group wait for an answer; `list` is OPEN of an invocation.
@@ -116,6 +126,16 @@ local function end_if_idle(id)
   end
 end
 
+-- One token less of the edge that a token was granted by.
+local function release_edge(token)
+  local key, field = base .. 'call:' .. token[CALL], edge_field(token[BY], token[EDGE])
+  local edge = (token[HOLD] or token[OF] ~= '') and get(key, field)
+  if edge then
+    edge[PENDING] = edge[PENDING] - 1
+    keep_edge(key, field, edge, token[EDGE], get(key, 'i:' .. token[BY]))
+  end
+end
+
 local function drop_token(token, id)
   call('ZREM', base .. 'tokens', token .. ':' .. id)
   local packed = call('GET', base .. 'token:' .. token)
@@ -124,6 +144,7 @@ local function drop_token(token, id)
     call('HINCRBY', base .. 'call:' .. id, 't', -1)
     local caused = base .. 'caused:' .. unpacked(packed)[CAUSER]
     if call('DECR', caused) <= 0 then call('DEL', caused) end
+    release_edge(unpacked(packed))
   end
 end
 
@@ -294,7 +315,7 @@ local function invoke(a)
       old_token, old_callback = last[TOKEN], last[CALLBACK]
       last[LEFT] = last[LEFT] - 1
       if before then
-        before[NEWEST] = ''
+        before[NEWEST], before[PENDING] = '', before[PENDING] + (callback ~= '' and 2 or 1)
         if before[IS_ANSWERED] then
           before[IS_ANSWERED] = false
           add_open(v[OPEN], before[GROUP], 1)
@@ -312,7 +333,9 @@ local function invoke(a)
       last = {key, retries, '', '', v[EDGES], group}
       v[LAST] = last
       if group > 0 then add_open(v[OPEN], group, 1) end
-      if group > 0 or callback ~= '' then put(mine, edge_field(invocation, v[EDGES]), {group, '', 0, false, false, callback ~= ''}) end
+      if group > 0 or callback ~= '' then
+        put(mine, edge_field(invocation, v[EDGES]), {group, '', 0, false, false, callback ~= '' and 2 or 1})
+      end
       if before and is_over(before) then call('HDEL', mine, field) end
     end
   end
@@ -350,13 +373,12 @@ local function remove(id, invocation, v, is_answered)
     end
     edge[LIVE] = edge[LIVE] - 1
     if edge[NEWEST] == invocation then edge[NEWEST] = '' end
-    if is_over(edge) and not (waiting and waiting[LAST][NUMBER] == number) then
-      call('HDEL', key, field)
-    else
-      put(key, field, edge)
-    end
+    keep_edge(key, field, edge, number, waiting)
   end
   call('HDEL', key, 'i:' .. invocation)
+  local own = v[LAST][NUMBER] and edge_field(invocation, v[LAST][NUMBER])
+  local last = own and get(key, own)
+  if last and is_over(last) then call('HDEL', key, own) end
   call('HINCRBY', key, 'n', -1)
   call('ZREM', base .. 'live', id .. ':' .. invocation)
   local mine = base .. 'instance:' .. v[INSTANCE]

@@ -16,7 +16,7 @@ import msgpack  # type: ignore[import-untyped]  # no package of stubs exists for
 import msgspec
 
 from kalium.controller.calls import FINISHED, Deferred, Evicted
-from kalium.controller.limits import LIMITS, Limits
+from kalium.controller.limits import LIMITS, STARTS_PER_INFLIGHT, Limits
 from kalium.controller.redis_link import Away, Link, Refused, Reply
 from kalium.controller.registry import REGISTERED, UNREGISTERED, Instance, denied, full
 from kalium.policy.automaton import CompiledPolicy
@@ -49,14 +49,15 @@ _DETAILS = {
 
 class _Place:
     """What this store has for an instance: over which connection of its agent it speaks here, whether its id is claimed for its node,
-    and the steps that wait for the answer to that.
+    the steps that wait for the answer to that, and what they are told when there was none.
     """
 
-    __slots__ = ("is_claimed", "speaker", "waiting")
+    __slots__ = ("fault", "is_claimed", "speaker", "waiting")
 
     def __init__(self) -> None:
         self.speaker = ""
         self.is_claimed = False
+        self.fault = _UNAVAILABLE
         self.waiting: list[Callable[[Answer | None], None]] | None = []  # None: it was answered
 
 
@@ -88,7 +89,7 @@ class RedisCalls:
         self._me = mint()  # two controllers of one name are still two
         self._bases: dict[str, str] = {}
         self._graphs: dict[tuple[str, int], tuple[CompiledPolicy, _Graph]] = {}
-        self._uploading: dict[str, list[Callable[[Reply], None]]] = {}
+        self._uploading: dict[str, list[Callable[[Reply], None]]] = {}  # by the key that it becomes
         self._instances: dict[str, Instance] = {}  # that speak here
         self._agents: dict[str, str] = {}  # node -> run, of those that are connected here
         self._connections: dict[str, int] = {}  # node -> which connection of that run it is
@@ -115,7 +116,7 @@ class RedisCalls:
         elif who.function not in graph.policy.entries:
             refusal = Reason.NOT_AN_ENTRY.value
         arguments = (
-            *self._asking(who, step, f"{version} "), who.function, refusal, version, graph.sha if graph is not None else "",
+            *self._asking(who, step, f"{version} ", graph), who.function, refusal, version, graph.sha if graph is not None else "",
             self._limits.calls, self._mint(), self._mint(),
         )  # fmt: skip
         return self._ask(who, "begin", arguments, version, held)
@@ -124,17 +125,18 @@ class RedisCalls:
         """As Calls.join."""
         held = self._held(who.app, now_ns)
         arguments = (
-            *self._asking(who, step, f"{version} {token}"), who.function, version, _flat(held), self._limits.invocations_per_call, token,
-            self._mint(),
+            *self._asking(who, step, f"{version} {token}", held.get(version)), who.function, version, _flat(held),
+            self._limits.invocations_per_call, token, self._mint(),
         )  # fmt: skip
         return self._ask(who, "join", arguments, version, held)
 
-    def _asking(self, who: Instance, step: str, question: str) -> tuple[int | str, ...]:
-        """What every start begins with."""
+    def _asking(self, who: Instance, step: str, question: str, graph: _Graph | None) -> tuple[int | str, ...]:
+        """What every start begins with. `graph` is of the guard's version, None for one that is not held."""
         limits = self._limits
+        function = graph.policy.functions.get(who.function) if graph is not None else None
+        starts = limits.starts_per_instance if function is None else min(STARTS_PER_INFLIGHT * function.max_inflight, limits.starts_per_instance)
         return (
-            self._clock_ms(), _instance(who), _speaker(who), step, question, limits.invocations_per_instance, limits.starts_per_instance, KEEP_MS,
-            limits.invocations,
+            self._clock_ms(), _instance(who), _speaker(who), step, question, limits.invocations_per_instance, starts, KEEP_MS, limits.invocations,
         )  # fmt: skip
 
     def invoke(self, who: Instance, said: InstanceInvoke, *, now_ns: int) -> Answer | Deferred[Answer]:
@@ -179,7 +181,7 @@ class RedisCalls:
             raw = _unpacked(reply)
             if raw[0] == "cfg" and not is_again:
                 is_again = True
-                (graph,) = (graph for graph in held.values() if graph.sha == raw[1])
+                graph = next(graph for graph in held.values() if graph.sha == raw[1])  # versions may share one
                 self._upload(base, graph, again)
                 return
             deferred.resolve(_answer(raw, who, version, held, said))
@@ -195,7 +197,7 @@ class RedisCalls:
         elif place.waiting is not None:
             place.waiting.append(run)  # an agent that comes from another controller asks at once
         else:
-            return _UNAVAILABLE  # the store was away when the instance was registered
+            return place.fault  # the store was away when the instance was registered, or had no room
         return deferred
 
     def _base(self, app: str) -> str:
@@ -216,24 +218,38 @@ class RedisCalls:
 
     def _upload(self, base: str, graph: _Graph, then: Callable[[Reply], None]) -> None:
         """Put a policy's graph where the script looks for it, whole at once."""
-        waiting = self._uploading.get(graph.sha)
+        key = f"{base}cfg:{graph.sha}"  # apps may have the same graph
+        waiting = self._uploading.get(key)
         if waiting is not None:
             waiting.append(then)
             return
-        waiting = self._uploading[graph.sha] = [then]
+        waiting = self._uploading[key] = [then]
+        part = f"{base}part:{self._me}:{graph.sha}"
+        rows = list(graph.rows().items())
+        portions = [rows[start : start + CFG_FIELDS_MAX] for start in range(0, len(rows), CFG_FIELDS_MAX)]
+        replies: list[Reply] = []
 
         def take(reply: Reply) -> None:
-            del self._uploading[graph.sha]
+            del self._uploading[key]
             for each in waiting:
                 each(reply)
 
-        part = f"{base}part:{self._me}"
-        rows = list(graph.rows().items())
+        def put(reply: Reply) -> None:
+            replies.append(reply)
+            if len(replies) < len(portions):
+                return
+            # A server without memory may take one portion and refuse the next: without it edges, or their joins, would be missing.
+            fault = next((reply for reply in replies if isinstance(reply, Exception)), None)
+            if fault is None:
+                self._link.send(("RENAME", part, key), take)
+            else:
+                self._link.send(("DEL", part), _ignore)
+                take(fault)
+
         self._link.send(("DEL", part), _ignore)
-        for start in range(0, len(rows), CFG_FIELDS_MAX):
-            self._link.send(("HSET", part, *(item for row in rows[start : start + CFG_FIELDS_MAX] for item in row)), _ignore)
+        for portion in portions:
+            self._link.send(("HSET", part, *(item for row in portion for item in row)), put)
         self._link.send(("PEXPIRE", part, KEEP_MS), _ignore)
-        self._link.send(("RENAME", part, f"{base}cfg:{graph.sha}"), take)
 
     # Instances and agents
 
@@ -255,7 +271,7 @@ class RedisCalls:
         def take(reply: Reply) -> None:
             answer = REGISTERED
             if isinstance(reply, Exception):
-                answer = _fault(reply)
+                answer = place.fault = _fault(reply)
             elif not _unpacked(reply)[0]:
                 answer = _CLAIMED_ELSEWHERE
                 place.is_claimed = False

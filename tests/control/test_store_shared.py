@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from controller_samples import policy
@@ -15,9 +17,12 @@ from hypothesis import strategies as st
 
 from control.redis_server import DURABLE, FORGETFUL, LOSSY, RedisServer
 from control.store import WAIT_S, PatientCalls, Stores
+from kalium.controller import redis_calls
 from kalium.controller.redis_calls import KEEP_MS
 from kalium.controller.redis_link import Refused
 from kalium.controller.registry import Instance, Registry
+from kalium.policy.automaton import CompiledPolicy
+from kalium.policy.compile import compile_policy
 from kalium.protocol.frames import Answer, InstanceInvoke
 
 FRONT = ("front-1", "shop", "front")
@@ -372,6 +377,25 @@ def test_a_store_without_memory_is_no_reason_for_a_fail_mode(own: Callable[..., 
     assert two.one.counts() == (0, 0)
 
 
+def test_a_store_that_is_joined_again_and_has_no_memory_is_no_reason_for_a_fail_mode_either(own: Callable[..., tuple[RedisServer, Two]]) -> None:
+    """It cannot take up the claims of the instances again, and what becomes of their steps is the same."""
+    server, two = own(*FORGETFUL)
+    two.adopt()
+    server.ask("CONFIG", "SET", "maxmemory", "1")
+    two.one.link.connected.clear()
+    server.ask("CLIENT", "KILL", "TYPE", "normal")
+    joined(two.one)
+    two.one.settle()
+
+    assert two.one.begin(two.at_one, 1, "a" * 16, now_ns=0).reason == "overloaded"
+    assert two.one.adopt(Instance("front-2", "shop", "front", "node0"), now_ns=0).reason == "overloaded"
+
+    server.ask("CONFIG", "SET", "maxmemory", "0")
+    two.one.calls.renew_claims()
+    two.one.settle()
+    assert two.one.begin(two.at_one, 1, "a" * 16, now_ns=0).allowed
+
+
 def test_flushed_scripts_are_loaded_again(own: Callable[..., tuple[RedisServer, Two]]) -> None:
     server, two = own(*FORGETFUL)
     two.adopt()
@@ -388,6 +412,137 @@ def test_a_graph_that_was_lost_is_put_there_again(own: Callable[..., tuple[Redis
         server.ask("DEL", key)
 
     assert two.invoke(two.one, two.at_one, start, "stock", "b" * 16).allowed
+
+
+def test_versions_that_share_a_graph_are_both_stepped_by(stores: Stores) -> None:
+    """Most new versions change what a function sends and not whom it invokes."""
+    registry = Registry()
+    registry.install(policy(), b"signed 1", now_ns=0)
+    registry.install(policy(2), b"signed 2", now_ns=0)
+    calls = stores.calls(registry)
+    who = Instance(*FRONT, "node0")
+    assert calls.adopt(who, now_ns=0).allowed
+
+    for version in (2, 1):
+        assert calls.begin(who, version, f"{version:016x}", now_ns=0).allowed
+
+
+def test_apps_that_share_a_graph_have_it_each(stores: Stores) -> None:
+    registry = Registry()
+    for app in ("shop", "bank"):
+        registry.install(policy(app=app), b"signed 1", now_ns=0)
+    calls = stores.calls(registry)
+    answers: list[Answer] = []
+    fronts = [Instance("front-" + app, app, "front", "node0") for app in ("shop", "bank")]
+    for who in fronts:
+        assert calls.adopt(who, now_ns=0).allowed
+    for who in fronts:
+        begun = calls.calls.begin(who, 1, "a" * 16, now_ns=0)
+        assert not isinstance(begun, Answer)
+        begun.then(answers.append)  # the other one asks before this one is answered
+
+    deadline = time.monotonic() + WAIT_S
+    while len(answers) < 2 and time.monotonic() < deadline:
+        calls.settle()
+
+    assert [answer.reason for answer in answers] == ["allowed", "allowed"]
+
+
+def test_a_graph_of_which_a_portion_was_refused_is_not_used(stores: Stores, two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server without memory may take one portion and refuse another: what is there then lacks edges, or their joins."""
+    monkeypatch.setattr(redis_calls, "CFG_FIELDS_MAX", 3)
+    two.adopt()
+    send, portions = two.one.link.send, 0
+
+    def broken(command: Sequence[Any], then: Callable[[Any], None]) -> None:
+        nonlocal portions
+        portions += command[0] == "HSET"
+        is_second = command[0] == "HSET" and portions == 2
+        send(command[:-1] if is_second else command, then)  # a field without its value
+
+    monkeypatch.setattr(two.one.link, "send", broken)
+    assert two.one.begin(two.at_one, 1, "a" * 16, now_ns=0).reason == "overloaded"
+    assert portions > 2
+    assert not stores.server.ask("KEYS", f"{two.one.link.prefix}*:cfg:*")
+
+    start = two.one.begin(two.at_one, 1, "a" * 16, now_ns=0)
+    assert two.invoke(two.one, two.at_one, start, "stock", "b" * 16).allowed
+    assert not stores.server.ask("KEYS", f"{two.one.link.prefix}*:part:*")
+
+
+LOOP = """
+schema: kalium/v1
+app: loop
+version: 1
+mode: enforce
+peers:
+  gateway: {host: gateway, port: 8080, protocol: http, role: gateway}
+entries: [turn]
+functions:
+  turn:
+    messages:
+      - {invoke: turn}
+      - {invoke: leaf, retries: 1, join: answered}
+      - {invoke: job, async: true, callback: done}
+  leaf: {messages: []}
+  job: {messages: []}
+  done: {messages: []}
+"""
+
+
+@pytest.mark.parametrize("outcome", ["answered", "closed"])
+@pytest.mark.parametrize("is_caller_first", [False, True])
+def test_a_call_that_goes_on_keeps_nothing_of_what_is_over(stores: Stores, outcome: str, *, is_caller_first: bool) -> None:
+    """Functions that invoke each other in a circle may do so for ever; a call of theirs must not grow."""
+    registry = Registry()
+    registry.install(CompiledPolicy.parse(compile_policy(LOOP.encode(), "loop")), b"signed 1", now_ns=0)
+    calls = stores.calls(registry)
+    who = {function: Instance(function, "loop", function, "node0") for function in ("turn", "leaf", "job", "done")}
+    for instance in who.values():
+        assert calls.adopt(instance, now_ns=0).allowed
+    steps = (f"{number:016x}" for number in itertools.count(1))
+
+    def granted(answer: Answer) -> Answer:
+        assert answer.allowed, answer
+        return answer
+
+    def start(function: str, token: str) -> Answer:
+        return granted(calls.join(who[function], 1, token, next(steps), now_ns=0))
+
+    def invoke(grant: Answer, callee: str, *, callback: str = "", is_retry: bool = False) -> Answer:
+        said = InstanceInvoke(
+            next(steps), grant.call, grant.invocation, callee, 1, "turn", "loop", "turn",
+            asynchronous=bool(callback), callback=callback, retry=is_retry,
+        )  # fmt: skip
+        return granted(calls.invoke(who["turn"], said, now_ns=0))
+
+    def finish(function: str, grant: Answer) -> None:
+        granted(calls.finish(who[function], grant.call, grant.invocation, outcome, now_ns=0))
+
+    turn = granted(calls.begin(who["turn"], 1, next(steps), now_ns=0))
+    sizes = []
+    for _ in range(6):
+        following = start("turn", invoke(turn, "turn").token)
+        invoke(turn, "leaf")
+        leaf = start("leaf", invoke(turn, "leaf", is_retry=True).token)
+        if outcome == "answered":
+            finish("leaf", leaf)
+            late = invoke(turn, "job", callback="done")
+            job = start("job", late.token)
+            if is_caller_first:
+                finish("turn", turn)
+            finish("job", job)
+            finish("done", start("done", late.callback))
+        else:
+            if is_caller_first:
+                finish("turn", turn)
+            finish("leaf", leaf)
+        if not is_caller_first:
+            finish("turn", turn)
+        turn = following
+        sizes.append(int(stores.server.ask("HLEN", f"{calls.link.prefix}{{app/loop}}:call:{turn.call}")))
+
+    assert sizes == sizes[:1] * 6
 
 
 def test_every_key_has_an_end(own: Callable[..., tuple[RedisServer, Two]]) -> None:
