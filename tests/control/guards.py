@@ -79,6 +79,11 @@ class Guard:
     def is_connected(self) -> bool:
         return self._reading is not None and not self._reading.done()
 
+    async def closed(self) -> None:
+        """Wait until the agent has ended the connection; TimeoutError when it does not."""
+        assert self._reading is not None
+        await asyncio.wait_for(asyncio.shield(self._reading), ANSWER_S)
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
