@@ -180,8 +180,9 @@ def test_a_guard_that_never_reads_is_dropped_and_others_are_served(site: tuple[P
             except (BrokenPipeError, ConnectionResetError):
                 break
             begun = time.monotonic()
-            granted(await honest.start())
+            grant = granted(await honest.start())
             took.append(time.monotonic() - begun)
+            honest.end(grant)
         deaf.close()
         until(lambda: [line for line in agent.said().splitlines() if container in line and "does not read" in line], "the reason in the log")
         return took
