@@ -272,12 +272,13 @@ class RedisCalls:
             answer = REGISTERED
             if isinstance(reply, Exception):
                 answer = place.fault = _fault(reply)
+            elif who.calls is not place:  # it was forgotten meanwhile; another controller may have it, so its id stays claimed for a while
+                answer = UNREGISTERED
             elif not _unpacked(reply)[0]:
                 answer = _CLAIMED_ELSEWHERE
                 place.is_claimed = False
-                if who.calls is place:
-                    who.calls = None
-                    self._instances.pop(who.id, None)
+                who.calls = None
+                self._instances.pop(who.id, None)
             else:
                 place.is_claimed = True
                 arguments = _packed((0, _instance(who), self._me, KEEP_MS, place.speaker))
@@ -302,7 +303,7 @@ class RedisCalls:
             if not isinstance(reply, Exception):
                 was_mine, raw = _unpacked(reply)
                 evicted = [_evicted(who.app, each, why) for each in raw]
-                if was_mine:
+                if was_mine and who.id not in self._instances:  # the next one of its id may be there already
                     self._site("unclaim", (who.id, _owner(who)), _ignore)
             deferred.resolve(evicted)
 

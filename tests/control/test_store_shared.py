@@ -229,6 +229,39 @@ def test_steps_that_come_with_a_registration_wait_for_it(two: Two) -> None:
     assert [answer.allowed for answer in answers] == [True, True]
 
 
+def test_an_instance_that_goes_while_it_is_taken_up_is_gone(stores: Stores, two: Two) -> None:
+    """Its registration, its step and its end are on their way to the store together."""
+    calls = two.one.calls
+    answers: list[Answer] = []
+    for asked in (calls.adopt(two.at_one, now_ns=0), calls.begin(two.at_one, 1, "a" * 16, now_ns=0)):
+        assert not isinstance(asked, Answer)
+        asked.then(answers.append)
+    calls.forget(two.at_one, "unregistered", now_ns=0)
+
+    deadline = time.monotonic() + WAIT_S
+    while len(answers) < 2 and time.monotonic() < deadline:
+        two.one.settle()
+    two.one.settle()
+
+    assert [answer.reason for answer in answers] == ["unregistered", "unregistered"]
+    assert two.one.counts() == (0, 0)
+    assert not stores.server.ask("KEYS", f"{two.one.link.prefix}*app/shop*:instance:*")
+
+
+def test_an_instance_that_comes_back_at_once_keeps_its_id(two: Two) -> None:
+    """A container that is started again: the end of its last run is answered behind the registration of the next one."""
+    two.adopt()
+    two.two.forget(two.at_two, "unregistered", now_ns=0)
+    two.two.settle()
+    assert two.one.adopt(two.at_one, now_ns=0).allowed
+    two.one.calls.forget(two.at_one, "unregistered", now_ns=0)
+
+    assert two.one.adopt(Instance(*FRONT, "node0"), now_ns=0).allowed
+    two.one.settle()
+
+    assert two.two.adopt(Instance(*FRONT, "node1"), now_ns=0).reason == "unregistered"
+
+
 # The server
 
 
