@@ -462,6 +462,7 @@ local function fence(a)
   local key = base .. 'server'
   local before = call('GET', key)
   if before == run then return 'the same' end
+  call('DEL', key)  -- a server without memory refuses what begins with a SET, and would seem to be away: what a fail mode forgives
   call('SET', key, run)
   if before and is_kept then return 'kept from its disk' end
   local dropped = 0

@@ -429,6 +429,16 @@ def test_a_store_that_is_joined_again_and_has_no_memory_is_no_reason_for_a_fail_
     assert two.one.begin(two.at_one, 1, "a" * 16, now_ns=0).allowed
 
 
+def test_a_store_that_was_started_without_memory_is_there(own: Callable[..., tuple[RedisServer, Two]]) -> None:
+    """As one that has read back from its disk all that it has room for: it is full, and not away."""
+    server, two = own("--maxmemory", "1")
+
+    assert two.one.fault() == ""
+    assert two.one.adopt(two.at_one, now_ns=0).reason == "overloaded"
+    assert two.one.begin(two.at_one, 1, "a" * 16, now_ns=0).reason == "overloaded"
+    assert server.ask("DBSIZE") == "1"  # whose run it is
+
+
 def test_flushed_scripts_are_loaded_again(own: Callable[..., tuple[RedisServer, Two]]) -> None:
     server, two = own(*FORGETFUL)
     two.adopt()

@@ -11,6 +11,7 @@ from controller_samples import RUN, Node, at_once, compiled, policy, site, state
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kalium.controller import calls as calls_module
 from kalium.controller.calls import Evicted, MemoryCalls
 from kalium.controller.deadlines import Buckets
 from kalium.controller.limits import LIMITS, STARTS_PER_INFLIGHT
@@ -353,6 +354,18 @@ def test_the_places_of_a_call_are_used_again() -> None:
     assert isinstance(calls, MemoryCalls)
     (call,) = calls._calls.values()
     assert (len(call.rows), call.live) == (5, 5)
+
+
+def test_a_place_is_used_as_often_as_its_number_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more would be an invocation of another call."""
+    monkeypatch.setattr(calls_module, "_REUSED_MAX", 2)
+    node = site()
+    lists = granted(node.start("lists"))
+    tokens = [granted(node.invoke(lists, "lists", "stock")).token for _ in range(4)]
+    for token in tokens[:3]:
+        node.end(granted(node.start("stock", token)), "stock")
+
+    denied(node.start("stock", tokens[3]), "overloaded")
 
 
 def test_nothing_follows_the_end_of_an_invocation() -> None:
