@@ -247,6 +247,21 @@ def test_an_agent_that_connects_again_replaces_its_old_connection() -> None:
     assert new.invoke(front, "stock").allowed
 
 
+def test_the_name_of_an_agent_that_connects_again_is_not_given_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that was told that the agent is gone would let another run of it, a stolen key, have the name."""
+    site = Site()
+    told: list[tuple[str, ...]] = []
+    monkeypatch.setattr(site.state.calls, "agent_here", lambda node, run, _connection: told.append(("here", node, run)))
+    monkeypatch.setattr(site.state.calls, "agent_gone", lambda node: told.append(("gone", node)))
+
+    old, new = Agent(site, "a"), Agent(site, "b")
+    old.disconnect()
+    assert told == [("here", "node0", RUN)] * 2
+
+    new.disconnect()
+    assert told[2:] == [("gone", "node0")]
+
+
 @pytest.mark.parametrize("role", [Role.CONTROLLER, Role.CLIENT, Role.NONE])
 def test_who_is_no_agent_cannot_speak_as_one(role: Role) -> None:
     site = Site()

@@ -331,16 +331,20 @@ def test_a_failed_callee_of_a_join_may_be_retried_and_then_its_answer_counts() -
     granted(node.invoke(caller, "single-again", "last"))
 
 
-@pytest.mark.parametrize("is_first", [True, False])
-def test_of_a_retried_join_the_newest_invocation_counts(is_first: bool) -> None:
-    """Whether the first answers before the retry or behind it."""
+@pytest.mark.parametrize("answered", ["before it", "before it begins", "behind it"])
+def test_of_a_retried_join_the_newest_invocation_counts(answered: str) -> None:
+    """Wherever the first answers, as seen from the retry."""
     node = edges()
     caller = granted(node.start("single-again"))
     first = granted(node.start("leaf", granted(node.invoke(caller, "single-again", "leaf")).token))
-    if is_first:
+    if answered == "before it":
         granted(node.finish(first, "leaf"))
-    second = granted(node.start("leaf", granted(node.invoke(caller, "single-again", "leaf", retry=True)).token))
-    if not is_first:
+    token = granted(node.invoke(caller, "single-again", "leaf", retry=True)).token
+    if answered == "before it begins":
+        granted(node.finish(first, "leaf"))
+        assert expected(node.invoke(caller, "single-again", "last")) == ["answer of invoke leaf"]
+    second = granted(node.start("leaf", token))
+    if answered == "behind it":
         granted(node.finish(first, "leaf"))
 
     assert expected(node.invoke(caller, "single-again", "last")) == ["answer of invoke leaf"]
