@@ -40,7 +40,7 @@ from kalium.controller.calls import Deferred
 from kalium.controller.client import status
 from kalium.controller.config import TlsFiles, load
 from kalium.controller.dispatch import STATUS_KEPT_NS
-from kalium.controller.server import KEPT_BYTES_MAX, TURN_BYTES, Connection, Controller, Door
+from kalium.controller.server import INCOMING_BYTES, KEPT_BYTES_MAX, TURN_BYTES, Connection, Controller, Door
 from kalium.errors import KaliumError
 from kalium.pki import authority, files
 from kalium.pki.authority import Role
@@ -939,6 +939,34 @@ def test_a_peer_that_asks_without_end_gets_its_answers_in_turns() -> None:
         agent.ask(InstanceStart("f" * 16, "", "label", 1, *FRONT))
         shell.transport.connection.data_received(agent.data_to_send())
         assert heard_answers(shell, agent) == 1
+
+    asyncio.run(asyncio.wait_for(story(), WAIT_S))
+
+
+def test_what_one_connection_keeps_is_not_what_another_one_reads() -> None:
+    """All read into one buffer: half a frame, and what waits for its turn, must not stay there."""
+    count = 2_000
+
+    async def story() -> None:
+        shell = Shell.with_agent()
+        agent, questions = pipelined(count)
+        other = Transport(Connection(shell.controller, "127.0.0.1:2")).connection
+
+        def read(connection: Connection, data: bytes) -> None:
+            buffer = connection.get_buffer(len(data))
+            buffer[: len(data)] = data
+            connection.buffer_updated(len(data))
+
+        half = len(questions) // count // 2
+        read(shell.transport.connection, questions[:half])
+        read(other, b"KL\x01")
+        read(shell.transport.connection, questions[half:])
+        read(other, bytes(INCOMING_BYTES + 1))
+        for _ in range(len(questions) // TURN_BYTES + 2):
+            await asyncio.sleep(0)
+
+        assert heard_answers(shell, agent) == count
+        assert [line["reason"] for line in shell.lines if line["event"] == "connection_closed"] == ["unknown_type"]
 
     asyncio.run(asyncio.wait_for(story(), WAIT_S))
 
