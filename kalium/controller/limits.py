@@ -22,7 +22,7 @@ class Limits:
     tokens_per_call: int = 256
     tokens_per_instance: int = 4096  # that it was granted, whatever its calls, so that one instance cannot fill the table of the site
     invocations_per_instance: int = 256  # so that one instance cannot fill the table of calls alone
-    # Remembered answers, of a function with a small max_inflight fewer; the oldest is forgotten, and asked again it is a new step.
+    # Remembered answers, in memory fewer of a function with a small max_inflight; the oldest is forgotten, and asked again it is a new step.
     starts_per_instance: int = INFLIGHT_MAX
     duplicate_heard_ms: int = 3_000  # another run of an agent is refused while this one was heard within this; it pings when idle
     agents: int = 1024  # beyond it the welcome says no

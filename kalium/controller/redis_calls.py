@@ -16,7 +16,7 @@ import msgpack  # type: ignore[import-untyped]  # no package of stubs exists for
 import msgspec
 
 from kalium.controller.calls import FINISHED, Deferred, Evicted
-from kalium.controller.limits import LIMITS, STARTS_PER_INFLIGHT, Limits
+from kalium.controller.limits import LIMITS, Limits
 from kalium.controller.redis_link import Away, Link, Refused, Reply
 from kalium.controller.registry import REGISTERED, UNREGISTERED, Instance, denied, full
 from kalium.policy.automaton import CompiledPolicy
@@ -116,7 +116,7 @@ class RedisCalls:
         elif who.function not in graph.policy.entries:
             refusal = Reason.NOT_AN_ENTRY.value
         arguments = (
-            *self._asking(who, step, f"{version} ", graph), who.function, refusal, version, graph.sha if graph is not None else "",
+            *self._asking(who, step, f"{version} "), who.function, refusal, version, graph.sha if graph is not None else "",
             self._limits.calls, self._mint(), self._mint(),
         )  # fmt: skip
         return self._ask(who, "begin", arguments, version, held)
@@ -125,18 +125,17 @@ class RedisCalls:
         """As Calls.join."""
         held = self._held(who.app, now_ns)
         arguments = (
-            *self._asking(who, step, f"{version} {token}", held.get(version)), who.function, version, _flat(held),
-            self._limits.invocations_per_call, token, self._mint(),
+            *self._asking(who, step, f"{version} {token}"), who.function, version, _flat(held), self._limits.invocations_per_call, token,
+            self._mint(),
         )  # fmt: skip
         return self._ask(who, "join", arguments, version, held)
 
-    def _asking(self, who: Instance, step: str, question: str, graph: _Graph | None) -> tuple[int | str, ...]:
-        """What every start begins with. `graph` is of the guard's version, None for one that is not held."""
+    def _asking(self, who: Instance, step: str, question: str) -> tuple[int | str, ...]:
+        """What every start begins with. Memory is not scarce here, and after a fail-over guards repeat what they have given up, too."""
         limits = self._limits
-        function = graph.policy.functions.get(who.function) if graph is not None else None
-        starts = limits.starts_per_instance if function is None else min(STARTS_PER_INFLIGHT * function.max_inflight, limits.starts_per_instance)
         return (
-            self._clock_ms(), _instance(who), _speaker(who), step, question, limits.invocations_per_instance, starts, KEEP_MS, limits.invocations,
+            self._clock_ms(), _instance(who), _speaker(who), step, question, limits.invocations_per_instance, limits.starts_per_instance, KEEP_MS,
+            limits.invocations,
         )  # fmt: skip
 
     def invoke(self, who: Instance, said: InstanceInvoke, *, now_ns: int) -> Answer | Deferred[Answer]:

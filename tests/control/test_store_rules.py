@@ -19,6 +19,7 @@ OF_MEMORY = {
     "test_a_call_that_is_over_leaves_no_memory_behind",
     "test_a_live_call_with_8_open_branches_takes_at_most_1200_bytes",
     "test_a_place_is_used_as_often_as_its_number_has_room_for",
+    "test_the_memory_of_starts_has_a_bound_and_forgets_the_oldest",  # which is another one here: test_store_shared.py
     "test_the_places_of_a_call_are_used_again",
     "test_many_evictions_come_in_portions",  # the bound is an argument there
     "test_whatever_happens_nothing_is_left_when_everything_is_over",  # test_store_same.py has its twin

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from control.redis_server import DURABLE, FORGETFUL, LOSSY, RedisServer
 from control.store import WAIT_S, PatientCalls, Stores
 from kalium.controller import redis_calls
+from kalium.controller.limits import LIMITS
 from kalium.controller.redis_calls import KEEP_MS
 from kalium.controller.redis_link import Refused
 from kalium.controller.registry import Instance, Registry
@@ -197,6 +198,16 @@ def test_a_step_that_was_answered_by_one_has_the_same_answer_at_the_other(two: T
     assert two.two.begin(two.at_two, 1, "a" * 16, now_ns=0) == start
     assert two.invoke(two.two, two.at_two, start, "stock", "b" * 16) == invoke
     assert two.invoke(two.two, two.at_two, start, "stock", "c" * 16).reason == "edge_not_allowed"
+
+
+def test_starts_are_remembered_for_who_takes_over_whatever_may_be_in_flight(two: Two) -> None:
+    """An agent that fails over asks again what its guards have given up: what had been granted there can only be ended so."""
+    two.adopt()
+    steps = [f"{number:016x}" for number in range(LIMITS.starts_per_instance + 1)]
+    answers = [two.one.begin(two.at_one, 1, step, now_ns=0) for step in steps]
+
+    assert [two.two.begin(two.at_two, 1, step, now_ns=0) for step in steps[1:]] == answers[1:]
+    assert two.two.begin(two.at_two, 1, steps[0], now_ns=0).call != answers[0].call  # forgotten: a new step, judged as one
 
 
 def test_a_controller_with_another_text_of_the_same_version_takes_no_step_in_a_call(stores: Stores, two: Two) -> None:
