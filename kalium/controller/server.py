@@ -92,13 +92,10 @@ class Connection(asyncio.BufferedProtocol):
         return self._controller.incoming(sizehint)
 
     def buffer_updated(self, nbytes: int) -> None:
-        """So much was written there."""
-        self.data_received(bytes(self._controller.incoming(0)[:nbytes]))
-
-    def data_received(self, data: bytes) -> None:
-        """Bytes, in any split. All beyond TURN_BYTES waits, so that the others have their turns in between."""
+        """So many bytes were written there, in any split. All beyond TURN_BYTES waits, so that the others have their turns in between."""
         if not self._is_taken:
             return
+        data = bytes(self._controller.incoming()[:nbytes])
         if self._next is not None:
             self._keep(data)
             return
@@ -203,7 +200,7 @@ class Controller:
         link.replied = self._flush
         return RedisCalls(link, name=name, versions=self.registry.versions, mint=Mint())
 
-    def incoming(self, size: int) -> memoryview:
+    def incoming(self, size: int = 0) -> memoryview:
         """A buffer of `size` bytes or more, the same for all connections. A view, of which loops take parts without copying them."""
         if size > len(self._incoming):
             self._incoming = memoryview(bytearray(size))

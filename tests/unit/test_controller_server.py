@@ -859,6 +859,11 @@ class Transport:
         assert not self.ended
         self.written += data
 
+    def deliver(self, data: bytes) -> None:
+        """As a loop hands bytes over: it writes them where the protocol says, and tells it how many there are."""
+        self.connection.get_buffer(len(data))[: len(data)] = data
+        self.connection.buffer_updated(len(data))
+
     def close(self) -> None:
         self.ended = self.ended or "closed"
 
@@ -882,7 +887,7 @@ class Shell:
         transport = Transport(Connection(controller, "127.0.0.1:1"))
         session = ControllerSession()
         session.ask(AgentHello("node0", RUN))
-        transport.connection.data_received(session.data_to_send())
+        transport.deliver(session.data_to_send())
         return cls(controller, transport, lines)
 
 
@@ -927,7 +932,7 @@ def test_a_peer_that_asks_without_end_gets_its_answers_in_turns() -> None:
         agent, questions = pipelined(count)
         size = len(questions) // count
         assert len(questions) > 2 * TURN_BYTES
-        shell.transport.connection.data_received(questions)
+        shell.transport.deliver(questions)
         turns = [heard_answers(shell, agent)]
         while sum(turns) < count:
             await asyncio.sleep(0)
@@ -937,7 +942,7 @@ def test_a_peer_that_asks_without_end_gets_its_answers_in_turns() -> None:
 
         await asyncio.sleep(0)
         agent.ask(InstanceStart("f" * 16, "", "label", 1, *FRONT))
-        shell.transport.connection.data_received(agent.data_to_send())
+        shell.transport.deliver(agent.data_to_send())
         assert heard_answers(shell, agent) == 1
 
     asyncio.run(asyncio.wait_for(story(), WAIT_S))
@@ -980,7 +985,7 @@ def test_what_comes_while_some_waits_is_worked_on_behind_it_and_not_without_boun
         assert len(questions) > KEPT_BYTES_MAX + TURN_BYTES
         paused = []
         for at in range(0, len(questions), step):
-            shell.transport.connection.data_received(questions[at : at + step])
+            shell.transport.deliver(questions[at : at + step])
             paused.append(shell.transport.is_paused)
         assert paused == [at + step > KEPT_BYTES_MAX + TURN_BYTES for at in range(0, len(questions), step)]
         got = heard_answers(shell, agent)
@@ -1004,7 +1009,7 @@ def test_what_a_peer_told_before_it_went_counts_and_its_questions_do_not(monkeyp
         agent.tell(Report(7, "ab" * 32))
         reports: list[int] = []
         monkeypatch.setattr(shell.controller.registry, "report", lambda _key, said: reports.append(said.audit_seq))
-        shell.transport.connection.data_received(questions + agent.data_to_send())
+        shell.transport.deliver(questions + agent.data_to_send())
         taken = sum(shell.controller._counts.steps["start"].values())
         if is_clean:
             shell.transport.connection.eof_received()
@@ -1024,7 +1029,7 @@ def test_questions_that_wait_when_the_controller_stops_are_not_taken(monkeypatch
         shell = Shell.with_agent()
         agent, questions = pipelined(2_000)
         shell.controller._dispatcher.waiting = 1  # the store owes an answer, so there are turns before the end
-        shell.transport.connection.data_received(questions)
+        shell.transport.deliver(questions)
         first = heard_answers(shell, agent)
         await shell.controller.close_all()
         assert (first > 0, heard_answers(shell, agent), shell.lines[-1]["reason"]) == (True, 0, "shutdown")
@@ -1082,7 +1087,7 @@ def test_a_controller_that_stops_answers_first_what_the_store_still_owes(monkeyp
         agent.ask(AgentHello("node0", RUN))
         agent.data_to_send()
         agent.ask(InstanceStart("0" * 16, "", "label", 1, *FRONT))
-        shell.transport.connection.data_received(agent.data_to_send())
+        shell.transport.deliver(agent.data_to_send())
         closing = asyncio.create_task(shell.controller.close_all())
         await asyncio.sleep(0.02)
         assert (shell.transport.is_paused, shell.transport.ended) == (True, "")  # nothing more is taken, nothing is cut yet
