@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import json
 import shlex
+import socket
 import ssl
 import subprocess
 import sys
@@ -204,6 +205,27 @@ def test_no_daemon_has_a_privilege_of_root_or_reads_the_keys_that_sign(standing:
         for key in keys:
             assert standing.host.run(f"sudo nsenter --mount --target {process} cat {key} 2>/dev/null").stdout == "", (unit, key)
             assert standing.host.run("sudo cat", key).stdout.startswith("-----BEGIN PRIVATE KEY-----"), key
+
+
+def test_the_log_of_a_service_is_rotated_and_goes_on(standing: Standing) -> None:
+    """By the rules that were written for it, with every unit's taken by logrotate; the next line stands at the beginning of the emptied file."""
+    log = "/var/log/kalium/controller.log"
+    before = standing.host.run("sudo cat", log).stdout
+    rules = [f"/etc/logrotate.d/{unit}" for unit in UNITS]
+
+    checked = standing.host.run("sudo logrotate --debug", *rules, "2>&1")
+    rotated = standing.host.run("sudo logrotate --force /etc/logrotate.d/kalium-controller 2>&1")
+
+    assert (checked.returncode, "error" in checked.stdout) == (0, False), checked.stdout
+    assert (rotated.returncode, rotated.stdout) == (0, ""), rotated.stdout
+    assert standing.host.run(f"sudo cat {log}.1").stdout.startswith(before)
+    with socket.create_connection((standing.host.address, 5000)) as stranger:
+        stranger.sendall(b"this is no handshake")
+        assert stranger.recv(1024)[:1] in (b"", b"\x15"), "an alert of TLS, or the end"
+    deadline = time.monotonic() + ANSWER_S_MAX
+    while not (first := standing.host.run("sudo head -n 1", log).stdout) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert json.loads(first)["event"] == "connection_refused"
 
 
 def test_the_controller_answers_who_has_a_certificate_of_the_site(standing: Standing) -> None:

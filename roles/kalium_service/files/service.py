@@ -23,6 +23,17 @@ COMMAND_SECONDS_MAX = 120
 LOG_LINES = 12
 SYSTEM_SERVICE_SINCE = 239  # systemd's group of system calls @system-service
 JOURNAL = "the journal"  # in the place of a log file
+# As long as the supervisor lets a log become. systemd holds the file and appends to it, so it is emptied where it is and not moved away.
+ROTATION = """\
+# Written by roles/kalium_service.
+%s {
+    size 50M
+    rotate 2
+    copytruncate
+    missingok
+    notifempty
+}
+"""
 
 
 def run(command, environment=None, seconds=COMMAND_SECONDS_MAX):
@@ -177,6 +188,7 @@ class Systemd:
         self.service = service
         self.unit = service["name"] + ".service"
         self.folders = "/etc/tmpfiles.d/%s.conf" % service["name"]
+        self.rotation = "/etc/logrotate.d/" + service["name"]
 
     def text(self, revision):
         service = self.service
@@ -222,6 +234,7 @@ class Systemd:
 
     def apply(self, revision):
         changed = self.write(revision)
+        changed = replaced(self.rotation, ROTATION % self.service["log"]) or changed
         if self.service["run_folders"]:
             # A restart of the host empties /run, and systemd starts the service again before anybody runs Ansible.
             lines = ["d %s 0755 %s %s -\n" % (path, owner, owner) for path, owner in sorted(self.service["run_folders"].items())]
