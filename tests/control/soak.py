@@ -268,6 +268,8 @@ def play(where: Plane, redis: RedisServer, arguments: argparse.Namespace) -> tup
     deadline = time.monotonic() + LOGGED_S_MAX
     while (lost := missing_verdicts(site, denials, faults)) and time.monotonic() < deadline:
         time.sleep(0.1)
+    if total.get("Replaced", 0) > (most := injected["agent_killed"] * total.get("Instances", 0)):
+        wrong.append(f"{total['Replaced']} instances have lost their agent, of {most} whose agent was killed")
     total["LostVerdicts"] = len(lost) + total.get("LostAnswers", 0)
     wrong += [f"a verdict is in no log: {each}" for each in lost[:10]] + (total.get("First") or [])
     return total, injected, watch.slopes(), wrong
@@ -302,6 +304,7 @@ def main() -> None:
             {"name": "repeats", "value": total.get("Repeats", 0), "unit": ""},
             {"name": "unavailable", "value": total.get("Unavailable", 0), "unit": ""},
             {"name": "abandoned", "value": total.get("Abandoned", 0), "unit": ""},
+            {"name": "replaced", "value": total.get("Replaced", 0), "unit": ""},
             {"name": "cross_talk", "value": total.get("CrossTalk", 0), "unit": ""},
             {"name": "lost_verdicts", "value": total.get("LostVerdicts", 0), "unit": ""},
             {"name": "false_allows", "value": total.get("FalseAllows", 0), "unit": ""},

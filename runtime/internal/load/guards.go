@@ -32,7 +32,7 @@ type guard struct {
 
 // newGuard registers an instance at the agent in folder and says hello as its guard.
 func newGuard(folder, app, function, container string) (*guard, error) {
-	if err := registerAt(filepath.Join(folder, "register"), app, function, container); err != nil {
+	if err := tellAgent(folder, map[string]string{"op": "register", "container": container, "app": app, "function": function, "image": "soak"}); err != nil {
 		return nil, err
 	}
 	conn, err := net.DialTimeout("unix", filepath.Join(folder, "guard"), dialTimeout)
@@ -50,13 +50,18 @@ func newGuard(folder, app, function, container string) (*guard, error) {
 		conn.Close()
 		return nil, err
 	}
+	if err := conn.SetReadDeadline(time.Time{}); err != nil { // asking has set one
+		conn.Close()
+		return nil, err
+	}
 	g := &guard{agent: filepath.Base(folder), app: app, function: function, container: container, conn: conn, last: 1, open: map[uint32]chan *frame.Answer{}}
 	go g.listen(w)
 	return g, nil
 }
 
-func registerAt(socket, app, function, container string) error {
-	conn, err := net.DialTimeout("unix", socket, dialTimeout)
+// tellAgent says one line of an engine to the agent, and fails when it is refused.
+func tellAgent(folder string, line map[string]string) error {
+	conn, err := net.DialTimeout("unix", filepath.Join(folder, "register"), dialTimeout)
 	if err != nil {
 		return err
 	}
@@ -64,7 +69,6 @@ func registerAt(socket, app, function, container string) error {
 	if err := conn.SetDeadline(time.Now().Add(2 * dialTimeout)); err != nil {
 		return err
 	}
-	line := map[string]string{"op": "register", "container": container, "app": app, "function": function, "image": "soak"}
 	if err := json.NewEncoder(conn).Encode(line); err != nil {
 		return err
 	}
@@ -80,7 +84,7 @@ func registerAt(socket, app, function, container string) error {
 		return err
 	}
 	if !answer.OK {
-		return fmt.Errorf("registration of %s: %s: %s", container, answer.Error, answer.Detail)
+		return fmt.Errorf("%s of %s: %s: %s", line["op"], line["container"], answer.Error, answer.Detail)
 	}
 	return nil
 }

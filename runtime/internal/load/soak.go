@@ -31,6 +31,7 @@ type SoakPlan struct {
 type Soaked struct {
 	Calls, Steps, Repeats, DenialsExpected, DenialsSeen, Unavailable, Abandoned, Verdicts int64
 	FalseAllows, CrossTalk, LostAnswers, Unexpected                                       int64
+	Instances, Replaced                                                                   int64    // of each agent; and after agents had died, of all
 	First                                                                                 []string // a few sentences about what should not have been
 }
 
@@ -51,16 +52,17 @@ type soak struct {
 	think time.Duration
 	sums  struct {
 		calls, steps, repeats, expected, seen, unavailable, abandoned, verdicts atomic.Int64
-		allows, crossed, lost, unexpected                                       atomic.Int64
+		allows, crossed, lost, unexpected, replaced                             atomic.Int64
 	}
 	ctx context.Context
 
-	mu      sync.Mutex
-	guards  map[string][]*guard // by app and function
-	made    int
-	known   map[string]struct{} // invocations that were granted
-	first   []string
-	denials *os.File
+	mu        sync.Mutex
+	guards    map[string][]*guard // by app and function
+	made      int
+	instances int64               // of each agent
+	known     map[string]struct{} // invocations that were granted
+	first     []string
+	denials   *os.File
 }
 
 // Soak plays the plan and tells progress on the way.
@@ -109,7 +111,8 @@ func (s *soak) soaked() Soaked {
 	t := &s.sums
 	return Soaked{
 		t.calls.Load(), t.steps.Load(), t.repeats.Load(), t.expected.Load(), t.seen.Load(), t.unavailable.Load(), t.abandoned.Load(),
-		t.verdicts.Load(), t.allows.Load(), t.crossed.Load(), t.lost.Load(), t.unexpected.Load(), append([]string(nil), s.first...),
+		t.verdicts.Load(), t.allows.Load(), t.crossed.Load(), t.lost.Load(), t.unexpected.Load(),
+		s.instances, t.replaced.Load(), append([]string(nil), s.first...),
 	}
 }
 
@@ -122,30 +125,41 @@ func (s *soak) populate() error {
 				n = max(n, s.plan.Calls/callsOfFront)
 			}
 			for range n {
-				if err := s.add(folder, soakApp, function); err != nil {
+				if err := s.add(folder, soakApp, function, ""); err != nil {
 					return err
 				}
 			}
 		}
-		if err := errors.Join(s.add(folder, otherApp, "front"), s.add(folder, otherApp, "a")); err != nil {
+		if err := errors.Join(s.add(folder, otherApp, "front", ""), s.add(folder, otherApp, "a", "")); err != nil {
 			return err
 		}
 	}
+	s.instances = int64(s.made / len(s.plan.Folders))
 	return nil
 }
 
-// add makes an instance. One that fails half-way is tried again under its own name: what the agent has registered stays one.
-func (s *soak) add(folder, app, function string) error {
+// add makes an instance, in the place of the container that is gone, if any, as an engine does. One that fails half-way is tried again
+// under its own name: what the agent has registered stays one.
+func (s *soak) add(folder, app, function, gone string) error {
 	s.mu.Lock()
 	s.made++
 	container := fmt.Sprintf("soak-%s-%s-%d", filepath.Base(folder), function, s.made)
 	s.mu.Unlock()
-	g, err := newGuard(folder, app, function, container)
-	for deadline := time.Now().Add(patience); err != nil && time.Now().Before(deadline); g, err = newGuard(folder, app, function, container) {
-		time.Sleep(50 * time.Millisecond)
-	}
-	if err != nil {
-		return err
+	var g *guard
+	for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
+		var err error
+		if gone != "" {
+			err = tellAgent(folder, map[string]string{"op": "unregister", "container": gone})
+		}
+		if err == nil {
+			g, err = newGuard(folder, app, function, container)
+		}
+		if err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			return err
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -155,7 +169,7 @@ func (s *soak) add(folder, app, function string) error {
 
 // replace makes an instance in the place of each whose agent has died. An agent that is not back yet is tried later.
 func (s *soak) replace() {
-	type lost struct{ folder, app, function string }
+	type lost struct{ folder, app, function, container string }
 	var all []lost
 	s.mu.Lock()
 	for key, guards := range s.guards {
@@ -167,7 +181,7 @@ func (s *soak) replace() {
 			}
 			for _, folder := range s.plan.Folders {
 				if filepath.Base(folder) == g.agent {
-					all = append(all, lost{folder, g.app, g.function})
+					all = append(all, lost{folder, g.app, g.function, g.container})
 				}
 			}
 		}
@@ -175,7 +189,8 @@ func (s *soak) replace() {
 	}
 	s.mu.Unlock()
 	for _, each := range all {
-		if err := s.add(each.folder, each.app, each.function); err != nil {
+		s.sums.replaced.Add(1)
+		if err := s.add(each.folder, each.app, each.function, each.container); err != nil {
 			s.wrong(&s.sums.unexpected, "no instance of %s: %v", each.function, err)
 		}
 	}
