@@ -28,6 +28,7 @@ from typing import Any
 
 from guard.record import recorded, write_table
 
+from kalium.controller.limits import LIMITS
 from kalium.pki.authority import Role
 from kalium.policy.compile import compile_policy
 
@@ -233,7 +234,10 @@ def play(where: Plane, redis: RedisServer, arguments: argparse.Namespace) -> tup
     seconds = arguments.minutes * 60
     plan = schedule(sorted(kinds), seconds, arguments.seed)
     denials = where.folder / "denials.tsv"
-    options = {"soak-calls": arguments.calls, "rate": arguments.rate, "seconds": seconds, "seed": arguments.seed, "denials": denials}
+    options = {
+        "soak-calls": arguments.calls, "rate": arguments.rate, "seconds": seconds, "seed": arguments.seed, "denials": denials,
+        "token-life": f"{LIMITS.token_ms}ms",
+    }  # fmt: skip
     command = [str(built("kalium-load")), "soak", *(f"-{name}={value}" for name, value in options.items())]
     load = subprocess.Popen([*command, *(str(agent.folder) for agent in site.agents)], stdout=subprocess.PIPE, text=True)
     where.at_end(load.kill)
@@ -304,6 +308,7 @@ def main() -> None:
             {"name": "repeats", "value": total.get("Repeats", 0), "unit": ""},
             {"name": "unavailable", "value": total.get("Unavailable", 0), "unit": ""},
             {"name": "abandoned", "value": total.get("Abandoned", 0), "unit": ""},
+            {"name": "late", "value": total.get("Late", 0), "unit": ""},
             {"name": "replaced", "value": total.get("Replaced", 0), "unit": ""},
             {"name": "cross_talk", "value": total.get("CrossTalk", 0), "unit": ""},
             {"name": "lost_verdicts", "value": total.get("LostVerdicts", 0), "unit": ""},

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"time"
 
 	"kalium.dev/kalium/runtime/internal/load"
 )
@@ -53,6 +54,7 @@ func run(arguments []string) error {
 	flags.IntVar(&long.Calls, "soak-calls", 10000, "calls under way at a time")
 	flags.Float64Var(&long.Rate, "rate", 2000, "questions a second")
 	flags.Uint64Var(&long.Seed, "seed", 1, "")
+	flags.DurationVar(&long.TokenLife, "token-life", 30*time.Second, "`time` for which the controllers keep a token")
 	flags.StringVar(&long.Denials, "denials", "denials.tsv", "`file` of the verdicts that were told")
 	if err := flags.Parse(arguments[1:]); err != nil {
 		return err

@@ -25,9 +25,11 @@ type SoakPlan struct {
 	Seconds float64
 	Seed    uint64
 	Denials string // file of the verdicts that were told, one line each
+	// TokenLife is how long a token of a synchronous edge is good for.
+	TokenLife time.Duration
 }
 
-// Soaked is what came of it. The last four have to be 0.
+// Soaked is what came of it. FalseAllows, CrossTalk, LostAnswers and Unexpected have to be 0.
 type Soaked struct {
 	Calls, Steps, Repeats, DenialsExpected, DenialsSeen, Unavailable, Abandoned, Verdicts int64
 	FalseAllows, CrossTalk, LostAnswers, Unexpected                                       int64
@@ -37,7 +39,7 @@ type Soaked struct {
 
 const (
 	soakApp, otherApp = "soak", "soak-other"
-	instancesOfSoak   = 8 // of a function and agent
+	instancesOfSoak   = 24 // of a function and agent: they start one invocation at a time, and all calls may want the same one
 	patience          = 30 * time.Second
 	repeatShare       = 0.05
 	attemptShare      = 0.15
@@ -52,7 +54,7 @@ type soak struct {
 	think time.Duration
 	sums  struct {
 		calls, steps, repeats, expected, seen, unavailable, abandoned, verdicts atomic.Int64
-		allows, crossed, lost, unexpected, replaced                             atomic.Int64
+		allows, crossed, lost, unexpected, replaced, late                       atomic.Int64
 	}
 	ctx context.Context
 
@@ -86,7 +88,7 @@ func Soak(plan SoakPlan, progress func(Soaked)) (*Soaked, error) {
 		calls.Go(func() {
 			random := rand.New(rand.NewPCG(plan.Seed, uint64(i)))
 			for ctx.Err() == nil {
-				(&soakCall{s: s, random: random}).run()
+				(&soakCall{s: s, random: random, tokens: map[string]granted{}}).run()
 			}
 		})
 	}
@@ -112,7 +114,7 @@ func (s *soak) soaked() Soaked {
 	return Soaked{
 		t.calls.Load(), t.steps.Load(), t.repeats.Load(), t.expected.Load(), t.seen.Load(), t.unavailable.Load(), t.abandoned.Load(),
 		t.verdicts.Load(), t.allows.Load(), t.crossed.Load(), t.lost.Load(), t.unexpected.Load(),
-		s.instances, t.replaced.Load(), append([]string(nil), s.first...),
+		s.instances, t.replaced.Load(), t.late.Load(), append([]string(nil), s.first...),
 	}
 }
 
@@ -229,14 +231,21 @@ type begun struct {
 	hold bool
 }
 
-// errAbandoned ends a call whose way cannot be known any more: an instance of it has died.
-var errAbandoned = errors.New("abandoned")
+// What ends a call early: its way cannot be known any more, since an instance of it has died; or its token was over when its turn came.
+var (
+	errAbandoned = errors.New("abandoned")
+	errLate      = errors.New("late")
+)
+
+// granted is between when the grant of a token was.
+type granted struct{ asked, answered time.Time }
 
 type soakCall struct {
 	s      *soak
 	random *rand.Rand
 	id     string
 	used   []*guard
+	tokens map[string]granted // of synchronous edges
 }
 
 func (c *soakCall) run() {
@@ -247,6 +256,8 @@ func (c *soakCall) run() {
 		c.s.sums.calls.Add(1)
 	case errors.Is(err, errAbandoned):
 		c.s.sums.abandoned.Add(1)
+	case errors.Is(err, errLate):
+		c.s.sums.late.Add(1)
 	default:
 		c.s.wrong(&c.s.sums.unexpected, "call %s: %v", c.id, err)
 	}
@@ -509,12 +520,20 @@ func (c *soakCall) start(function, token string) (begun, error) {
 	m := &frame.Start{Step: c.step(), Token: token, Version: 1}
 	g.one.Lock()
 	defer g.one.Unlock()
+	asked := time.Now()
 	answer, err := c.ask(g, m)
 	if err != nil {
 		return begun{}, err
 	}
+	grant, isTimed := c.tokens[token]
 	if !answer.Allowed {
+		if isTimed && policy.Reason(answer.Reason) == policy.ReasonBadToken && time.Since(grant.asked) >= c.s.plan.TokenLife {
+			return begun{}, errLate
+		}
 		return begun{}, c.denied("the start of "+function, answer)
+	}
+	if isTimed && asked.Sub(grant.answered) > c.s.plan.TokenLife {
+		c.s.wrong(&c.s.sums.allows, "call %s: the start of %s is allowed with a token whose time is over", c.id, function)
 	}
 	c.s.mu.Lock()
 	_, twice := c.s.known[answer.Invocation]
@@ -532,9 +551,13 @@ func (c *soakCall) start(function, token string) (begun, error) {
 
 func (c *soakCall) invoke(m *frame.Invoke, by begun) (token, callback string, err error) {
 	c.pause(1)
+	asked := time.Now()
 	answer, err := c.ask(by.by, m)
 	if err != nil {
 		return "", "", err
+	}
+	if !m.Asynchronous {
+		c.tokens[answer.Token] = granted{asked, time.Now()}
 	}
 	if !answer.Allowed {
 		return "", "", c.denied("invoke "+m.Callee, answer)
