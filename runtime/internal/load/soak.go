@@ -34,6 +34,7 @@ type Soaked struct {
 	Calls, Steps, Repeats, DenialsExpected, DenialsSeen, Unavailable, Abandoned, Verdicts int64
 	FalseAllows, CrossTalk, LostAnswers, Unexpected                                       int64
 	Instances, Replaced                                                                   int64    // of each agent; and after agents had died, of all
+	Late                                                                                  int64    // calls whose token was presented after its time
 	First                                                                                 []string // a few sentences about what should not have been
 }
 
