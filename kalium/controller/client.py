@@ -28,9 +28,11 @@ def status(config: Config, *, timeout_s: float = TIMEOUT_S) -> StatusReport:
             socket.create_connection((host, config.port), timeout=timeout_s) as plain,
             context.wrap_socket(plain, server_hostname=host) as connection,
         ):
-            role = tls.peer_of(connection.getpeercert()).identity.role
-            if role is not Role.CONTROLLER:
-                raise _away(config, f"its certificate has the role {role.value or 'none'}", "see which program has the port")
+            peer = tls.peer_of(connection.getpeercert()).identity
+            if peer.role is not Role.CONTROLLER:
+                raise _away(config, f"its certificate has the role {peer.role.value or 'none'}", "see which program has the port")
+            if peer.name != config.name:  # on another host's address another one answers, and this one would be called ready
+                raise _away(config, f"it is the controller {peer.name}, not {config.name}", "correct `listen`: each has an address of its own")
             return _ask(connection, deadline)
     except ssl.SSLCertVerificationError as error:
         raise _away(

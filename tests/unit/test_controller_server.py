@@ -787,6 +787,17 @@ def test_the_status_of_a_controller_with_another_ca_is_an_error(site: Site, caps
     assert "its certificate does not hold" in capsys.readouterr().err
 
 
+def test_the_status_of_another_controller_is_an_error(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    """The address in the configuration is that of another host of the site: the one that cannot listen there is not ready."""
+    site.start()
+    site.configure(name="controller-node1")
+    capsys.readouterr()
+
+    assert main(["controller", "status", "--config", str(site.config)]) == 3
+
+    assert "it is the controller controller, not controller-node1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("role", [Role.CLIENT, Role.AGENT, Role.CONTROLLER, Role.SERVER])
 def test_the_status_is_told_to_every_role(site: Site, capsys: pytest.CaptureFixture[str], role: Role) -> None:
     """But not to who only serves, which is told before anybody is asked."""
