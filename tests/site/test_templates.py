@@ -42,9 +42,10 @@ def written(ansible: Ansible, folder: Path, controllers: list[str], store: list[
         "build": ["node4"], "kube_control": ["node4"], "function_nodes": ["node0", "node1", "node2"], "controller": controllers,
         "store": store, "images": ["node4"], "database": ["node4"], "client": ["node4"],
     }  # fmt: skip
+    shipped = yaml.safe_load((ROOT / "inventory/sample/group_vars/all.yml").read_text(encoding="utf-8"))
     form = {
         "roles": str(ROOT / "roles"), "out": str(out), "ansible_connection": "local", "ansible_host": "elsewhere",
-        "kalium_engine": "kubernetes", "kalium_service_manager": "systemd", "kalium_controller_address": "{{ kalium_layout_address }}",
+        "kalium_engine": "kubernetes", "kalium_service_manager": "systemd", "kalium_controller_address": shipped["kalium_controller_address"],
     }  # fmt: skip
     children: dict[str, object] = {name: {"hosts": {host: {} for host in hosts}} for name, hosts in groups.items()}
     hosts = {name: {"kalium_layout_address": address} for name, address in NODES.items()}
@@ -75,7 +76,7 @@ def test_several_controllers_share_a_store_and_agents_begin_at_different_ones(
 
     configs = [load(out / f"{name}.controller.json") for name in ("node3", "node4")]
     ca, password = Path("/etc/kalium/pki/ca.crt"), Path("/etc/kalium/store.password")
-    assert [config.name for config in configs] == ["controller", "controller-node4"]
+    assert [(config.name, config.host) for config in configs] == [("controller", "10.0.0.13"), ("controller-node4", "10.0.0.14")]
     assert {config.store for config in configs} == {Store("redis", f"rediss://kalium@{address}:6390/0", "kalium:", ca, password)}
     first, second = {"address": "10.0.0.13:5000", "name": "controller"}, {"address": "10.0.0.14:5000", "name": "controller-node4"}
     agents = [json.loads((out / f"node{number}.agent.json").read_text(encoding="utf-8"))["controllers"] for number in range(3)]
