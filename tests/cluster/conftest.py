@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from cluster.state import caches
 
 ROOT = Path(__file__).resolve().parents[2]
 INVENTORY = "inventory/testbed"
+TWO_CONTROLLERS = ".kalium/two-controllers"  # the same folder with one line of hosts.yml changed
 COMMAND_S_MAX = 2400.0
 BEGAN = time.monotonic()
 STEPS: list[tuple[float, str]] = []
@@ -85,6 +87,7 @@ class Operator:
 
     def __init__(self, logs: Path) -> None:
         self.logs = logs
+        self.inventory = INVENTORY
         self._count = 0
         programs = Path(sys.executable).parent
         self._environment = {
@@ -121,8 +124,19 @@ class Operator:
         return said
 
     def play(self, playbook: str, *options: str) -> Said:
-        """`ansible-playbook PLAYBOOK -i inventory/testbed`, which has to succeed."""
-        return self.must("ansible-playbook", playbook, "-i", INVENTORY, *options)
+        """`ansible-playbook PLAYBOOK -i INVENTORY`, which has to succeed."""
+        return self.must("ansible-playbook", playbook, "-i", self.inventory, *options)
+
+    def adds_a_controller(self) -> None:
+        """A second host in the group `controller`, as a person writes it; every later playbook is run with it."""
+        folder = ROOT / TWO_CONTROLLERS
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(ROOT / INVENTORY, folder)
+        before = (folder / "hosts.yml").read_text(encoding="utf-8")
+        one, two = (f"    controller:\n      hosts: {{{hosts}}}\n" for hosts in ("node0: {}", "node0: {}, node1: {}"))
+        assert before.count(one) == 1, before
+        (folder / "hosts.yml").write_text(before.replace(one, two), encoding="utf-8")
+        self.inventory = TWO_CONTROLLERS
 
 
 @pytest.fixture(scope="session")

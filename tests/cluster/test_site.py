@@ -10,27 +10,35 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 from throwaway.footprint import footprint
 from throwaway.host import Host
 
-from experiments.entries import ENTRIES, MICROBENCH, Stack, sample_input
+from experiments.entries import ENTRIES, MASTER, MASTER_PATH, MICROBENCH, RECEIVE, REPORT, SUCCESS, Stack, sample_input
 from experiments.gateway import Answer, Gateway
 from experiments.loadgen import problem_with
 from experiments.site import Site, load_site
-from experiments.systems import KALIUM_ENFORCE
+from experiments.systems import KALIUM_ENFORCE, KALIUM_STRICT
+from experiments.verdicts import VerdictLog
+from kalium.errors import EXIT_ENVIRONMENT
 
-from .conftest import INVENTORY, ROOT, Operator, kubectl, sh
+from .conftest import INVENTORY, ROOT, TWO_CONTROLLERS, Operator, kubectl, sh
 from .hosts import down, keeper_pid
 from .state import LOCK, RUNNING
 
 HEALED_S_MAX = 60.0
 # A refusal has to come by the policy's deadline (250 ms) and not by a client's; the rest is room for two busy cores.
 REFUSED_S_MAX = 5.0
+# An agent takes its next controller within a second (docs/topics/stores.md).
+FAILOVER_S_MAX = 1.0
+CONTROLLERS = ["controller", "controller-node1"]
 BEFORE: dict[str, frozenset[str]] = {}
 
 
@@ -131,7 +139,8 @@ def test_fab_check(operator: Operator, site: Site) -> None:
     assert re.search(r"ok  kalium-enforce .* with RuntimeClass kalium, answered 200, [1-9]\d* verdict", said.text)
 
 
-def test_the_five_entries_work_under_enforcement_on_both_workers(hosts: dict[str, Host], site: Site) -> None:
+def the_five_entries(hosts: dict[str, Host], site: Site) -> str:
+    """Every entry works under enforcement, once; the result is what kubectl says of their pods."""
     gateway, stack = Gateway.of(site), Stack(site)
     names = [entry.function for entry in ENTRIES]
     served = images_served(hosts, site)
@@ -142,12 +151,17 @@ def test_the_five_entries_work_under_enforcement_on_both_workers(hosts: dict[str
             answer = gateway.invoke(entry.function, sample_input(site, entry.function), path=entry.path, call_id=f"entry-{entry.name}")
             problems[entry.name] = problem_with(answer.status, answer.body, json.loads(json.dumps(entry.expect)))
         pods = kubectl(hosts["node0"], "get pods --namespace openfaas-fn --output wide")
-        print(pods)
     finally:
         gateway.remove_all(names)
-
     assert problems == dict.fromkeys(problems, "")
     assert images_served(hosts, site) >= served + 3, "three of the entries fetch the image"
+    return pods
+
+
+def test_the_five_entries_work_under_enforcement_on_both_workers(hosts: dict[str, Host], site: Site) -> None:
+    pods = the_five_entries(hosts, site)
+
+    print(pods)
     assert all(re.search(rf" {node} ", pods) for node in ("node1", "node2")), "the scheduler used both workers"
 
 
@@ -245,6 +259,163 @@ def test_a_killed_agents_instances_are_replaced_without_a_deployment(hosts: dict
     assert sh(node, "systemctl show --property MainPID --value kalium-agent").strip() != old
     assert {answer.status for answer in answers[:-1]} <= {503}
     assert images_served(hosts, site) == served + 1
+
+
+# A second controller, and the store that they share
+
+
+@pytest.fixture(scope="module")
+def shared(operator: Operator) -> Site:
+    """What site.yml wrote when it had made two controllers of one."""
+    return load_site(TWO_CONTROLLERS)
+
+
+def status_of(host: Host) -> dict[str, Any]:
+    """What `kalium status` says there, where everything is in force; nothing from a controller that does not answer yet."""
+    done = host.run("sudo /opt/kalium/venv/bin/kalium status --output json")
+    assert done.returncode in (0, EXIT_ENVIRONMENT), f"{host.name}: {done.stderr.strip() or done.stdout.strip()}"
+    status: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
+    return status
+
+
+def know_each_other(hosts: dict[str, Host], shared: Site) -> bool:
+    """Each controller names both."""
+    return all(status_of(hosts[one.name]).get("controllers") == CONTROLLERS for one in shared.members("controller"))
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A request and its answer."""
+
+    call: str
+    answer: Answer
+    ended: float
+
+
+class Flow:
+    """The whole flow, enforced: the master on the first worker, what it invokes on the second, so each call asks both agents, seven times in all."""
+
+    FUNCTIONS = (MASTER, RECEIVE, SUCCESS, REPORT)
+
+    def __init__(self, hosts: dict[str, Host], site: Site) -> None:
+        self._hosts, self._site, self._gateway = hosts, site, Gateway.of(site)
+
+    def __enter__(self) -> Flow:
+        stack, (first, second) = Stack(self._site), self._site.nodes
+        nodes = {name: first if name == MASTER else second for name in self.FUNCTIONS}
+        functions = [replace(stack.function(name, KALIUM_STRICT), constraints=(f"kubernetes.io/hostname={nodes[name].name}",)) for name in nodes]
+        self._gateway.deploy_all(functions)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._gateway.remove_all(self.FUNCTIONS)
+
+    def photo(self, call: str) -> Sent:
+        """One photo is taken."""
+        answer = self._gateway.invoke(MASTER, sample_input(self._site, MASTER), path=MASTER_PATH, call_id=call)
+        return Sent(call, answer, time.monotonic())
+
+    def intrusion(self, call: str) -> Sent:
+        """A stranger invokes what only the master may. It would fetch the image before all else, as the image server's log would show."""
+        answer = self._gateway.invoke(RECEIVE, sample_input(self._site, RECEIVE), call_id=call)
+        return Sent(call, answer, time.monotonic())
+
+    def while_(self, name: str, happens: Callable[[], object], *, rounds: int) -> float:
+        """Photo and intrusion by turns; `happens` at a third of them. The result is how long no photo was taken, in seconds.
+
+        A photo is taken, or it fails as the policy says that it has to: by a verdict that was made without a controller, and denies.
+        No intrusion gets anywhere, whoever is there to decide.
+        """
+        verdicts, served = VerdictLog(self._site), images_served(self._hosts, self._site)
+        photos, intrusions = [self.photo(f"{name}-before")], []
+        with ThreadPoolExecutor(1) as pool:
+            happening = None
+            for number in range(rounds):
+                if number == rounds // 3:
+                    happening = pool.submit(happens)
+                photos.append(self.photo(f"{name}-{number}"))
+                intrusions.append(self.intrusion(f"{name}-intrusion-{number}"))
+            assert happening is not None
+            happening.result()
+        taken = [photo for photo in photos if photo.answer.status == 200]
+        failed = {photo.call: photo.answer.excerpt() for photo in photos if photo.answer.status != 200}
+        between = [after.ended - before.ended for before, after in pairwise(taken)]
+        counts = f"{len(taken)} of {len(photos)} photos, {len(intrusions)} intrusions"
+        print(f"{name}: {counts}; {median(between):.2f} s between two photos, at most {max(between):.2f} s; failed: {failed}")
+        denied = [one for one in verdicts.settled() if one.denied]
+        assert {one.call: one.answer.excerpt() for one in intrusions if one.answer.status not in (403, 503)} == {}
+        assert sum(one.function == RECEIVE and one.kind == "start" for one in denied) >= len(intrusions)
+        # A start that is refused has no call, so they are counted: of the intruder's, and the photos'.
+        alone = [one.sentence() for one in denied if one.record["fail_mode"] == "deny"]
+        assert len(alone) >= len(failed) + sum(one.answer.status == 503 for one in intrusions), (failed, alone)
+        assert (photos[0].answer.status, photos[-1].answer.status) == (200, 200), failed
+        assert len(taken) <= images_served(self._hosts, self._site) - served <= len(photos)
+        return max(between)
+
+
+def test_site_yml_makes_two_controllers_of_one(hosts: dict[str, Host], operator: Operator) -> None:
+    """With one more host in the group `controller`. Nothing changes but what they need; all else is as on a second run."""
+    operator.adds_a_controller()
+
+    said = operator.play("site.yml")
+
+    roles = {task.partition(" : ")[0] for task in said.changed()}
+    print(*said.changed(), sep="\n")
+    own = {"kalium_packages", "kalium_pki", "kalium_store", "kalium_controller", "kalium_agent"}
+    assert own <= roles <= own | {"kalium_layout", "kalium_service", "kalium_site"}
+    shared = load_site(TWO_CONTROLLERS)
+    until(lambda: know_each_other(hosts, shared), "two controllers that know each other")
+    statuses = [status_of(hosts[one.name]) for one in shared.members("controller")]
+    assert [status["controller"] for status in statuses] == CONTROLLERS
+    assert [status["store"] for status in statuses] == ["redis"] * 2
+    assert [status["agents"] for status in statuses] == [1, 1], "agents begin at different controllers"
+
+
+def test_the_five_entries_work_with_two_controllers(hosts: dict[str, Host], shared: Site) -> None:
+    the_five_entries(hosts, shared)
+
+
+def test_requests_go_on_when_either_controller_dies(hosts: dict[str, Host], shared: Site) -> None:
+    """One is killed, comes back and takes both agents when the other one is stopped."""
+    first, second = (hosts[one.name] for one in shared.members("controller"))
+    with Flow(hosts, shared) as flow:
+        kill = "systemctl kill --signal KILL kalium-controller && systemctl stop kalium-controller"
+        killed = flow.while_("killed", lambda: sh(first, kill), rounds=30)
+        assert status_of(second)["agents"] == 2
+        sh(first, "systemctl start kalium-controller")
+        back = until(lambda: know_each_other(hosts, shared), "the first controller's return")
+        stopped = flow.while_("stopped", lambda: sh(second, "systemctl stop kalium-controller"), rounds=15)
+        assert status_of(first)["agents"] == 2
+        sh(second, "systemctl start kalium-controller")
+        until(lambda: know_each_other(hosts, shared), "the second controller's return")
+
+    print(f"at most {killed:.2f} s without a photo when one was killed, {stopped:.2f} s when one was stopped; the first was back after {back:.1f} s")
+    assert max(killed, stopped) <= FAILOVER_S_MAX
+
+
+def test_a_dead_store_stops_starts_and_its_return_heals(hosts: dict[str, Host], shared: Site) -> None:
+    """Both controllers say that they are not ready, and nothing gets as far as the image server."""
+    controllers, store = [hosts[one.name] for one in shared.members("controller")], hosts["node0"]
+    ask = "import http.client as h; c = h.HTTPConnection('127.0.0.1', 5001, timeout=5); c.request('GET', '/readyz'); print(c.getresponse().status)"
+    ready = f"python3 -c {shlex.quote(ask)}"
+    with Flow(hosts, shared) as flow:
+        assert flow.photo("stored").answer.status == 200
+        served = images_served(hosts, shared)
+        sh(store, "systemctl stop kalium-store")
+        try:
+            began = time.monotonic()
+            refused = flow.photo("unstored")
+            answers = [sh(controller, ready).strip() for controller in controllers]
+        finally:
+            sh(store, "systemctl start kalium-store")
+        print(f"without the store: {refused.answer.excerpt()} after {refused.ended - began:.2f} s")
+        assert refused.answer.status == 503 and refused.ended - began < REFUSED_S_MAX
+        assert answers == ["503"] * 2
+        assert images_served(hosts, shared) == served
+        healed = until(lambda: flow.photo("restored").answer.status == 200, "an answer after the store's return")
+        print(f"healed after {healed:.1f} s")
+        assert flow.intrusion("intruded").answer.status == 403
+        assert images_served(hosts, shared) == served + 1
 
 
 # Once more, and the end
