@@ -214,7 +214,7 @@ def test_the_log_of_a_service_is_rotated_and_goes_on(standing: Standing) -> None
     rules = [f"/etc/logrotate.d/{unit}" for unit in UNITS]
 
     checked = standing.host.run("sudo logrotate --debug", *rules, "2>&1")
-    rotated = standing.host.run("sudo logrotate --force /etc/logrotate.d/kalium-controller 2>&1")
+    rotated = standing.host.run("sudo logrotate --state /run/rotated --force /etc/logrotate.d/kalium-controller 2>&1")
 
     assert (checked.returncode, "error" in checked.stdout) == (0, False), checked.stdout
     assert (rotated.returncode, rotated.stdout) == (0, ""), rotated.stdout

@@ -16,7 +16,7 @@ from pathlib import Path
 from .host import COMMAND_S_MAX, HostError
 
 # What a provider's image has at least: an init system, a way in, the distribution's Python and sudo. Everything else is the roles' to install.
-PACKAGES = ("systemd", "dbus", "openssh-server", "python3", "sudo", "iproute2", "ca-certificates")
+PACKAGES = ("systemd", "systemd-sysv", "dbus", "openssh-server", "python3", "sudo", "iproute2", "ca-certificates", "logrotate")
 USER = "siteadmin"
 ROOT_MADE_S_MAX = 900.0
 # Where a host finds what other hosts downloaded before.

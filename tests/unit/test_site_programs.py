@@ -400,6 +400,23 @@ def test_both_managers_are_told_the_same_words(described: dict[str, Any]) -> Non
     assert r'Environment="B=say \"%%\""' in systemd.splitlines()
 
 
+@pytest.mark.parametrize(("kind", "log", "is_rotated"), [("Systemd", "/var/log/x.log", True), ("Unit", "the journal", False)])
+def test_the_log_of_a_service_has_a_rule_and_the_journal_has_none(
+    described: dict[str, Any], command: Callable[[str, str], Path], tmp_path: Path, kind: str, log: str, is_rotated: bool
+) -> None:
+    command("systemctl", "echo active")
+    manager = getattr(service, kind)({**described, "log": log, "run_folders": {}, "stop_seconds": 5})
+    manager.write = lambda _revision: False
+    manager.rotation = str(tmp_path / "rotated" / "kalium-x")
+
+    for has_logrotate in (False, True):
+        assert manager.apply("r1") is True
+        assert Path(manager.rotation).exists() is (has_logrotate and is_rotated)
+        (tmp_path / "rotated").mkdir(exist_ok=True)
+
+    assert not is_rotated or Path(manager.rotation).read_text(encoding="utf-8").splitlines()[1:3] == [f"{log} {{", "    size 50M"]
+
+
 @pytest.mark.parametrize("version", [237, 252])
 def test_a_unit_of_systemd_says_what_the_service_may_do(described: dict[str, Any], monkeypatch: pytest.MonkeyPatch, version: int) -> None:
     """An old systemd takes a group of system calls that it does not know for an empty one: the service would be killed at its first call."""

@@ -234,7 +234,8 @@ class Systemd:
 
     def apply(self, revision):
         changed = self.write(revision)
-        changed = replaced(self.rotation, ROTATION % self.service["log"]) or changed
+        if self.service["log"] != JOURNAL and os.path.isdir(os.path.dirname(self.rotation)):
+            changed = replaced(self.rotation, ROTATION % self.service["log"]) or changed
         if self.service["run_folders"]:
             # A restart of the host empties /run, and systemd starts the service again before anybody runs Ansible.
             lines = ["d %s 0755 %s %s -\n" % (path, owner, owner) for path, owner in sorted(self.service["run_folders"].items())]
