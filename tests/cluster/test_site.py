@@ -283,6 +283,11 @@ def know_each_other(hosts: dict[str, Host], shared: Site) -> bool:
     return all(status_of(hosts[one.name]).get("controllers") == CONTROLLERS for one in shared.members("controller"))
 
 
+def modes_are_in_force(hosts: dict[str, Host], shared: Site) -> bool:
+    """`kalium status` of each controller finds what the policies ask for."""
+    return all(hosts[one.name].run("sudo /opt/kalium/venv/bin/kalium status").returncode == 0 for one in shared.members("controller"))
+
+
 @dataclass(frozen=True)
 class Sent:
     """A request and its answer."""
@@ -377,6 +382,7 @@ def test_the_five_entries_work_with_two_controllers(hosts: dict[str, Host], shar
 
 def test_requests_go_on_when_either_controller_dies(hosts: dict[str, Host], shared: Site) -> None:
     """One that agents are connected to is killed, comes back and takes both of them when the other one is stopped."""
+    until(lambda: modes_are_in_force(hosts, shared), "guards in force in the pods that have just started")
     # Which agent has which is drawn when the agent starts.
     first, second = sorted((hosts[one.name] for one in shared.members("controller")), key=lambda host: -int(status_of(host)["agents"]))
     with Flow(hosts, shared) as flow:
