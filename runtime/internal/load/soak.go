@@ -557,11 +557,11 @@ func (c *soakCall) invoke(m *frame.Invoke, by begun) (token, callback string, er
 	if err != nil {
 		return "", "", err
 	}
-	if !m.Asynchronous {
-		c.tokens[answer.Token] = granted{asked, time.Now()}
-	}
 	if !answer.Allowed {
 		return "", "", c.denied("invoke "+m.Callee, answer)
+	}
+	if !m.Asynchronous {
+		c.tokens[answer.Token] = granted{asked, time.Now()}
 	}
 	if answer.Call != c.id || answer.Invocation != by.id || answer.Token == "" || (m.Callback != "") != (answer.Callback != "") {
 		c.s.wrong(&c.s.sums.crossed, "call %s: invoke %s is answered with call %s, invocation %s", c.id, m.Callee, answer.Call, answer.Invocation)
