@@ -322,7 +322,8 @@ func TestFlappingControllersAreNotHammered(t *testing.T) {
 						if hellos.Add(1) == 8 {
 							close(done)
 						}
-						_ = r.conn.Close() // welcomed, and dropped at once
+						// Its answer goes out under the lock: welcomed, and dropped at once.
+						c.with(func() { _ = r.conn.Close() })
 					}
 				case <-t.Context().Done():
 					return
