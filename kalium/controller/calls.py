@@ -129,12 +129,15 @@ _NUMBER_BITS = 32  # of an invocation within its call: 8 for its place, the othe
 _NUMBER_MASK = (1 << _NUMBER_BITS) - 1
 _PLACE_MASK = INVOCATIONS_PER_CALL_MAX - 1
 _REUSED_MAX = (1 << (_NUMBER_BITS - 8)) - 2
+_VACANT_BITS = 9
+_VACANT_MASK = (1 << _VACANT_BITS) - 1
 _EPOCH_HEX = 12
 _KEY_HEX = 12
 _ENDING = "f" * 8  # of the id of a call; no invocation has this number
 _PREFIX_HEX = _EPOCH_HEX + _KEY_HEX
 _NUMBERS = tuple(f"{number:08x}" for number in range(INVOCATIONS_PER_CALL_MAX))  # of most invocations
 assert _PLACE_MASK == 0xFF  # a place is the low byte of an invocation's number
+assert INVOCATIONS_PER_CALL_MAX <= _VACANT_MASK
 assert _PREFIX_HEX + len(_ENDING) == CALL_HEX == _PREFIX_HEX + _NUMBER_BITS // 4
 
 # An invocation as an INVOKE names it: callee, by the queue or not, callback. What a LabelKey is equal to.
@@ -146,11 +149,12 @@ class _Call(msgspec.Struct, gc=False, eq=False):
 
     key: int  # its id is made of it
     policy: CompiledPolicy
-    rows: list[_Invocation | int]  # by place; a place that is free names the next free one, the last one -1
+    rows: list[_Invocation | int]  # by place; a place that is free names the next free one + 1, the last one 0
     live: int = 0  # invocations
     tokens: int = 0  # pending ones
-    free: int = -1  # the first free place
-    reused: int = 0  # how often a place was used again: its invocation has another number then
+    # The first free place + 1 in the low bits, 0 for none, and above them how often a place was used again, as its invocation has
+    # another number then. One field, because six of them fit into the allocator's 64 bytes.
+    vacant: int = 0
 
 
 class _Invocation(msgspec.Struct, gc=False, eq=False):
@@ -322,7 +326,7 @@ class MemoryCalls:
             if self._invocations >= limits.invocations:
                 return full("live invocations", limits.invocations)
             self._begun = key = self._begun + 1
-            call = self._calls[key] = _Call(key, policy, [-1])  # a list that begins with one place does not grow to four
+            call = self._calls[key] = _Call(key, policy, [0])  # a list that begins with one place does not grow to four
             self._begin(call, record, None, 0, 0, now_ns)
             started: _Started = (_NO_TEXT, version, key, 0, False)
             answer = self._started(started)
@@ -395,20 +399,21 @@ class MemoryCalls:
         limits = self._limits
         if len(record.live) >= limits.invocations_per_instance:
             return full("live invocations of one instance", limits.invocations_per_instance)
-        if call.live >= limits.invocations_per_call or call.reused >= _REUSED_MAX:
+        if call.live >= limits.invocations_per_call or call.vacant >> _VACANT_BITS >= _REUSED_MAX:
             return full("invocations of one call", limits.invocations_per_call)
         if self._invocations >= limits.invocations:
             return full("live invocations", limits.invocations)
-        place = call.free
+        vacant = call.vacant
+        place = (vacant & _VACANT_MASK) - 1
         if place < 0:
             place = number = len(call.rows)  # small numbers are shared
-            call.rows.append(-1)
+            call.rows.append(0)
         else:
             following = call.rows[place]
             assert type(following) is int
-            call.free = following
-            call.reused += 1
-            number = call.reused << 8 | place
+            reused = (vacant >> _VACANT_BITS) + 1
+            call.vacant = reused << _VACANT_BITS | following
+            number = reused << 8 | place
         self._begin(call, record, edge, place, number, now_ns)
         if type(what) is _Callback:
             what.edge.is_called_back = True
@@ -569,7 +574,7 @@ class MemoryCalls:
         if call is None:
             return None
         place, rows = number & _PLACE_MASK, call.rows
-        found = rows[place] if place < len(rows) else -1
+        found = rows[place] if place < len(rows) else 0
         if type(found) is _Invocation and found.record is who.calls and found.number == number & _NUMBER_MASK:
             return found
         return None
@@ -691,8 +696,9 @@ class MemoryCalls:
             call.rows.clear()
         else:
             place = invocation.number & _PLACE_MASK
-            call.rows[place] = call.free
-            call.free = place
+            vacant = call.vacant
+            call.rows[place] = vacant & _VACANT_MASK
+            call.vacant = vacant & ~_VACANT_MASK | place + 1
             call.live -= 1
 
     def _remove_token(self, key: int) -> None:
