@@ -133,3 +133,23 @@ def test_site_yml_begins_with_the_preflight() -> None:
     imported = re.findall(r"import_playbook: (\S+)", (ROOT / "site.yml").read_text(encoding="utf-8"))
 
     assert imported[0] == "playbooks/preflight.yml"
+
+
+@pytest.mark.parametrize("fault", [{"breaks": True}, {"ansible_connection": "ssh", "ansible_host": "127.0.0.3", "ansible_port": 1}])
+def test_a_host_that_fails_or_goes_away_ends_the_run_for_all(ansible: Ansible, tmp_path: Path, fault: dict[str, object]) -> None:
+    """Otherwise the last playbook calls a site ready that has a node which is not."""
+    nodes = {"one": {"ansible_connection": "local"}, "two": {"ansible_connection": "local", **fault}}
+    hosts = {"nodes": {"hosts": nodes}, "build": {"hosts": {"here": {"ansible_connection": "local"}}}}
+    inventory = tmp_path / "hosts.yml"
+    inventory.write_text(yaml.safe_dump({"all": {"children": hosts}}), encoding="utf-8")
+    work = [{"name": "Work", "ansible.builtin.command": "{{ 'false' if breaks | default(false) else 'true' }}"}]
+    last = [{"name": "Say it", "ansible.builtin.debug": {"msg": "the site is ready"}}]
+    plays = [{"hosts": "nodes", "gather_facts": False, "tasks": work}, {"hosts": "build", "gather_facts": False, "tasks": last}]
+    playbook = tmp_path / "plays.yml"
+    playbook.write_text(yaml.safe_dump(plays), encoding="utf-8")
+
+    ended = ansible.play(playbook, inventory)
+
+    assert ended.status != 0, ended.end()
+    assert re.search(r"two +: .*(failed|unreachable)=1", ended.text), ended.end()
+    assert "the site is ready" not in ended.text
