@@ -30,7 +30,8 @@ type net struct {
 	c     *guardtest.Controller
 }
 
-const wait = 10 * time.Second
+// wait bounds every wait of these tests. A test that passes never needs it.
+const wait = 30 * time.Second
 
 func address(text string) tcpip.Address { return tcpip.AddrFrom4(netip.MustParseAddr(text).As4()) }
 
