@@ -119,8 +119,8 @@ func TestManyGoroutinesMakeOneChain(t *testing.T) {
 }
 
 func TestAHeadFollowsWithoutFurtherEntries(t *testing.T) {
-	w := watch(t, Options{Path: filepath.Join(t.TempDir(), "audit.jsonl")})
 	began := time.Now()
+	w := watch(t, Options{Path: filepath.Join(t.TempDir(), "audit.jsonl")})
 
 	until(t, "there is a head", func() bool {
 		return bytes.Contains(must(os.ReadFile(w.path)), []byte(`"event":"head"`))
