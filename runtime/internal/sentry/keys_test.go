@@ -49,7 +49,7 @@ func trySecure() map[string]string {
 			return
 		}
 		defer conn.Close()
-		conn.SetDeadline(time.Now().Add(5 * time.Second))
+		conn.SetDeadline(time.Now().Add(patience))
 		inside := tls.Client(conn, config)
 		_, err = io.WriteString(inside, secureRequest(path))
 		if err == nil {
@@ -140,6 +140,7 @@ func TestTLSOfAProgramThatSaysItsKeysIsOpened(t *testing.T) {
 	if len(arrived) != 0 {
 		t.Errorf("%q arrived, too", <-arrived)
 	}
+	s.told()
 	if d := s.denials(); len(d) != 2 || !d["https not_in_policy"] || !d["https no_key"] {
 		t.Errorf("denials %v", d)
 	}

@@ -43,6 +43,7 @@ func TestThePauseContainerHasNoInternetSockets(t *testing.T) {
 	r := receive(s.listen(8080))
 
 	got := s.run("send", true)()
+	s.told()
 
 	if connections, _ := r.state(); connections != 0 || !strings.Contains(got, "connect: EACCES") {
 		t.Errorf("%d connections, the pause container said %s", connections, got)

@@ -20,6 +20,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -58,6 +59,7 @@ type site struct {
 	verdicts []frame.VerdictRecord
 	ends     []frame.End
 	hellos   []frame.Hello
+	serving  int // connections of guards
 }
 
 func grant(m *frame.Start) *frame.Answer {
@@ -113,9 +115,12 @@ func shell(t *testing.T, line string) {
 	}
 }
 
+// sites counts those that were made: each has names of its own.
+var sites atomic.Int64
+
 func newSite(t *testing.T) *site {
 	t.Helper()
-	number := fmt.Sprintf("%d-%d", os.Getpid(), time.Now().UnixNano()%1e6)
+	number := fmt.Sprintf("%d-%d", os.Getpid(), sites.Add(1))
 	s := &site{t: t, folder: t.TempDir(), world: "kalium-w" + number, id: "kalium-test-" + number, runtime: runtimePath(t, "runsc-kalium")}
 	s.welcome = func(*frame.Hello) *frame.Welcome { return guardtest.Welcome(t, "enforce") }
 	s.start = grant
@@ -194,13 +199,21 @@ func (s *site) agent() {
 			if err != nil {
 				return
 			}
+			s.mu.Lock()
+			s.serving++
+			s.mu.Unlock()
 			go s.serve(conn)
 		}
 	}()
 }
 
 func (s *site) serve(conn net.Conn) {
-	defer conn.Close()
+	defer func() {
+		conn.Close()
+		s.mu.Lock()
+		s.serving--
+		s.mu.Unlock()
+	}()
 	var reader frame.Reader
 	buffer := make([]byte, 64<<10)
 	say := func(id uint32, m frame.Message) {
@@ -239,6 +252,22 @@ func (s *site) serve(conn net.Conn) {
 			s.ends = append(s.ends, *m)
 		}
 		s.mu.Unlock()
+	}
+}
+
+// told waits until everything is read that the guard of a sandbox has said which has ended.
+func (s *site) told() {
+	s.t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		s.mu.Lock()
+		over := len(s.hellos) > 0 && s.serving == 0
+		s.mu.Unlock()
+		if over {
+			return
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatal("the guard's connection does not end")
+		}
 	}
 }
 
@@ -451,6 +480,7 @@ func TestWithoutAGuardNothingLeaves(t *testing.T) {
 func TestTheAgentHearsWhoTheSandboxIs(t *testing.T) {
 	s := newSite(t)
 	s.run("calls", true)()
+	s.told()
 
 	if len(s.hellos) != 1 || !reflect.DeepEqual(s.hellos[0], frame.Hello{Protos: frame.Protos(), Container: s.id, App: guardtest.App, Function: guardtest.Function}) {
 		t.Errorf("hellos %+v", s.hellos)
@@ -521,6 +551,7 @@ func TestNoWayOfSendingLeavesAMessageUnjudged(t *testing.T) {
 	if _, bytes := r.state(); bytes != "" {
 		t.Errorf("%q arrived", bytes)
 	}
+	s.told()
 	if d := s.denials(); len(d) != 1 || !d["http not_in_policy"] {
 		t.Errorf("denials %v", d)
 	}
