@@ -4,10 +4,14 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"kalium.dev/kalium/runtime/internal/guard/guardtest"
 	"kalium.dev/kalium/runtime/internal/policy"
 )
+
+// patience bounds every wait of these tests. A test that passes never needs it.
+const patience = 30 * time.Second
 
 var client = netip.MustParseAddrPort(guardtest.HostAddress + ":40000")
 

@@ -287,7 +287,7 @@ func TestALostPeerEndsTheInvocationButNotTheTurn(t *testing.T) {
 // untilWaiting polls until n requests wait for the instance.
 func untilWaiting(t *testing.T, g *Guard, n int) {
 	t.Helper()
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(patience)
 	for {
 		g.slot.mu.Lock()
 		waiting := len(g.slot.waiting)
@@ -388,7 +388,7 @@ func TestATimeoutEndsTheCursor(t *testing.T) {
 
 	g.live.timer.Reset(0)
 
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(patience)
 	for len(c.Ended()) == 0 && time.Now().Before(deadline) {
 		time.Sleep(time.Millisecond)
 	}

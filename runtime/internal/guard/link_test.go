@@ -41,7 +41,7 @@ func linked(t *testing.T) (*Link, *agent, *Guard, chan string, *[]frame.VerdictR
 
 func (a *agent) next() (uint32, frame.Message) {
 	a.t.Helper()
-	a.conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+	a.conn.SetReadDeadline(time.Now().Add(patience))
 	buffer := make([]byte, 4096)
 	for {
 		id, m, err := a.reader.Next()
@@ -70,7 +70,7 @@ func (a *agent) say(id uint32, m frame.Message) {
 	}
 }
 
-func soon() time.Time { return time.Now().Add(5 * time.Second) }
+func soon() time.Time { return time.Now().Add(patience) }
 
 func TestAnswersFindTheirQuestionsInAnyOrder(t *testing.T) {
 	l, a, _, _, _ := linked(t)
@@ -110,7 +110,7 @@ func TestAQuestionWaitsUntilItsDeadlineOnly(t *testing.T) {
 	l, a, _, _, _ := linked(t)
 	done := make(chan error, 1)
 	go func() {
-		_, err := l.Start(time.Now().Add(20*time.Millisecond), &frame.Start{Step: newStep()})
+		_, err := l.Start(time.Now().Add(500*time.Millisecond), &frame.Start{Step: newStep()})
 		done <- err
 	}()
 	id, _ := a.next()

@@ -2,6 +2,7 @@ package guard
 
 import (
 	"bufio"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -15,6 +16,11 @@ import (
 	"kalium.dev/kalium/runtime/internal/frame"
 )
 
+const (
+	askedFor   = 500 * time.Millisecond // the deadline of a question: until then its asker has to be stopped
+	stoppedFor = 700 * time.Millisecond // longer than that, and much shorter than what nobody waits for any more
+)
+
 // As a process of its own this asks one question over descriptor 3 and says what became of it.
 func TestMain(m *testing.M) {
 	if os.Getenv("KALIUM_TEST_ASKS") == "" {
@@ -26,7 +32,7 @@ func TestMain(m *testing.M) {
 	}
 	l := NewLink(conn, 1, func(*frame.VerdictRecord) {})
 	l.Serve(&frame.Reader{}, nil, func(string) {})
-	if _, err = l.Invoke(time.Now().Add(50*time.Millisecond), &frame.Invoke{Step: newStep(), Callee: "payer"}); err == nil {
+	if _, err = l.Invoke(time.Now().Add(askedFor), &frame.Invoke{Step: newStep(), Callee: "payer"}); err == nil {
 		os.Stdout.WriteString("answered\n")
 	} else {
 		os.Stdout.WriteString(err.Error() + "\n")
@@ -36,14 +42,18 @@ func TestMain(m *testing.M) {
 // A sandbox that may use half a processor stands still for most of the time while its program spins. Else a program could have
 // the fail mode decide in place of an answer that has come.
 func TestAnAnswerThatCameWhileTheSandboxStoodStillIsHeard(t *testing.T) {
-	for range 5 {
-		if said := heardWhileStopped(t, &frame.Answer{Reason: "edge_not_allowed"}); said != "answered" {
-			t.Fatalf("the question had: %s", said)
-		}
+	for attempt := range 5 {
+		t.Run(fmt.Sprint(attempt), func(t *testing.T) {
+			t.Parallel()
+			if said := heardWhileStopped(t, &frame.Answer{Reason: "edge_not_allowed"}); said != "answered" {
+				t.Fatalf("the question had: %s", said)
+			}
+		})
 	}
 }
 
 func TestASandboxThatStoodStillLearnsAllTheSameThatNobodyAnswers(t *testing.T) {
+	t.Parallel()
 	if said := heardWhileStopped(t, nil); said != errNoAnswer.Error() {
 		t.Fatalf("the question had: %s", said)
 	}
@@ -80,7 +90,7 @@ func heardWhileStopped(t *testing.T, answer *frame.Answer) string {
 	if answer != nil {
 		a.say(id, answer)
 	}
-	time.Sleep(120 * time.Millisecond)
+	time.Sleep(stoppedFor)
 	command.Process.Signal(syscall.SIGCONT)
 	said, err := bufio.NewReader(out).ReadString('\n')
 	if err != nil {

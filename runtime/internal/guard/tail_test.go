@@ -77,8 +77,9 @@ func TestATailHasATime(t *testing.T) {
 	in := request1(t, g)
 	judged(t, g, Allowed, getA)
 	inv := g.live
+	began := time.Now()
 	respond(t, in)
-	if inv.over() {
+	if over := inv.over(); over && time.Since(began) < 300*time.Millisecond {
 		t.Error("over before its time")
 	}
 
@@ -93,7 +94,7 @@ func TestATailHasATime(t *testing.T) {
 
 func eventually(t *testing.T, what string, holds func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); !holds(); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); !holds(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%s did not come", what)
 		}

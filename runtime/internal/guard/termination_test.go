@@ -214,7 +214,7 @@ func (e *ended) serve(listener net.Listener, config *tls.Config) {
 // until waits for what the server reads.
 func (e *ended) until(claim func() bool) {
 	e.t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 		e.mu.Lock()
 		holds := claim()
 		e.mu.Unlock()
@@ -425,7 +425,7 @@ func TestWhatWasTakenIsSentBehindACloseWhereTLSEnds(t *testing.T) {
 	if got := e.arrived(); got != strings.Repeat(getI, 500) || e.failed != io.EOF {
 		t.Errorf("%d bytes arrived, and the connection ended with %v", len(got), e.failed)
 	}
-	for deadline := time.Now().Add(5 * time.Second); e.g.terminations.Load() != 0; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); e.g.terminations.Load() != 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the termination goes on")
 		}
