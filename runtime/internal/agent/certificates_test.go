@@ -168,8 +168,11 @@ func TestAConnectionIsMadeAnewBeforeItsCertificateExpires(t *testing.T) {
 	for now := old; !now.expires.After(time.Now().Add(redialBefore)); {
 		now = hooks.next(t)
 	}
+	// There is no further connection after it, and there may be one between it and the first.
+	var newest net.Conn
+	s.controller.with(func() { newest = s.controller.conns[len(s.controller.conns)-1] })
 	var last received
-	for last.conn == nil || len(s.controller.received) > 0 {
+	for last.conn != newest {
 		r, m := expect[*frame.Start](s.controller)
 		if m.Step != step || r.conn == first.conn {
 			t.Fatalf("%#v", m)
@@ -192,7 +195,7 @@ func stepOf(m frame.Message, answered chan<- *frame.Answer) *question {
 func TestAConnectionDoesNotOutliveItsCertificate(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
-	s.pair(s.ca.issueUntil(roleAgent, "node-0", time.Now().Add(2*time.Second)))
+	s.pair(s.ca.issueUntil(roleAgent, "node-0", time.Now().Add(5*time.Second))) // until then it has to be connected
 	s.controller.start()
 	_, hooks := s.link(func(l *link) {})
 	c := hooks.next(t)
@@ -231,7 +234,7 @@ type slow struct {
 }
 
 func (q *slow) policyArrived(string, []byte) {
-	time.Sleep(500 * time.Millisecond) // the work of a policy: longer than the silence that the test allows
+	time.Sleep(2500 * time.Millisecond) // the work of a policy: longer than the silence that the test allows
 	close(q.took)
 }
 
@@ -241,7 +244,7 @@ func TestWhoIsBusyWithWhatItHeardDoesNotCallItSilence(t *testing.T) {
 	s.controller.start()
 	hooks := &slow{quiet: quiet{welcomes: make(chan *linkConn, 100)}, took: make(chan struct{})}
 	l := newLink(s.config, newRun(), hooks, &metrics{}, newLogger(s.log))
-	l.silence = 300 * time.Millisecond
+	l.silence = 2 * time.Second
 	go l.run(t.Context())
 	c := hooks.next(t)
 
@@ -259,8 +262,8 @@ func TestASilentControllerIsPingedAndGivenUp(t *testing.T) {
 	s := newSite(t)
 	s.controller.mute = true
 	s.controller.start()
-	_, hooks := s.link(func(l *link) { l.silence = silenceAmongOthers })
 	begin := time.Now()
+	_, hooks := s.link(func(l *link) { l.silence = silenceAmongOthers })
 	c := hooks.next(t)
 
 	s.until("it is given up", func() bool { return c.sender.reason() != nil })

@@ -226,10 +226,19 @@ func TestWithNoControllerLeftQuestionsAreDeniedAfterASecond(t *testing.T) {
 	if took := time.Since(begin); took < parkMax/2 {
 		t.Errorf("denied after %v", took)
 	}
-	begin = time.Now()
-	g.send(2, &frame.Start{Step: step, Version: 1})
-	if id, answer := g.answer(); id != 2 || answer.Reason != "controller_unavailable" || time.Since(begin) > parkMax/2 {
-		t.Errorf("after that second: id %d, %#v, %v", id, answer, time.Since(begin))
+	var best time.Duration
+	for attempt := range uint32(3) { // the machine may be busy with something else: the best one counts
+		begin = time.Now()
+		g.send(2+attempt, &frame.Start{Step: step, Version: 1})
+		if id, answer := g.answer(); id != 2+attempt || answer.Reason != "controller_unavailable" {
+			t.Errorf("after that second: id %d, %#v", id, answer)
+		}
+		if took := time.Since(begin); attempt == 0 || took < best {
+			best = took
+		}
+	}
+	if best > parkMax/2 {
+		t.Errorf("after that second: denied after %v", best)
 	}
 }
 
@@ -491,7 +500,8 @@ func TestFailOverUnderLoad(t *testing.T) {
 	for n := range faultsMax {
 		steps := store.steps()
 		s.until("questions are answered", func() bool { return store.steps() > steps+10*guards })
-		first := s.connected()
+		first := -1
+		s.until("one is connected", func() bool { first = s.connected(); return first >= 0 })
 		switch kind := (n + random.IntN(2)) % 3; kind {
 		case 0:
 			faults["killed"]++

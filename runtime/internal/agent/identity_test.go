@@ -72,6 +72,8 @@ func TestAStrangersRegistrationIsRefused(t *testing.T) {
 			t.Fatalf("the stranger was served: %v\n%s", err, &said)
 		}
 
+		// The line is written behind the end of the connection.
+		s.until("the log says so", func() bool { return strings.Count(s.log.String(), eventConnectionRefused) > before })
 		if got := strings.Count(s.log.String(), eventConnectionRefused); got != before+1 || !strings.Contains(s.log.String(), "uid is 65534") {
 			t.Errorf("%s: %d lines about it", path, got-before)
 		}

@@ -26,9 +26,10 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"kalium.dev/kalium/runtime/internal/frame"
 	"kalium.dev/kalium/runtime/internal/policy"
@@ -220,13 +221,24 @@ func (s *site) register(container, function string) {
 	}
 }
 
+// verdictLines are the whole lines of the verdict log. A reader may see a part of a write that is under way: a line that is
+// cut is one only if it stays so.
 func (s *site) verdictLines() []map[string]any {
 	s.t.Helper()
-	data, err := os.ReadFile(s.config.VerdictLog)
-	if err != nil {
-		s.t.Fatal(err)
+	return parseLines(s.t, wholeLines(s.t, s.config.VerdictLog))
+}
+
+func wholeLines(t *testing.T, path string) []byte {
+	t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(data) == 0 || data[len(data)-1] == '\n' || time.Now().After(deadline) {
+			return data
+		}
 	}
-	return parseLines(s.t, data)
 }
 
 func parseLines(t *testing.T, data []byte) []map[string]any {
@@ -356,14 +368,26 @@ func newFakeController(t *testing.T, ca *authority, name string) *fakeController
 		t: t, policies: map[string][]byte{}, refuse: map[string]string{}, leaseMS: 60000, received: make(chan received, 10000),
 		tls: &tls.Config{Certificates: []tls.Certificate{must(tls.X509KeyPair(cert, key))}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: pool},
 	}
-	// The port is reserved, and refuses connections until start.
-	listener := must(net.Listen("tcp", "127.0.0.1:0"))
-	c.address = listener.Addr().String()
-	if err := listener.Close(); err != nil {
-		t.Fatal(err)
-	}
+	c.address = reserved(t)
 	t.Cleanup(c.stop)
 	return c
+}
+
+// reserved is an address whose port is the test's until its end: a socket is bound to it that does not listen. Connections
+// are refused there, and who listens has to allow the address to be used again, as net.Listen does.
+func reserved(t *testing.T) string {
+	t.Helper()
+	fd := must(unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0))
+	t.Cleanup(func() { _ = unix.Close(fd) })
+	err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	if err == nil {
+		err = unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	bound := must(unix.Getsockname(fd)).(*unix.SockaddrInet4)
+	return fmt.Sprintf("127.0.0.1:%d", bound.Port)
 }
 
 func (c *fakeController) offer(app string, envelope []byte) {
@@ -374,12 +398,7 @@ func (c *fakeController) offer(app string, envelope []byte) {
 
 func (c *fakeController) start() {
 	c.t.Helper()
-	config := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
-		var err error
-		controlErr := raw.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1) })
-		return errors.Join(controlErr, err)
-	}}
-	raw, err := config.Listen(context.Background(), "tcp", c.address)
+	raw, err := net.Listen("tcp", c.address)
 	if err != nil {
 		c.t.Fatal(err)
 	}

@@ -31,7 +31,7 @@ func (g *fakeGuard) welcome() *frame.Welcome {
 
 func TestAHelloWaitsForItsRegistration(t *testing.T) {
 	s := newSite(t)
-	s.config.AdmitWaitMS = int(patience.Milliseconds())
+	s.config.AdmitWaitMS = admitWaitMSMax
 	s.startConnected()
 	g := s.early("p1", "pay")
 
@@ -50,7 +50,7 @@ func TestAHelloWaitsForItsRegistration(t *testing.T) {
 
 func TestARegistrationThatTheControllerHasNotAcknowledgedAdmitsNobody(t *testing.T) {
 	s := newSite(t)
-	s.config.AdmitWaitMS = int(patience.Milliseconds())
+	s.config.AdmitWaitMS = admitWaitMSMax
 	s.controller.silent = true
 	s.startConnected()
 	answered := make(chan string, 1)
@@ -103,7 +103,7 @@ func TestWithoutAWaitAHelloIsAnsweredAtOnce(t *testing.T) {
 
 func TestHellosBeyondTheBoundAreRefusedAtOnce(t *testing.T) {
 	s := newSite(t)
-	s.config.AdmitWaitMS = int(patience.Milliseconds())
+	s.config.AdmitWaitMS = admitWaitMSMax
 	s.startConnected()
 	var held []*fakeGuard
 	for i := range waitingMax {
@@ -127,7 +127,7 @@ func TestHellosBeyondTheBoundAreRefusedAtOnce(t *testing.T) {
 
 func TestAnAgentThatStopsHoldsNobody(t *testing.T) {
 	s := newSite(t)
-	s.config.AdmitWaitMS = int((2 * patience).Milliseconds())
+	s.config.AdmitWaitMS = admitWaitMSMax
 	s.startConnected()
 	g := s.early("p1", "pay")
 
