@@ -197,7 +197,7 @@ func TestAConnectionDoesNotOutliveItsCertificate(t *testing.T) {
 	s := newSite(t)
 	s.pair(s.ca.issueUntil(roleAgent, "node-0", time.Now().Add(5*time.Second))) // until then it has to be connected
 	s.controller.start()
-	_, hooks := s.link(func(l *link) {})
+	_, hooks := s.link(func(l *link) { l.redialEvery = time.Hour }) // no successor takes its place before
 	c := hooks.next(t)
 
 	s.until("it is closed", func() bool { return c.sender.reason() != nil })
