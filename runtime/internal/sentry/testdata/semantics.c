@@ -369,7 +369,7 @@ static void sending(void) {
 }
 
 static void waiting(void) {
-	int fd = dial("stall 2000"), epoll = epoll_create1(0);
+	int fd = dial("stall 5000"), epoll = epoll_create1(0); // until then there has to be no room, and all has to be seen of it
 	struct epoll_event edge = {EPOLLOUT | EPOLLET, {0}}, level = {EPOLLOUT, {0}}, got;
 	long sent = fill(fd), n;
 	int queued = 0;
@@ -385,7 +385,7 @@ static void waiting(void) {
 	say("epoll without room", "%s", told(epoll_wait(epoll, &got, 1, 0)));
 	ioctl(fd, SIOCOUTQ, &queued);
 	say("bytes that wait", "%d", queued > 0);
-	say("an edge when there is room", "%s", told(epoll_wait(epoll, &got, 1, 5000)));
+	say("an edge when there is room", "%s", told(epoll_wait(epoll, &got, 1, 15000)));
 	rest(300);
 	epoll_wait(epoll, &got, 1, 0);
 	say("no second edge", "%s", told(epoll_wait(epoll, &got, 1, 100)));
