@@ -561,9 +561,9 @@ def test_anchors_of_two_controllers_are_merged(tmp_path: Path) -> None:
 def test_it_is_fast() -> None:
     """A bound that a slow machine keeps: verification of a day's log must not take a day."""
     data = b"".join(map(_raw, lines_of(whole_log(entries=20_000, restarts=0, every_ms=1, bytes_max=1 << 30))))
-    began = time.perf_counter()
+    began = time.process_time()  # its own: who else wants the processor says nothing of it
 
     report = verify([("a", data)])
 
     assert report.findings == []
-    assert len(data) / (time.perf_counter() - began) > 2 * 1024 * 1024
+    assert len(data) / (time.process_time() - began) > 2 * 1024 * 1024

@@ -144,12 +144,12 @@ REPEATED = "{repeat: {invoke: g}, at_most: 70}"
 )
 def test_an_automaton_beyond_the_bound_is_refused_in_time(steps: str, line: int) -> None:
     """The error names the construct, and comes before memory or patience is used up."""
-    begun = time.monotonic()
+    begun = time.process_time()  # its own: who else wants the processor says nothing of it
 
     error = refusal(HEAD + steps)
 
     assert (error.code, error.found) == ("policy.too_large", f"line {line}: function f has more than {STATES_MAX} states")
-    assert time.monotonic() - begun < 30
+    assert time.process_time() - begun < 30
 
 
 def test_the_largest_parallel_product_that_fits_is_taken() -> None:
