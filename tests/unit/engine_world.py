@@ -9,6 +9,7 @@ import ipaddress
 import json
 import os
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ from kalium.engine.podman.host import Sandbox, Watch
 from kalium.engine.server import Engine, MakeBackend
 from kalium.engine.state import State
 
-STORY_S = 20.0
+STORY_S = 60.0
+WAIT_S = 20.0
 BRIDGE = "kaltest0"
 PORT = 20_000 + os.getpid() % 10_000  # two runs on one machine do not meet
 IMAGE_ID = "sha256:" + "5" * 64
@@ -45,11 +47,10 @@ def play(story: Coroutine[Any, Any, _Result]) -> _Result:
 
 async def until(claim: Callable[[], object], what: str) -> None:
     """Let everything else go on until `claim` is true."""
-    for _ in range(4000):
-        if claim():
-            return
+    deadline = time.monotonic() + WAIT_S
+    while not claim():
+        assert time.monotonic() < deadline, f"waited {WAIT_S:.0f} s in vain for {what}"
         await asyncio.sleep(0.001)
-    raise AssertionError(f"waited in vain for {what}")
 
 
 def http_answer(status: int, body: bytes, *fields: str) -> bytes:
@@ -392,12 +393,11 @@ class World:
 
     async def ready(self, name: str = "echo", replicas: int = 1) -> dict[str, Any]:
         """Poll as a client does, until so many replicas are available."""
-        for _ in range(2000):
-            described = await self.describe(name)
-            if described["availableReplicas"] == replicas:
-                return described
+        deadline = time.monotonic() + WAIT_S
+        while (described := await self.describe(name))["availableReplicas"] != replicas:
+            assert time.monotonic() < deadline, f"waited {WAIT_S:.0f} s in vain for {replicas} replicas of {name}: {described}"
             await asyncio.sleep(0.002)
-        raise AssertionError(f"waited in vain for {replicas} replicas of {name}: {described}")
+        return described
 
     async def invoke(self, name: str = "echo", tail: str = "", body: Any = b"hi", **options: Any) -> tuple[int, str, dict[str, str]]:
         return await self.call("POST", f"/function/{name}{tail}", body, **options)
