@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from experiments_world import HERE, FakeRemote, cluster_site, fake_remotes
 
 from experiments import machine, verdicts
 from experiments.errors import ExperimentError
-from experiments.machine import LocalMachine
+from experiments.machine import LocalMachine, Stream
 from experiments.site import Site
 from experiments.tails import LogTail, LogTails
 from experiments.verdicts import VerdictLog
@@ -49,11 +51,16 @@ def test_the_logs_of_all_nodes_are_one_log_by_time(site: Site, tmp_path: Path) -
 
 def test_a_log_is_not_quiet_while_one_node_still_writes(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = VerdictLog(site)
-    timers = [
-        threading.Timer(0.1 * n, write, (tmp_path / name, {"message": name, "time_ms": n})) for n, name in enumerate(("node1", "node2", "node1"))
-    ]
-    for timer in timers:
-        timer.start()
+    clock, writes = 0.0, {0: "node1", 200: "node2", 400: "node1"}  # by the millisecond
+
+    def sleep(seconds: float) -> None:
+        nonlocal clock
+        clock += seconds
+        for at_ms in [at_ms for at_ms in writes if at_ms <= 1000 * clock]:
+            name = writes.pop(at_ms)
+            write(tmp_path / name, {"message": name, "time_ms": at_ms})
+
+    monkeypatch.setattr(verdicts, "time", SimpleNamespace(monotonic=lambda: clock, sleep=sleep))
     monkeypatch.setattr(verdicts, "QUIET_SECONDS", 0.25)
 
     assert [verdict.message for verdict in log.settled()] == ["node1", "node2", "node1"]
@@ -108,12 +115,21 @@ def test_a_program_runs_while_the_with_lasts_and_its_output_is_here(tmp_path: Pa
     assert (tmp_path / "output").read_text(encoding="utf-8") == "first\nlast\n"
 
 
+class Patient(LocalMachine):
+    """Hands a program over when it has said something, however long its start takes here."""
+
+    def stream(self, *words: Any, **more: Any) -> Stream:
+        stream, ends = super().stream(*words, **more), time.monotonic() + 20
+        while not stream.said():
+            assert time.monotonic() < ends, "it says nothing"
+            time.sleep(0.005)
+        return stream
+
+
 def test_a_program_that_is_never_ready_is_named_with_its_last_words(tmp_path: Path) -> None:
     with (
         pytest.raises(ExperimentError, match="run it on host localhost: no such device"),
-        machine.streaming(
-            LocalMachine(HERE), ["sh", "-c", "echo no such device >&2"], tmp_path / "output", ready=b"x", what="run it", seconds_max=0.2
-        ),
+        machine.streaming(Patient(HERE), ["sh", "-c", "echo no such device >&2"], tmp_path / "output", ready=b"x", what="run it", seconds_max=0.2),
     ):
         pytest.fail("it is not ready")
 
