@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from control.processes import Agent
+from control.processes import WAIT_S, Agent
 from kalium.policy.automaton import NOWHERE, CompiledPolicy, LabelKey, States
 from kalium.protocol.codec import FrameReader, encode
 from kalium.protocol.frames import Answer, End, Finish, Frame, Hello, Invoke, Lease, Names, Policy, Start, Welcome
@@ -82,7 +82,7 @@ class Guard:
     async def closed(self) -> None:
         """Wait until the agent has ended the connection; TimeoutError when it does not."""
         assert self._reading is not None
-        await asyncio.wait_for(asyncio.shield(self._reading), ANSWER_S)
+        await asyncio.wait_for(asyncio.shield(self._reading), WAIT_S)
 
     def close(self) -> None:
         if self._writer is not None:

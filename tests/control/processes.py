@@ -47,6 +47,28 @@ def until(claim: Callable[[], Any], what: str, seconds: float = WAIT_S) -> Any:
     return value
 
 
+class Stopwatch:
+    """How long something takes to whom these processes and this one work, without what they wait for a processor that others have."""
+
+    def __init__(self, *pids: int) -> None:
+        self._pids = (os.getpid(), *pids)
+        self._begun_s, self._waited_s = time.monotonic(), self._waited()
+
+    def seconds(self) -> float:
+        """Since it was made."""
+        took_s = time.monotonic() - self._begun_s
+        return max(0.0, took_s - (self._waited() - self._waited_s))
+
+    def _waited(self) -> float:
+        """Of all threads there are; proc(5) has it in nanoseconds."""
+        tasks = [task for pid in self._pids for task in Path(f"/proc/{pid}/task").iterdir()]
+        waited_ns = 0
+        for task in tasks:
+            with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended waits no more
+                waited_ns += int((task / "schedstat").read_text(encoding="ascii").split()[1])
+        return waited_ns / 1e9
+
+
 def free_port() -> int:
     """A port that is free, and stays so on loopback."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -20,7 +20,7 @@ import pytest
 from controller_samples import EDGES
 
 from control.guards import Guard, History
-from control.processes import WAIT_S, Agent, Controller, Plane, until
+from control.processes import WAIT_S, Agent, Controller, Plane, Stopwatch, until
 from control.test_attacks import Rogue, granted
 from kalium.pki.authority import Role
 from kalium.policy.compile import compile_policy
@@ -155,7 +155,7 @@ def test_a_guard_that_breaks_the_protocol_is_closed_by_its_agent(site: tuple[Pla
 
 
 def test_a_guard_that_never_reads_is_dropped_and_others_are_served(site: tuple[Plane, Controller, Agent]) -> None:
-    _, _, agent = site
+    _, controller, agent = site
 
     async def story() -> list[float]:
         history = History()
@@ -179,9 +179,9 @@ def test_a_guard_that_never_reads_is_dropped_and_others_are_served(site: tuple[P
                 pass  # it is not read either for a while
             except (BrokenPipeError, ConnectionResetError):
                 break
-            begun = time.monotonic()
+            watch = Stopwatch(agent.pid, controller.pid)
             grant = granted(await honest.start())
-            took.append(time.monotonic() - begun)
+            took.append(watch.seconds())
             honest.end(grant)
         deaf.close()
         until(lambda: [line for line in agent.said().splitlines() if container in line and "does not read" in line], "the reason in the log")
@@ -218,14 +218,14 @@ class HalfOpen:
         resource.setrlimit(resource.RLIMIT_NOFILE, self._limit)
 
 
-async def pace(guard: Guard, seconds: float) -> list[float]:
+async def pace(guard: Guard, controller: Controller, seconds: float) -> list[float]:
     """How long each of many starts took, one after the other."""
     took = []
     until_s = time.monotonic() + seconds
     while time.monotonic() < until_s:
-        begun = time.monotonic()
+        watch = Stopwatch(guard.agent.pid, controller.pid)
         grant = granted(await guard.start())
-        took.append(time.monotonic() - begun)
+        took.append(watch.seconds())
         guard.end(grant)
     return sorted(took)
 
@@ -241,7 +241,7 @@ def test_ten_thousand_connections_that_say_nothing_keep_nobody_from_being_served
         agent = plane.agent("node0")
 
         async def quiet() -> list[float]:
-            return await pace(await Guard(agent, "edges", "single", History()).connect(), 1.5)
+            return await pace(await Guard(agent, "edges", "single", History()).connect(), controller, 1.5)
 
         before = asyncio.run(quiet())
         half_open = HalfOpen(controller.port, HALF_OPEN)
@@ -286,7 +286,7 @@ def test_a_client_that_never_reads_is_dropped_and_costs_nobody_else(site: tuple[
     shouting.start()
 
     async def story() -> list[float]:
-        return await pace(await Guard(agent, "edges", "single", History()).connect(), 3.0)
+        return await pace(await Guard(agent, "edges", "single", History()).connect(), controller, 3.0)
 
     took = asyncio.run(story())
     try:
@@ -307,4 +307,4 @@ def test_one_that_never_finishes_its_hello_is_closed(site: tuple[Plane, Controll
     slow.connection.sendall(encode(1, AgentHello("rogue", secrets.token_hex(8)))[:20])
 
     assert slow.is_closed()
-    assert until(lambda: [line for line in controller.events("connection_closed") if line["reason"] == "hello_timeout"], "the line in the log", 5)
+    assert until(lambda: [line for line in controller.events("connection_closed") if line["reason"] == "hello_timeout"], "the line in the log")

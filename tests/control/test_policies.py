@@ -40,11 +40,14 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
 
 def test_a_policy_that_one_controller_has_is_in_force_at_all_within_two_seconds(pair: Pair) -> None:
     pair.plane.publish(pair.one, compiled(2))
-    until(lambda: pair.version(pair.one) == 2, "the first controller")
-    begun = time.monotonic()
 
-    until(lambda: pair.version(pair.two) == 2, "the second controller")
-    took_s = time.monotonic() - begun
+    # When each of them said so: whoever asks for a status waits for the answer, too.
+    one_ms, two_ms = (
+        until(lambda: [line["time_ms"] for line in controller.events("policy_loaded") if line["version"] == 2], controller.name)[0]  # noqa: B023
+        for controller in (pair.one, pair.two)
+    )
+    took_s = (two_ms - one_ms) / 1000
+    assert (pair.version(pair.one), pair.version(pair.two)) == (2, 2)
     until(lambda: pair.agent.ask({"op": "status"})["policies"] == {"shop": 2}, "the agent")
 
     print(f"a policy of one controller was in force at the other after {took_s:.2f} s")
