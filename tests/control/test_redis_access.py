@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
+import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -80,8 +81,10 @@ def first_step(store: Store, tls: TlsFiles) -> tuple[Answer | None, list[dict[st
             calls.beat([])
             calls.offer_policy(policy(), b"{}")
             calls.expire(now_ns=0)
-            await asyncio.sleep(0.1)
-            assert calls.counts() == (1, 1)
+            deadline = time.monotonic() + WAIT_S
+            while calls.counts() != (1, 1):  # the last that was asked, so all is answered then
+                assert time.monotonic() < deadline, calls.counts()
+                await asyncio.sleep(0.01)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         return answer

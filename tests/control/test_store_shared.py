@@ -359,7 +359,9 @@ def test_a_step_in_the_turn_after_the_store_is_lost_is_answered(own: Callable[..
     ask("a" * 16)
     server.kill()
 
-    two.one.loop.run_until_complete(asyncio.sleep(0.1))
+    deadline = time.monotonic() + WAIT_S
+    while len(answers) < 2 and time.monotonic() < deadline:
+        two.one.loop.run_until_complete(asyncio.sleep(0.01))
 
     assert [answer.reason for answer in answers] == ["controller_unavailable"] * 2
 

@@ -126,7 +126,7 @@ class DatabaseWorld(socketserver.ThreadingTCPServer):
 
     def settled(self) -> list[list[str]]:
         """The statements of each connection once all have ended: the client does not wait for its goodbye to be read."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not all(statements and statements[-1].startswith(("QUIT", "went away")) for statements in self.connections):
             assert time.monotonic() < deadline, self.connections
             time.sleep(0.005)

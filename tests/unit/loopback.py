@@ -38,7 +38,7 @@ class InThread(abc.ABC):
 
     def start(self) -> None:
         self._thread.start()
-        assert self._ready.wait(10), "the service has begun"
+        assert self._ready.wait(30), "the service has begun"
 
     def stop(self) -> None:
         assert self._loop is not None

@@ -126,7 +126,7 @@ def receiver(tmp_path: Path) -> Iterator[Receiver]:
 
 def send(server: Receiver, data: bytes) -> bytes:
     host, port = str(server.server_address[0]), int(server.server_address[1])
-    with socket.create_connection((host, port), timeout=10) as connection:
+    with socket.create_connection((host, port), timeout=30) as connection:
         connection.sendall(data)
         connection.shutdown(socket.SHUT_WR)
         return connection.recv(1000)

@@ -277,7 +277,7 @@ def free_port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 
 def send(port: int) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=5.0) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=30.0) as connection:
         connection.sendall(b"the loot")
         connection.shutdown(socket.SHUT_WR)
         return connection.recv(100)

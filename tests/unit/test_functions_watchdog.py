@@ -24,7 +24,7 @@ from loopback import free_port
 from kalium.builder.stack import TEMPLATE
 
 watchdog = importlib.import_module("kalium.builder.template.watchdog")
-READY_SECONDS_MAX = 20.0
+READY_SECONDS_MAX = 30.0
 
 
 def handle(event: Any) -> object:
@@ -42,7 +42,7 @@ def handle(event: Any) -> object:
 @pytest.fixture
 def client() -> Iterator[http.client.HTTPConnection]:
     with served(watchdog, handle) as url:
-        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=READY_SECONDS_MAX)
         yield connection
         connection.close()
 
@@ -120,7 +120,7 @@ def test_a_connection_is_used_again(client: http.client.HTTPConnection) -> None:
 
 def raw(url: str, request: bytes) -> bytes:
     """Everything that the server answers to these bytes until it closes."""
-    with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port or 0), timeout=10) as connection:
+    with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port or 0), timeout=READY_SECONDS_MAX) as connection:
         connection.sendall(request)
         answer = b""
         while chunk := connection.recv(65536):
@@ -150,16 +150,16 @@ def test_a_request_whose_end_is_unknown_is_refused_and_the_connection_closed(req
 def test_connections_beyond_the_bound_are_closed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "CONNECTIONS_MAX", 2)
     with served(watchdog, handle) as url:
-        held = [http.client.HTTPConnection(urlsplit(url).netloc, timeout=10) for _ in range(2)]
+        held = [http.client.HTTPConnection(urlsplit(url).netloc, timeout=READY_SECONDS_MAX) for _ in range(2)]
         for connection in held:
             assert ask(connection, "GET", "/_/health")[0] == 200
 
-        refused = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+        refused = http.client.HTTPConnection(urlsplit(url).netloc, timeout=READY_SECONDS_MAX)
         with pytest.raises((http.client.RemoteDisconnected, ConnectionError)):
             ask(refused, "GET", "/_/health")
 
         held.pop().close()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + READY_SECONDS_MAX
         while True:
             try:
                 status = ask(refused, "GET", "/_/health")[0]
@@ -189,7 +189,7 @@ def test_a_function_that_is_told_to_stop_answers_what_it_has_begun(tmp_path: Pat
     port = free_port()
     process = subprocess.Popen([sys.executable, str(tmp_path)], env={**os.environ, "PORT": str(port)})
     try:
-        idle = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        idle = http.client.HTTPConnection("127.0.0.1", port, timeout=READY_SECONDS_MAX)
         deadline = time.monotonic() + READY_SECONDS_MAX
         while True:
             try:
@@ -200,7 +200,7 @@ def test_a_function_that_is_told_to_stop_answers_what_it_has_begun(tmp_path: Pat
                 idle.close()
                 time.sleep(0.02)
         answers: list[Any] = []
-        busy = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        busy = http.client.HTTPConnection("127.0.0.1", port, timeout=READY_SECONDS_MAX)
         begun = tmp_path / "begun"
         thread = threading.Thread(target=lambda: answers.append(ask(busy, "POST", "/", str(begun).encode(), Content_Type="text/plain")))
         thread.start()
@@ -210,8 +210,8 @@ def test_a_function_that_is_told_to_stop_answers_what_it_has_begun(tmp_path: Pat
 
         process.send_signal(signal.SIGTERM)
 
-        assert process.wait(10) == 0
-        thread.join(10)
+        assert process.wait(READY_SECONDS_MAX) == 0
+        thread.join(READY_SECONDS_MAX)
         assert answers == [(200, "text/plain; charset=utf-8", b"done")]
         with pytest.raises(ConnectionError):
             ask(http.client.HTTPConnection("127.0.0.1", port, timeout=5), "GET", "/_/health")

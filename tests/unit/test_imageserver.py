@@ -113,7 +113,7 @@ class Running(InThread):
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         if version:
             context.minimum_version = context.maximum_version = version
-        return http.client.HTTPSConnection("127.0.0.1", self.config.port, timeout=10, context=context)
+        return http.client.HTTPSConnection("127.0.0.1", self.config.port, timeout=WAIT_S, context=context)
 
     def get(self, path: str, method: str = "GET", version: ssl.TLSVersion | None = None) -> tuple[int, bytes]:
         with contextlib.closing(self.client(version)) as client:
@@ -454,7 +454,7 @@ def test_the_service_serves_until_sigterm_and_flushes_each_line(config: Config, 
 
         process.send_signal(signal.SIGTERM)
 
-        assert process.wait(15) == 0
+        assert process.wait(WAIT_S) == 0
         assert json.loads(process.stdout.readline())["event"] == "stopping"
     finally:
         process.kill()

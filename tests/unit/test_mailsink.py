@@ -53,7 +53,7 @@ class Running(InThread):
         self.stop()
 
     def client(self) -> smtplib.SMTP:
-        return smtplib.SMTP("127.0.0.1", self.config.port, timeout=10)
+        return smtplib.SMTP("127.0.0.1", self.config.port, timeout=30)
 
     def kept(self) -> list[bytes]:
         return [path.read_bytes() for path in sorted((self.config.maildir / "new").iterdir())]
@@ -148,7 +148,7 @@ def test_connections_beyond_the_bound_are_closed_and_places_become_free(running:
             running.client()
         assert running.events("connection_refused")
 
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while True:
         with contextlib.suppress(smtplib.SMTPServerDisconnected, ConnectionError), running.client() as client:
             assert client.noop()[0] == 250
@@ -247,7 +247,7 @@ def test_the_service_serves_until_sigterm(tmp_path: Path) -> None:
 
         process.send_signal(signal.SIGTERM)
 
-        assert process.wait(15) == 0
+        assert process.wait(30) == 0
         assert json.loads(process.stdout.readline())["event"] == "stopping"
     finally:
         process.kill()

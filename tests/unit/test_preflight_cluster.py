@@ -369,7 +369,7 @@ def two_hosts(*paths: dict[str, Any], me: str = "worker", **control: Any) -> dic
     return {
         "me": me,
         "address": "127.0.0.1",
-        "seconds": 20,
+        "seconds": 60,
         "groups": groups,
         "paths": named,
         "hosts": {"control": {"address": "127.0.0.1", **control}},
@@ -413,7 +413,7 @@ def is_free(port: int) -> bool:
 
 
 def until(holds: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.01)
     return holds()

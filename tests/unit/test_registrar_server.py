@@ -28,7 +28,7 @@ from kalium.registrar.config import load
 from kalium.registrar.log import Log
 from kalium.registrar.server import Registrar
 
-PATIENCE_SECONDS = 10.0
+PATIENCE_SECONDS = 30.0
 
 
 class World:
