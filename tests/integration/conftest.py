@@ -145,9 +145,9 @@ class Lines:
             whole, _, _ = file.read().rpartition(b"\n")
         return [json.loads(line) for line in whole.splitlines()]
 
-    def until(self, wanted: Callable[[dict[str, Any]], bool], what: str, seconds: float = 10) -> dict[str, Any]:
+    def until(self, wanted: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
         """The first new line that `wanted` accepts."""
-        found: dict[str, Any] = until(lambda: next((line for line in self.read() if wanted(line)), None), what, seconds)
+        found: dict[str, Any] = until(lambda: next((line for line in self.read() if wanted(line)), None), what)
         return found
 
 

@@ -65,7 +65,7 @@ def decided(verdicts: Lines, count: int, *functions: str, kinds: tuple[str, ...]
     def lines() -> list[dict[str, Any]]:
         return [line for line in verdicts.read() if line["function"] in functions and line["kind"] in kinds]
 
-    until(lambda: len(lines()) >= count, f"{count} verdicts on {functions}", 10)
+    until(lambda: len(lines()) >= count, f"{count} verdicts on {functions}")
     assert len(lines()) == count, lines()
     return lines()
 
@@ -81,7 +81,7 @@ def test_an_asynchronous_invocation_and_its_callback_are_made_in_order_by_their_
     said = answered(gateway, ORDER, f"answer = post({PACK!r}, {{'do': {result!r}}}, path='/async-function/')")
 
     assert said[0] == 202, said
-    until(lambda: printed(gateway, PACKED, mark), "the callback", 15)
+    until(lambda: printed(gateway, PACKED, mark), "the callback")
     assert printed(gateway, PACKED, '\\"saw\\": []'), "no program sees a token"
     edges = decided(verdicts, 4, ORDER, PACK, PACKED, kinds=("start", "invoke"))
     assert [(line["function"], line["message"], line["allowed"]) for line in edges] == [
@@ -161,7 +161,7 @@ def test_who_has_read_an_awaited_answer_may_always_go_on(gateway: Gateway, verdi
     assert all(line["allowed"] for line in decided(verdicts, 65, *FUNCTIONS["edges-join"], kinds=("invoke", "start")))
 
 
-@pytest.mark.parametrize(("scale", "status"), [("import time; time.sleep(1)", 200), ("import os; os._exit(3)", 502)], ids=["is working", "died"])
+@pytest.mark.parametrize(("scale", "status"), [("import time; time.sleep(6)", 200), ("import os; os._exit(3)", 502)], ids=["is working", "died"])
 def test_nothing_behind_a_join_begins_while_its_callee_has_not_answered(gateway: Gateway, verdicts: Lines, scale: str, status: int) -> None:
     """The function's own order is kept: it is the controller that knows of the answer. A callee that died has not answered."""
     before = invocations(gateway, PUBLISH)
@@ -170,7 +170,7 @@ def test_nothing_behind_a_join_begins_while_its_callee_has_not_answered(gateway:
             import threading, time
             first = threading.Thread(target=lambda: post({SCALE!r}, {{"do": {scale!r}}}))
             first.start()
-            time.sleep(0.4)
+            time.sleep(2)
             answer = post({PUBLISH!r}, {{}})
             first.join()
             """
@@ -195,7 +195,7 @@ def test_an_invocation_is_made_again_when_its_connection_ended_without_an_answer
     """As often as its line says: the second is a retry with a token of its own, the third does not leave."""
     said = answered(
         gateway, SHOP,
-        f"answer = [post({STORE!r}, {{'do': 'import time; time.sleep(1)'}}, seconds=0.5)[0], post({STORE!r}, {{}})[0], post({STORE!r}, {{}})[0]]",
+        f"answer = [post({STORE!r}, {{'do': 'import time; time.sleep(6)'}}, seconds=3)[0], post({STORE!r}, {{}})[0], post({STORE!r}, {{}})[0]]",
     )  # fmt: skip
 
     assert said == ["TimeoutError", 200, "PermissionError"]

@@ -100,7 +100,7 @@ def test_a_call_passes_from_function_to_function(gateway: Gateway, deployed: Any
 
     assert reply.status == 200, reply
     assert json.loads(reply.body)["outcome"] == "photo taken"
-    calls = {line["call"] for line in verdicts.read() if line["kind"] in ("mysql", "invoke") and line["allowed"]}
+    calls = until(lambda: {line["call"] for line in verdicts.read() if line["kind"] in ("mysql", "invoke") and line["allowed"]}, "the verdicts")
     assert len(calls) == 1, calls
 
 
@@ -131,7 +131,7 @@ def test_an_exploited_function_cannot_reach_a_stranger(gateway: Gateway, deploye
 
     deployed(RECEIVE, runtime="stock", image=f"attack/{RECEIVE}")
     gateway.invoke(RECEIVE, exploit(sample(RECEIVE), code.replace("'{}'", repr(delivered))))
-    until(lambda: delivered.encode() in receiver.received, "the marker on stock gVisor", 10)
+    until(lambda: delivered.encode() in receiver.received, "the marker on stock gVisor")
     connections = receiver.connections
 
     deployed(RECEIVE, runtime="kalium", app="hello-retail", image=f"attack/{RECEIVE}")
@@ -171,7 +171,7 @@ def test_a_broken_policy_changes_nothing(gateway: Gateway, deployed: Any, sample
     try:
         path.write_bytes(good.replace(b'"signature":"', b'"signature":"AAAA', 1))
         log = Lines(Path("/var/log/kalium/controller.log"))
-        until(lambda: b"policy" in log.path.read_bytes()[log.offset :], "the controller to notice", 15)
+        until(lambda: b"policy" in log.path.read_bytes()[log.offset :], "the controller to notice")
         assert gateway.invoke(SUCCESS, sample(SUCCESS)).status == 200
     finally:
         path.write_bytes(good)
@@ -204,7 +204,7 @@ def test_a_sandbox_without_a_guard_sends_nothing(receiver: Receiver) -> None:
 
     stock = run("/opt/kalium/bin/runsc-stock")
     assert (stock.returncode, stock.stdout) == (0, "started\n"), stock
-    until(lambda: b"bare" in receiver.received, "the bytes from stock gVisor", 10)
+    until(lambda: b"bare" in receiver.received, "the bytes from stock gVisor")
     connections = receiver.connections
 
     bare = run("/opt/kalium/bin/runsc-kalium")

@@ -109,19 +109,19 @@ def series(url: str, *, requests: int = 3) -> Series:
 
 def test_requests_are_sent_from_the_client_host_and_every_sample_comes_back(host: Host, server: str) -> None:
     """Program, plan and samples travel over SSH; the first sample is cold, the rest warm."""
-    samples = client.generate(host, [series(f"{server}/function/a"), series(f"{server}/function/b", requests=2)], seconds_max=10.0)
+    samples = client.generate(host, [series(f"{server}/function/a"), series(f"{server}/function/b", requests=2)], seconds_max=60.0)
 
     assert [(sample.seq, sample.status, sample.warm, sample.problem) for sample in samples] == [
         (0, 200, False, ""), (1, 200, True, ""), (2, 200, True, ""), (0, 200, False, ""), (1, 200, True, ""),
     ]  # fmt: skip
-    assert all(0 < sample.seconds < 10 for sample in samples)
+    assert all(0 < sample.seconds < 60 for sample in samples)
     assert Answering.seen == [
         ("/function/a", "call-0"), ("/function/a", "call-1"), ("/function/a", "call-2"), ("/function/b", "call-0"), ("/function/b", "call-1"),
     ]  # fmt: skip
 
 
 def test_a_wrong_answer_ends_the_plan_and_is_told(host: Host, server: str) -> None:
-    samples = client.generate(host, [series(f"{server}/broken"), series(f"{server}/never")], seconds_max=10.0)
+    samples = client.generate(host, [series(f"{server}/broken"), series(f"{server}/never")], seconds_max=60.0)
 
     assert [(sample.status, sample.problem[:11]) for sample in samples] == [(500, "status 500:")]
     assert len(Answering.seen) == 1
@@ -130,7 +130,7 @@ def test_a_wrong_answer_ends_the_plan_and_is_told(host: Host, server: str) -> No
 def test_nothing_of_the_program_stays_on_the_client_host(host: Host, server: str) -> None:
     before = set(Path("/tmp").glob("*/loadgen.py"))
 
-    client.generate(host, [series(server)], seconds_max=10.0)
+    client.generate(host, [series(server)], seconds_max=60.0)
 
     assert set(Path("/tmp").glob("*/loadgen.py")) == before
 
@@ -139,7 +139,7 @@ def test_a_host_key_that_is_not_known_is_refused(host: Host, server: str, tmp_pa
     (tmp_path / "empty").write_text("", encoding="utf-8")
 
     with pytest.raises(ExperimentError, match="not found in known_hosts"):
-        client.generate(replace(host, known_hosts=str(tmp_path / "empty")), [series(server)], seconds_max=10.0)
+        client.generate(replace(host, known_hosts=str(tmp_path / "empty")), [series(server)], seconds_max=60.0)
 
     assert Answering.seen == []
 
@@ -149,13 +149,13 @@ def test_a_host_key_that_changed_is_refused(host: Host, server: str, tmp_path: P
     (tmp_path / "other").write_text(f"[127.0.0.1]:{host.port} {other}\n", encoding="utf-8")
 
     with pytest.raises(ExperimentError, match="does not match"):
-        client.generate(replace(host, known_hosts=str(tmp_path / "other")), [series(server)], seconds_max=10.0)
+        client.generate(replace(host, known_hosts=str(tmp_path / "other")), [series(server)], seconds_max=60.0)
 
     assert Answering.seen == []
 
 
 def test_the_same_program_runs_as_a_process_on_a_local_site(server: str) -> None:
-    samples = client.generate(Host("localhost", "local"), [series(server)], seconds_max=10.0)
+    samples = client.generate(Host("localhost", "local"), [series(server)], seconds_max=60.0)
 
     assert [sample.status for sample in samples] == [200, 200, 200]
     assert json.dumps([sample.warm for sample in samples]) == "[false, true, true]"

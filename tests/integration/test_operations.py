@@ -64,7 +64,7 @@ def test_a_new_policy_is_in_force_in_running_sandboxes_while_a_call_goes_on_unde
     with in_flight(gateway, verdicts) as said:
         second = apps.apply(APP, policy(ONE))
         others = {(FIRST, second, "enforce"), (SECOND, second, "enforce")}
-        until(lambda: {(row["function"], row["version"], row["mode"]) for row in status_of(APP)[1]} >= others, "the new version elsewhere", 15)
+        until(lambda: {(row["function"], row["version"], row["mode"]) for row in status_of(APP)[1]} >= others, "the new version elsewhere")
         assert not said, "the call is in flight"
 
     assert said == [[200, 200, 200]]
@@ -91,7 +91,7 @@ def test_a_denial_is_counted_and_explained(gateway: Gateway, apps: Apps, verdict
         assert words in explained, explained
     assert json.loads(kalium("explain", denial["id"], "--output", "json"))["verdict"]["id"] == denial["id"]
     kalium("explain", "f" * 16, status=1)
-    until(lambda: denials() == before + 1, "the count", 10)
+    until(lambda: denials() == before + 1, "the count")
 
 
 def denials() -> int:
@@ -102,11 +102,11 @@ def denials() -> int:
 def test_the_status_fails_while_what_enforces_by_its_policy_does_not_yet(gateway: Gateway, apps: Apps, verdicts: Lines) -> None:
     """A call that began in audit is judged by it to its end, and the sandbox itself says so: until then enforce is not in force."""
     audit = apps.apply(APP, policy(BOTH).replace("{messages: [{invoke", "{mode: audit, messages: [{invoke"))
-    until(lambda: (audit, "audit") in {(row["version"], row["mode"]) for row in status_of(APP)[1]}, "audit in force", 15)
+    until(lambda: (audit, "audit") in {(row["version"], row["mode"]) for row in status_of(APP)[1]}, "audit in force")
 
     with in_flight(gateway, verdicts):
         enforced = apps.apply(APP, policy(BOTH))
-        until(lambda: not status_of(APP)[0]["ok"], "a row that is not in force", 15)
+        until(lambda: not status_of(APP)[0]["ok"], "a row that is not in force")
         shown = status_of(APP)[1]
 
     assert [(row["function"], row["asked"], row["mode"]) for row in shown if not row["in_force"]] == [(ASKS, "enforce", "audit")]

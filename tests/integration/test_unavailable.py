@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -46,7 +45,7 @@ def forward(gateway: Gateway, mode: str) -> Reply:
 def _deployed(gateway: Gateway, actor: str, apps: Apps) -> Iterator[None]:
     """An app for each fail mode."""
     for mode in MODES:
-        apps.apply(app_of(mode), POLICY.format(**named(mode)), app_edge=mode)
+        apps.apply(app_of(mode), POLICY.format(**named(mode)), app_edge=mode, deadline_ms=1000)
     with deployed_all(gateway, {name: app_of(mode) for mode in MODES for name in named(mode).values()}):
         yield
 
@@ -59,6 +58,17 @@ def stopped(program: str) -> Iterator[None]:
         yield
     finally:
         assert "started" in supervisorctl("start", program)
+
+
+@contextmanager
+def paused(program: str) -> Iterator[Callable[[], None]]:
+    """`program` of the site does nothing, until the `with` ends or the value is called."""
+    pid = pid_of(program)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield lambda: os.kill(pid, signal.SIGCONT)
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def pid_of(program: str) -> int:
@@ -113,14 +123,14 @@ def test_with_the_controller_back_everything_is_enforced_again(
 ) -> None:
     """By the same instances; the status has counted what was decided without it."""
     for mode in MODES:
-        until(partial(refused, gateway, named(mode)["answers"]), f"{mode}: a stranger's start to be refused", 15)
+        until(partial(refused, gateway, named(mode)["answers"]), f"{mode}: a stranger's start to be refused")
         assert json.loads(forward(gateway, mode).body) == [200, 200, "PermissionError"]
 
     def counted() -> bool:
         counts = {(row["app"], row["fail_mode"]): row["count"] for row in status_of("")[0]["fail_modes"]}
         return all(counts.get((app_of(mode), mode), 0) >= 3 for mode in MODES)
 
-    until(counted, "the counts of fail modes", 10)
+    until(counted, "the counts of fail modes")
 
 
 def refused(gateway: Gateway, function: str) -> bool:
@@ -134,7 +144,7 @@ def edges(verdicts: Lines, mode: str, count: int) -> list[dict[str, Any]]:
     def lines() -> list[dict[str, Any]]:
         return [line for line in verdicts.read() if line["app"] == app_of(mode) and line["kind"] in ("start", "invoke")]
 
-    until(lambda: len(lines()) >= count, f"{count} verdicts of {app_of(mode)}", 10)
+    until(lambda: len(lines()) >= count, f"{count} verdicts of {app_of(mode)}")
     return lines()[:count]
 
 
@@ -170,7 +180,7 @@ def test_a_killed_agents_instances_are_replaced_by_the_gateway(gateway: Gateway,
     agent = pid_of("kalium-agent")
 
     os.kill(agent, signal.SIGKILL)
-    until(lambda: pid_of("kalium-agent") not in (0, agent), "another agent", 20)
+    until(lambda: pid_of("kalium-agent") not in (0, agent), "another agent")
     reply = forward(gateway, "deny")
 
     assert (reply.status, json.loads(reply.body)) == (200, [200, 200, "PermissionError"]), reply
@@ -178,30 +188,33 @@ def test_a_killed_agents_instances_are_replaced_by_the_gateway(gateway: Gateway,
     assert len(image_requests.read()) == 1
 
 
-def test_while_there_is_no_agent_nothing_begins_and_no_edge_is_taken(gateway: Gateway, image_requests: Lines) -> None:
+def test_while_there_is_no_agent_nothing_begins_and_no_edge_is_taken(gateway: Gateway, verdicts: Lines, image_requests: Lines) -> None:
     """What runs goes on by local decisions, and its app edges are denied; a new request is refused. With an agent all of it works again."""
     names = named("deny")
-    until(lambda: forward(gateway, "deny").status == 200, "the function", 30)
+    until(lambda: forward(gateway, "deny").status == 200, "the function")
+    verdicts.until(lambda line: line["function"] == names["asks"] and line["reason"] == "out_of_order", "the last verdict on that")
     before, seen = invocations(gateway, names["answers"]), len(image_requests.read())
-    wait = in_another_thread(
-        lambda: act(gateway, names["asks"], f"import time; time.sleep(2); answer = [image(), post({names['answers']!r}, {{}})[0]]")
-    )
-    time.sleep(0.5)
+    verdicts = Lines(verdicts.path)
 
-    with stopped("kalium-agent"):
-        running = wait()
-        refused = forward(gateway, "deny")
+    # It has begun while there is an agent, and has its image, and goes on, when there is none.
+    with paused("kalium-imageserver") as go_on:
+        wait = in_another_thread(lambda: act(gateway, names["asks"], f"answer = [image(), post({names['answers']!r}, {{}})[0]]"))
+        verdicts.until(lambda line: (line["function"], line["kind"], line["allowed"]) == (names["asks"], "start", True), "the start")
+        with stopped("kalium-agent"):
+            go_on()
+            running = wait()
+            refused = forward(gateway, "deny")
 
     assert json.loads(running.body) == [200, "PermissionError"]
     assert (refused.status, len(image_requests.read()) - seen) == (503, 1), refused
     assert invocations(gateway, names["answers"]) == before
-    until(lambda: forward(gateway, "deny").status == 200, "the function, with a new instance", 60)
+    until(lambda: forward(gateway, "deny").status == 200, "the function, with a new instance")
 
 
 def test_with_allow_an_instance_serves_until_its_lease_ends_without_an_agent(gateway: Gateway) -> None:
     """Nobody can log what it does then: docs/topics/limits.md says so."""
     names = named("allow")
-    until(lambda: forward(gateway, "allow").status == 200, "the function", 30)
+    until(lambda: forward(gateway, "allow").status == 200, "the function")
     before = instances(names["asks"])
 
     with stopped("kalium-agent"):

@@ -39,7 +39,7 @@ import ctypes, errno, json, os, socket, struct, tempfile, threading, time
 
 def dial(to, family=socket.AF_INET):
     s = socket.socket(family, socket.SOCK_STREAM)
-    s.settimeout(5)
+    s.settimeout(30)
     s.connect(to)
     return s
 
@@ -190,8 +190,8 @@ class Stranger:
         self._thread.start()
 
     def _serve(self) -> None:
-        while self._open:
-            for key, _ in self._selector.select(timeout=0.2):
+        while (ready := self._selector.select(timeout=0.2)) or self._open:  # what has come is taken before it ends
+            for key, _ in ready:
                 self._take(cast(socket.socket, key.fileobj))
 
     def _take(self, sock: socket.socket) -> None:
@@ -227,7 +227,7 @@ def captured(path: Path) -> Iterator[None]:
     command = ["tcpdump", "-i", BRIDGE, "-n", "-s", "0", "-U", "-B", "16384", "-Z", "root", "-w", str(path)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as tcpdump:
         try:
-            until(lambda: path.exists() and path.stat().st_size > 0, "tcpdump", 10)
+            until(lambda: path.exists() and path.stat().st_size > 0, "tcpdump")
             yield
         finally:
             tcpdump.terminate()
@@ -265,7 +265,7 @@ def collect(gateway: Gateway, folder: Path, runtime: str, app: str) -> Evidence:
             reply = gateway.invoke(RECEIVE, exploit({}, header + SEND))
             assert reply.status == 418, reply
             # The answer was sent last, so when the capture holds it, it holds all that came before.
-            until(lambda: end.encode() in path.read_bytes(), "the answer in the capture", 10)
+            until(lambda: end.encode() in path.read_bytes(), "the answer in the capture")
     finally:
         stranger.close()
     return Evidence(markers, json.loads(json.loads(reply.body)["error"]), stranger.streams, stranger.datagrams, path.read_bytes())
