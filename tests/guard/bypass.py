@@ -59,7 +59,7 @@ schema: kalium/v1
 app: {mode}
 version: 1
 mode: {mode}
-on_unavailable: {{app_edge: deny, deadline_ms: 10000}}
+on_unavailable: {{app_edge: deny, deadline_ms: 60000}}
 peers:
   web: {{host: web.test, port: 80, protocol: http}}
   tls: {{host: tls.test, port: 4443, protocol: https}}

@@ -27,7 +27,7 @@ schema: kalium/v1
 app: clients
 version: 1
 mode: enforce
-on_unavailable: {app_edge: deny, deadline_ms: 10000}
+on_unavailable: {app_edge: deny, deadline_ms: 60000}
 peers:
   tls13: {host: tls13.test, port: 4443, protocol: https}
   tls12: {host: tls12.test, port: 4443, protocol: https}
@@ -91,10 +91,10 @@ def clients() -> Iterator[Client]:
     for library in ("https", "fetch", "http2", "worker"):
         hosts = ("tls13.test", "tls12.test", "chacha.test") if library == "https" else ("tls13.test",)
         yield Client(f"Node.js 20 {library}", (str(node()), script, library, "{url}"), gating=library != "worker", hosts=hosts)
-    yield Client("curl HTTP/2", ("curl", "-sS", "-m", "10", "--http2", "{url}"), gating=True)
-    yield Client("curl HTTP/1.1", ("curl", "-sS", "-m", "10", "--http1.1", "{url}"), gating=True, hosts=("tls13.test", "tls12.test", "chacha.test"))
+    yield Client("curl HTTP/2", ("curl", "-sS", "-m", "60", "--http2", "{url}"), gating=True)
+    yield Client("curl HTTP/1.1", ("curl", "-sS", "-m", "60", "--http1.1", "{url}"), gating=True, hosts=("tls13.test", "tls12.test", "chacha.test"))
     if shutil.which("wget"):
-        yield Client("wget", ("wget", "-qO-", "-T", "10", "-t", "1", "--ca-certificate={ca}", "{url}"))
+        yield Client("wget", ("wget", "-qO-", "-T", "60", "-t", "1", "--ca-certificate={ca}", "{url}"))
     if shutil.which("git"):
         yield Client("git", ("git", "ls-remote", "{url}"), says="")
     if shutil.which("mariadb"):
@@ -137,7 +137,7 @@ class Site:
             "smtp": f"smtp://{host}:{MAIL_PORT}/{'allowed' if allowed else 'refused'}@shop.test",
         }[client.protocol]
         words = {"url": url, "ca": self.ca, "host": host, "statement": statement.replace("%20", " ")}
-        return self.sandbox.program(*(word.format(**words) for word in client.argv), seconds=30)
+        return self.sandbox.program(*(word.format(**words) for word in client.argv), seconds=120)
 
     def arrived(self, client: Client, host: str) -> set[str]:
         """Which of `allowed` and `refused` the server itself saw since the last call."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .lab import Answer, Lab, Sandbox, exchange, until
+from .lab import UNTIL_TOLD, Answer, Lab, Sandbox, exchange, until
 from .world import GATEWAY, Receiver, http_answer
 
 POLICY = """\
@@ -19,7 +19,7 @@ schema: kalium/v1
 app: {app}
 version: 1
 mode: enforce
-on_unavailable: {{app_edge: {fail}, deadline_ms: 2000}}
+on_unavailable: {{app_edge: {fail}, deadline_ms: {deadline_ms}}}
 peers:
   gateway: {{host: gateway.test, port: 8080, protocol: http, role: gateway}}
 entries: [caller, entry]
@@ -40,7 +40,7 @@ functions:
 # What the program writes is what `fields` says, to the byte.
 INVOKE = """
 import socket
-s = socket.create_connection(("10.199.0.1", 8080), 5)
+s = socket.create_connection(("10.199.0.1", 8080), 30)
 s.sendall((f"POST {path} HTTP/1.1\\r\\nHost: gateway.test:8080\\r\\nContent-Length: 2\\r\\n" + said + "\\r\\n{}").encode())
 result = s.recv(1000).decode()
 s.close()
@@ -51,8 +51,8 @@ TOKEN = re.compile(rb"\r\nX-Kalium-Token: ([0-9a-f]{32})\r\n")
 CALLBACK_TOKEN = re.compile(rb"\r\nX-Kalium-Callback-Token: ([0-9a-f]{32})\r\n")
 
 
-def laboratory(fail: str) -> Lab:
-    return Lab({app: POLICY.format(app=app, fail=fail) for app in ("lab", "other")}, {"gateway.test": GATEWAY})
+def laboratory(fail: str, deadline_ms: int) -> Lab:
+    return Lab({app: POLICY.format(app=app, fail=fail, deadline_ms=deadline_ms) for app in ("lab", "other")}, {"gateway.test": GATEWAY})
 
 
 class Gateway(Receiver):
@@ -72,7 +72,7 @@ class Gateway(Receiver):
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[tuple[Lab, Gateway]]:
-    with laboratory("deny") as lab, contextlib.closing(Gateway(lab)) as gateway:
+    with laboratory("deny", 60_000) as lab, contextlib.closing(Gateway(lab)) as gateway:
         yield lab, gateway
 
 
@@ -198,7 +198,7 @@ def test_a_retry_has_a_new_token_and_takes_the_old_one_back(lab: Lab, gateway: G
 
 @pytest.fixture(params=["deny", "allow", "last_known"])
 def failing(request: pytest.FixtureRequest) -> Iterator[tuple[str, Lab]]:
-    with laboratory(request.param) as lab:
+    with laboratory(request.param, 2000) as lab:
         yield request.param, lab
 
 
@@ -212,12 +212,12 @@ def test_when_the_controller_is_gone_the_fail_mode_decides(failing: tuple[str, L
     ):
         invoke(caller, "/function/joined")
         job: dict[str, Answer] = {}
-        slow = "import time\ntime.sleep(3)\nresult = 1"
-        working = threading.Thread(target=lambda: job.update(answer=ask(callee, said_token(gateway.received), slow)))
+        working = threading.Thread(target=lambda: job.update(answer=ask(callee, said_token(gateway.received), UNTIL_TOLD)))
         working.start()
         until(lambda: any(record["function"] == "joined" and record["kind"] == "start" for record in lab.verdicts()), "the start")
         lab.stop("controller")
-        working.join(30)
+        callee.go_on()
+        working.join(60)
 
         # The end of an answer that a join waits for.
         assert bool(job["answer"].body) == (fail != "deny"), job

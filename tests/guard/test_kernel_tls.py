@@ -15,6 +15,7 @@ schema: kalium/v1
 app: kernel-tls
 version: 1
 mode: enforce
+on_unavailable: {app_edge: deny, deadline_ms: 60000}
 peers:
   server: {host: server.test, port: 4443, protocol: https}
 entries: [caller]
@@ -36,7 +37,7 @@ CODE = """\
 import http.client, ssl, sys
 context = ssl.create_default_context()
 assert context.options & 1 << 3, "the configuration was not read"  # SSL_OP_ENABLE_KTLS
-connection = http.client.HTTPSConnection("server.test", {port}, timeout=10, context=context)
+connection = http.client.HTTPSConnection("server.test", {port}, timeout=60, context=context)
 connection.request("GET", sys.argv[1])
 print(connection.getresponse().status)
 """

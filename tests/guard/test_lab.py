@@ -8,7 +8,7 @@ schema: kalium/v1
 app: lab
 version: 1
 mode: enforce
-on_unavailable: {app_edge: deny, deadline_ms: 10000}
+on_unavailable: {app_edge: deny, deadline_ms: 60000}
 peers:
   web: {host: web.test, port: 80, protocol: http}
 entries: [caller]
@@ -25,8 +25,8 @@ def test_stock_delivers_what_enforcement_refuses() -> None:
         for runtime, delivered in (("runsc-stock", True), ("runsc-kalium", False)):
             with lab.sandbox("lab", "caller", runtime=runtime) as sandbox:
                 web.clear()
-                allowed = sandbox.program("curl", "-sS", "-m", "5", "http://web.test/allowed")
-                refused = sandbox.program("curl", "-sS", "-m", "5", "http://web.test/refused")
+                allowed = sandbox.program("curl", "-sS", "-m", "30", "http://web.test/allowed")
+                refused = sandbox.program("curl", "-sS", "-m", "30", "http://web.test/refused")
                 assert (allowed["code"], allowed["stdout"]) == (0, "ok")
                 assert (refused["code"] == 0) is delivered
                 assert (b"/refused" in web.received) is delivered

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .lab import Lab, Sandbox, until
+from .lab import UNTIL_TOLD, Lab, Sandbox, until
 from .world import Receiver, http_answer
 
 POLICY = """\
@@ -18,7 +18,7 @@ schema: kalium/v1
 app: lab
 version: {version}
 mode: {mode}
-on_unavailable: {{app_edge: deny, deadline_ms: 2000}}
+on_unavailable: {{app_edge: deny, deadline_ms: 60000}}
 peers:
   web: {{host: web.test, port: 80, protocol: http}}
 entries: [caller]
@@ -30,7 +30,7 @@ functions:
 """
 REQUEST = """
 import socket
-s = socket.create_connection(("10.199.0.2", 80), 5)
+s = socket.create_connection(("10.199.0.2", 80), 30)
 s.sendall(f"GET /{path} HTTP/1.1\\r\\nHost: web.test\\r\\n\\r\\n".encode())
 result = s.recv(100).decode()
 s.close()
@@ -110,7 +110,7 @@ def test_without_an_agent_local_decisions_go_on_and_the_instance_asks_to_be_repl
     web = Receiver(lab.world, lab.world.address(2), 80, answer=http_answer)
     with lab.sandbox("lab", "caller") as sandbox:
         # The agent dies inside of the invocation: its messages are judged by the policy in the sandbox.
-        code = "import time\ntime.sleep(2)\n" + REQUEST
+        code = UNTIL_TOLD + REQUEST
         job: dict[str, Any] = {}
 
         def ask() -> None:
@@ -120,7 +120,8 @@ def test_without_an_agent_local_decisions_go_on_and_the_instance_asks_to_be_repl
         thread.start()
         until(lambda: any(record["kind"] == "start" for record in lab.verdicts()), "the start")
         lab.stop("agent")
-        thread.join(30)
+        sandbox.go_on()
+        thread.join(60)
         assert "200 OK" in str(job.get("result")), job
         assert b"GET /allowed " in web.received
 

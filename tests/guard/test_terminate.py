@@ -24,7 +24,7 @@ schema: kalium/v1
 app: {app}
 version: 1
 mode: {mode}
-on_unavailable: {{app_edge: deny, deadline_ms: 10000}}
+on_unavailable: {{app_edge: deny, deadline_ms: 60000}}
 peers:
   web: {{host: web.test, port: 4443, protocol: https}}
   strange: {{host: strange.test, port: 4443, protocol: https}}
@@ -83,7 +83,7 @@ class Site:
         script = str(PROGRAMS / "python_client.py")
         for library in ("http_client", "requests", "httpx_http2", "aiohttp"):
             yield Client(f"Python {library}", (str(python), script, library))
-        yield Client("curl", ("curl", "-sS", "-m", "10"))
+        yield Client("curl", ("curl", "-sS", "-m", "60"))
 
     def sandbox(self, app: str, annotated: bool = True) -> Sandbox:
         """A sandbox of `app`, the same for all tests."""
@@ -128,12 +128,12 @@ def test_the_allowed_request_arrives_and_the_refused_one_does_not(site: Site, na
     sandbox.verdicts()
     site.web.requests()
 
-    allowed = sandbox.program(*client.argv, url("allowed"), seconds=60)
+    allowed = sandbox.program(*client.argv, url("allowed"), seconds=120)
     assert (allowed["code"], allowed["stdout"].strip()) == (0, "ok"), (allowed, sandbox.verdicts())
     assert sandbox.denials() == []
     assert [request["path"] for request in site.web.requests()] == ["/allowed"]
 
-    refused = sandbox.program(*client.argv, url("refused"), seconds=60)
+    refused = sandbox.program(*client.argv, url("refused"), seconds=120)
     assert refused["code"] != 0
     assert sandbox.denials()[0] == "https not_in_policy"
     assert site.web.requests() == []
@@ -144,7 +144,7 @@ def test_a_server_with_anothers_certificate_hears_nothing(site: Site, name: str)
     client, sandbox = named(site, name), site.sandbox("ending")
     sandbox.verdicts()
 
-    done = sandbox.program(*client.argv, url("allowed", "strange.test"), seconds=60)
+    done = sandbox.program(*client.argv, url("allowed", "strange.test"), seconds=120)
 
     assert done["code"] != 0
     assert sandbox.denials()[0] == "https unknown_peer"
@@ -158,7 +158,7 @@ def test_without_it_the_verdict_names_the_way_out(site: Site, name: str) -> None
     sandbox.verdicts()
     site.web.requests()
 
-    done = sandbox.program(*client.argv, url("allowed"), env=trust, seconds=60)
+    done = sandbox.program(*client.argv, url("allowed"), env=trust, seconds=120)
 
     denied = [verdict for verdict in sandbox.verdicts() if not verdict["allowed"]]
     assert done["code"] != 0

@@ -144,7 +144,7 @@ def test_every_message_of_every_cell_has_its_sample(lab: Lab, place: Path, tmp_p
                 before = len(timings(lab))
                 document = load(boxes[cell.function], cell, BATCH)
                 assert (document["sent"], document["connections"]) == (BATCH, 1)
-                until(lambda cell=cell, before=before: sum(map(cell.holds, timings(lab)[before:])) >= BATCH, f"the samples of {cell}", 5)  # type: ignore[misc]
+                until(lambda cell=cell, before=before: sum(map(cell.holds, timings(lab)[before:])) >= BATCH, f"the samples of {cell}")  # type: ignore[misc]
                 found = [timing for timing in timings(lab)[before:] if cell.holds(timing)]
                 assert len(found) == BATCH and len({timing.invocation for timing in found}) == 1
                 file.write(cell, 0, 0, found)

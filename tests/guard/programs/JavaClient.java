@@ -8,8 +8,8 @@ import java.time.Duration;
 public class JavaClient {
     public static void main(String[] arguments) {
         try {
-            HttpClient client = HttpClient.newBuilder().connectTimeout(Duration.ofSeconds(20)).build();
-            HttpRequest request = HttpRequest.newBuilder(URI.create(arguments[0])).timeout(Duration.ofSeconds(20)).build();
+            HttpClient client = HttpClient.newBuilder().connectTimeout(Duration.ofSeconds(60)).build();
+            HttpRequest request = HttpRequest.newBuilder(URI.create(arguments[0])).timeout(Duration.ofSeconds(60)).build();
             System.out.println(client.send(request, HttpResponse.BodyHandlers.ofString()).body());
         } catch (Exception error) {
             System.err.println(error);

@@ -3,12 +3,12 @@ const [, , library, url] = process.argv;
 
 const clients = {
   https: () => new Promise((done, failed) => {
-    require('node:https').get(url, { timeout: 10000 }, (answer) => {
+    require('node:https').get(url, { timeout: 60000 }, (answer) => {
       let body = '';
       answer.on('data', (part) => { body += part; }).on('end', () => done(body)).on('error', failed);
     }).on('error', failed);
   }),
-  fetch: async () => (await fetch(url, { signal: AbortSignal.timeout(10000) })).text(),
+  fetch: async () => (await fetch(url, { signal: AbortSignal.timeout(60000) })).text(),
   http2: () => new Promise((done, failed) => {
     const { origin, pathname } = new URL(url);
     const session = require('node:http2').connect(origin).on('error', failed);

@@ -15,7 +15,7 @@ def http_client(url):
     import http.client
 
     parts = urlsplit(url)
-    connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=10)
+    connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=60)
     connection.request("GET", parts.path)
     return connection.getresponse().read().decode()
 
@@ -28,7 +28,7 @@ def bare_context(url):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(CA)
     parts = urlsplit(url)
-    connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=10, context=context)
+    connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=60, context=context)
     connection.request("GET", parts.path)
     return connection.getresponse().read().decode()
 
@@ -36,25 +36,25 @@ def bare_context(url):
 def urllib_request(url):
     import urllib.request
 
-    return urllib.request.urlopen(url, timeout=10).read().decode()
+    return urllib.request.urlopen(url, timeout=60).read().decode()
 
 
 def requests(url):
     import requests
 
-    return requests.get(url, timeout=10).text
+    return requests.get(url, timeout=60).text
 
 
 def httpx_sync(url):
     import httpx
 
-    return httpx.get(url, timeout=10).text
+    return httpx.get(url, timeout=60).text
 
 
 def httpx_http2(url):
     import httpx
 
-    with httpx.Client(http2=True, timeout=10) as client:
+    with httpx.Client(http2=True, timeout=60) as client:
         return client.get(url).text
 
 
@@ -62,7 +62,7 @@ def httpx_async(url):
     import httpx
 
     async def work():
-        async with httpx.AsyncClient(timeout=10) as client:
+        async with httpx.AsyncClient(timeout=60) as client:
             return (await client.get(url)).text
 
     return asyncio.run(work())
@@ -72,7 +72,7 @@ def aiohttp(url):
     import aiohttp
 
     async def work():
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session, session.get(url) as answer:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session, session.get(url) as answer:
             return await answer.text()
 
     return asyncio.run(work())
@@ -83,7 +83,7 @@ def pymysql(url):
 
     parts = urlsplit(url)
     database = pymysql.connect(
-        host=parts.hostname, port=parts.port, user="abc", password="xyz", database=parts.path[1:], ssl={"ca": CA}, connect_timeout=10
+        host=parts.hostname, port=parts.port, user="abc", password="xyz", database=parts.path[1:], ssl={"ca": CA}, connect_timeout=60
     )
     with database.cursor() as cursor:
         cursor.execute(unquote(parts.query))
@@ -95,7 +95,7 @@ def connector(url, **options):
 
     parts = urlsplit(url)
     database = mysql.connector.connect(
-        host=parts.hostname, port=parts.port, user="abc", password="xyz", database=parts.path[1:], ssl_ca=CA, connection_timeout=10, **options
+        host=parts.hostname, port=parts.port, user="abc", password="xyz", database=parts.path[1:], ssl_ca=CA, connection_timeout=60, **options
     )
     cursor = database.cursor()
     cursor.execute(unquote(parts.query))
@@ -115,7 +115,7 @@ def smtplib(url):
     import ssl
 
     parts = urlsplit(url)
-    with smtplib.SMTP(parts.hostname, parts.port, timeout=10) as mail:
+    with smtplib.SMTP(parts.hostname, parts.port, timeout=60) as mail:
         mail.starttls(context=ssl.create_default_context())
         mail.sendmail("function@images.test", [parts.path[1:]], f"Subject: photo\r\n\r\nFor {parts.path[1:]}.\r\n")
     return "ok"
