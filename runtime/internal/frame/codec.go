@@ -53,9 +53,7 @@ func appendRecord(dst []byte, fields []field) ([]byte, error) {
 	dst = appendCount(dst, len(fields), codeFixMap, codeMap16)
 	var err error
 	for _, f := range fields {
-		if dst, err = appendText(dst, f.name); err != nil {
-			return nil, err
-		}
+		dst = append(append(dst, codeFixStr|byte(len(f.name))), f.name...) // TestFieldsAreSorted holds that they are short
 		if dst, err = appendValue(dst, f); err != nil {
 			return nil, err
 		}
@@ -219,33 +217,30 @@ func appendInt(dst []byte, n int64) []byte {
 // takes at least one byte of what has arrived, and every count has a bound.
 type decoder struct{ rest []byte }
 
-// record reads a map into fields. shapes are the sets of fields that the map may have; the number of entries tells
-// which one it is.
-func (d *decoder) record(shapes ...[]field) error {
+// record reads a map into fields.
+func (d *decoder) record(fields []field) error {
 	n, err := d.count(codeFixMap, codeMap16, codeMap32, "map")
 	if err != nil {
 		return err
 	}
-	fields := shapes[0]
-	for _, shape := range shapes[1:] {
-		if len(shape) == n {
-			fields = shape
-		}
-	}
 	for i := range n {
-		name, err := d.text()
+		name, err := d.rawText()
+		if err == nil && i < len(fields) && string(name) == fields[i].name {
+			if err := d.value(fields[i].value); err != nil {
+				return broken("field %s: %v", fields[i].name, err)
+			}
+			continue
+		}
+		if err == nil {
+			err = textAllowed(string(name))
+		}
 		if err != nil {
 			return broken("the name of a field: %v", err)
 		}
-		if i == len(fields) || name < fields[i].name {
+		if i == len(fields) || string(name) < fields[i].name {
 			return broken("field %q is unknown, twice there, or not in its place", name)
 		}
-		if name > fields[i].name {
-			return broken("field %q is missing, or %q is unknown", fields[i].name, name)
-		}
-		if err := d.value(fields[i].value); err != nil {
-			return broken("field %s: %v", name, err)
-		}
+		return broken("field %q is missing, or %q is unknown", fields[i].name, name)
 	}
 	if n < len(fields) {
 		return broken("field %q is missing", fields[n].name)
@@ -373,25 +368,30 @@ func (d *decoder) int() (int, error) {
 }
 
 func (d *decoder) text() (string, error) {
-	code, err := d.byte()
-	if err != nil {
-		return "", err
-	}
-	n := int(code &^ 0xe0)
-	if code&0xe0 != codeFixStr {
-		if n, err = d.length(code, 32, codeStr8, codeStr16, codeStr32, "str"); err != nil {
-			return "", err
-		}
-	}
-	if n > TextBytesMax {
-		return "", broken("a text of %d bytes, at most %d", n, TextBytesMax)
-	}
-	raw, err := d.take(n)
+	raw, err := d.rawText()
 	if err != nil {
 		return "", err
 	}
 	text := string(raw)
 	return text, textAllowed(text)
+}
+
+// rawText is text that was not looked at, and still the reader's.
+func (d *decoder) rawText() ([]byte, error) {
+	code, err := d.byte()
+	if err != nil {
+		return nil, err
+	}
+	n := int(code &^ 0xe0)
+	if code&0xe0 != codeFixStr {
+		if n, err = d.length(code, 32, codeStr8, codeStr16, codeStr32, "str"); err != nil {
+			return nil, err
+		}
+	}
+	if n > TextBytesMax {
+		return nil, broken("a text of %d bytes, at most %d", n, TextBytesMax)
+	}
+	return d.take(n)
 }
 
 func (d *decoder) bytes() ([]byte, error) {

@@ -83,10 +83,9 @@ func Append(dst []byte, id uint32, m Message) ([]byte, error) {
 	if err := check(m); err != nil {
 		return nil, err
 	}
-	forms := shapes(m)
-	fields := forms[0]
+	fields := m.fields()
 	if i, ok := m.(identified); ok && *i.identity() != (Identity{}) {
-		fields = forms[1]
+		fields = withIdentity(fields, i.identity())
 	}
 	begin := len(dst)
 	dst = append(dst, 'K', 'L', Version, byte(m.Type()))
@@ -136,14 +135,20 @@ func Decode(b []byte) (id uint32, m Message, n int, err error) {
 	}
 	m = kind.make()
 	d := decoder{rest: b[HeaderBytes:n]}
-	forms := shapes(m)
-	if err := d.record(forms...); err != nil {
+	fields := m.fields()
+	i, ok := m.(identified)
+	// The number of entries tells which shape it is.
+	whole := ok && length > 0 && int(b[HeaderBytes]) == codeFixMap+len(fields)+identityFields
+	if whole {
+		fields = withIdentity(fields, i.identity())
+	}
+	if err := d.record(fields); err != nil {
 		return 0, nil, 0, broken("type %d: %v", b[3], err)
 	}
 	if len(d.rest) != 0 {
 		return 0, nil, 0, broken("type %d: %d bytes follow the payload's map", b[3], len(d.rest))
 	}
-	if i, ok := m.(identified); ok && *i.identity() == (Identity{}) && int(b[HeaderBytes]&0x0f) == len(forms[1]) {
+	if whole && *i.identity() == (Identity{}) {
 		// Two shapes of one message would be two encodings of it.
 		return 0, nil, 0, broken("type %d: an identity that is empty", b[3])
 	}

@@ -72,7 +72,7 @@ func idOf(m Message) uint32 {
 	return 0
 }
 
-func encode(t *testing.T, m Message) []byte {
+func encode(t testing.TB, m Message) []byte {
 	t.Helper()
 	data, err := Append(nil, idOf(m), m)
 	if err != nil {
@@ -109,6 +109,11 @@ func TestFieldsAreSorted(t *testing.T) {
 	for _, r := range records {
 		if !slices.IsSortedFunc(r.fields(), byName) {
 			t.Errorf("the fields of %T are not sorted", r)
+		}
+		for _, f := range r.fields() {
+			if len(f.name) >= 32 {
+				t.Errorf("%s of %T has no form of one byte", f.name, r)
+			}
 		}
 	}
 }
@@ -331,4 +336,28 @@ func FuzzDecode(f *testing.F) {
 			t.Fatalf("%x was read as %#v, which is written as %x, %v", data[:n], m, again, err)
 		}
 	})
+}
+
+// What an agent does with a question and its answer.
+func BenchmarkPassOn(b *testing.B) {
+	question := encode(b, &Invoke{Step: "0123456789abcdef", Call: strings.Repeat("a", 32), Invocation: strings.Repeat("b", 32), Callee: "leaf", Version: 1})
+	answer := encode(b, &Answer{Allowed: true, Reason: "allowed", Call: strings.Repeat("a", 32), Invocation: strings.Repeat("b", 32), Token: strings.Repeat("c", 32)})
+	var out []byte
+	b.ReportAllocs()
+	for b.Loop() {
+		_, m, _, err := Decode(question)
+		if err != nil {
+			b.Fatal(err)
+		}
+		m.(*Invoke).Identity = Identity{"instance", "app", "function"}
+		if out, err = Append(out[:0], 1, m); err != nil {
+			b.Fatal(err)
+		}
+		if _, m, _, err = Decode(answer); err != nil {
+			b.Fatal(err)
+		}
+		if out, err = Append(out[:0], 1, m); err != nil {
+			b.Fatal(err)
+		}
+	}
 }

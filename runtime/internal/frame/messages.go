@@ -1,10 +1,6 @@
 package frame
 
-import (
-	"slices"
-
-	"kalium.dev/kalium/runtime/internal/policy"
-)
+import "kalium.dev/kalium/runtime/internal/policy"
 
 // Type is the number of a frame's message.
 type Type uint8
@@ -486,21 +482,19 @@ func (m *Invoke) identity() *Identity { return &m.Identity }
 func (m *End) identity() *Identity    { return &m.Identity }
 func (m *Finish) identity() *Identity { return &m.Identity }
 
-// shapes lists the sets of fields that m may have; the second one, if any, is with the identity.
-func shapes(m Message) [][]field {
-	plain := m.fields()
-	i, ok := m.(identified)
-	if !ok {
-		return [][]field{plain}
-	}
-	whole := slices.Concat(plain, i.identity().fields())
-	slices.SortFunc(whole, func(a, b field) int {
-		if a.name < b.name {
-			return -1
+const identityFields = 3
+
+// withIdentity merges the fields of the identity into the other ones of an identified message: its second shape.
+func withIdentity(plain []field, i *Identity) []field {
+	whole := make([]field, 0, len(plain)+identityFields)
+	for _, f := range i.fields() {
+		for len(plain) > 0 && plain[0].name < f.name {
+			whole = append(whole, plain[0])
+			plain = plain[1:]
 		}
-		return 1
-	})
-	return [][]field{plain, whole}
+		whole = append(whole, f)
+	}
+	return append(whole, plain...)
 }
 
 // check holds what the types of the fields do not say.

@@ -60,7 +60,7 @@ func TestTheSharedVectorsHold(t *testing.T) {
 		}
 		fields := m.fields()
 		if i, ok := m.(identified); ok && *i.identity() != (Identity{}) {
-			fields = shapes(m)[1]
+			fields = withIdentity(fields, i.identity())
 		}
 		got := map[string]any{}
 		for _, f := range fields {
