@@ -16,6 +16,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PREFIX = re.compile(r"[A-Za-z0-9._:-]{1,64}")  # no braces: they choose the slot of a Redis cluster
 FSYNC = ("always", "interval", "never")
 AUDIT_MIB_MAX = 1024 * 1024
+BUSY_POLL_US_MAX = 100_000
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Config:
     store: Store = Store()
     audit: AuditFiles | None = None
     metrics: Listen | None = None
+    busy_poll_us: int = 0  # after each turn of work the processor is kept for so long
 
 
 def load(path: Path) -> Config:
@@ -89,12 +91,15 @@ def load(path: Path) -> Config:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _refused(path, f"not JSON: {error}", "write one JSON object, as docs/reference/cli.md shows") from error
-    top = _object(path, document, "", ("listen", "tls", "operator_key", "policies_dir"), ("name", "store", "audit", "metrics"))
+    top = _object(path, document, "", ("listen", "tls", "operator_key", "policies_dir"), ("name", "store", "audit", "metrics", "busy_poll_us"))
     listen = _listen(path, top["listen"], "listen")
     tls = _object(path, top["tls"], "tls", ("ca", "cert", "key"))
     name = _text(path, top.get("name", Config.name), "name")
     if NAME.fullmatch(name) is None:
         raise _refused(path, "name is not one of letters, digits, dots and dashes", "give the name that the controller's certificate has")
+    busy_poll_us = top.get("busy_poll_us", Config.busy_poll_us)
+    if type(busy_poll_us) is not int or not 0 <= busy_poll_us <= BUSY_POLL_US_MAX:
+        raise _refused(path, f"busy_poll_us is not a whole number from 0 to {BUSY_POLL_US_MAX}", "say for how many microseconds; 0 turns it off")
     return Config(
         file=path,
         host=listen.host,
@@ -106,6 +111,7 @@ def load(path: Path) -> Config:
         store=_store(path, top["store"]) if "store" in top else Store(),
         audit=_audit(path, top["audit"]) if "audit" in top else None,
         metrics=_listen(path, top["metrics"], "metrics") if "metrics" in top else None,
+        busy_poll_us=busy_poll_us,
     )
 
 

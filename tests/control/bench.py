@@ -2,9 +2,10 @@
 
     python -m control.bench [--quick] [--rounds 5]        (with tests/ on PYTHONPATH; `make bench-controller`)
 
-Four servers stand side by side: (a) the controller over mutual TLS, (b) its dispatcher without TLS, (c) an echo with the same framing,
+Servers stand side by side: (a) the controller over mutual TLS, (b) its dispatcher without TLS, (c) an echo with the same framing,
 in the same language and on the same loop, over TLS and without, (d) the controller with Redis as its store. Edges go as two guards'
-frames through a real agent to (a); their floor goes through a relay in Go that decodes nothing to (c). A step is one answered question
+frames through a real agent to (a), and through another one to a controller that keeps its processor between two questions
+(`busy_poll_us`, off by default); their floor goes through a relay in Go that decodes nothing to (c), which sleeps. A step is one answered question
 (START or INVOKE); the ENDs between them are work that is not counted. results/bench/controller holds the figures and every turn.
 
 What is served has a core of its own, and the load, the agent and the relay have another, as on two machines. Left to itself the
@@ -53,6 +54,7 @@ CORES = sorted(os.sched_getaffinity(0))
 SERVED, ASKING = {CORES[-1]}, {CORES[0]}
 PIPELINED = 2048  # lanes
 LANES = (1, 16, 256, PIPELINED)
+BUSY_POLL_US = 300  # longer than an edge takes
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Bench:
         yield self._floor("echo", "echo", ours)
         second = self.plane.controller("second", {"kind": "redis", "url": redis.url})
         yield Side("redis", second.port, second, True)
+        polling = self.plane.controller("polling", busy_poll_us=BUSY_POLL_US)
+        yield Side("polling", polling.port, polling, True)
 
     def _floor(self, name: str, what: str, ours: Controller, *tls: str) -> Side:
         port = free_port()
@@ -138,20 +142,27 @@ class Bench:
         return statistics.median(self.of(case, side, key, inner))
 
 
-def agent_and_relay(bench: Bench) -> tuple[Agent, Process]:
-    """An agent in front of (a) with a front and a leaf registered, and the relay in front of the echo."""
-    where = bench.plane
-    agent = where.agent("node0", [where.controllers[0].address])
+def agent_of(bench: Bench, node: str, side: str) -> Agent:
+    """An agent in front of a controller, with a front and a leaf registered."""
+    controller = bench.sides[side].process
+    assert isinstance(controller, Controller)
+    agent = bench.plane.agent(node, [controller.address])
     for function in ("front", "leaf"):
         agent.register("bench", function, f"load-{function}")
+    return agent
+
+
+def relay_of(bench: Bench) -> Process:
+    """The relay in front of the echo."""
+    where = bench.plane
     command = [bench.load, "relay", "-socket", "relay", "-address", f"127.0.0.1:{bench.sides['echo-tls'].port}", *bench.tls()]
-    return agent, where.process("relay", command, ready="listening")
+    return where.process("relay", command, ready="listening")
 
 
 def measure(bench: Bench, *, rounds: int, seconds: float) -> None:
     """Every case of every side, in turns."""
     sides = bench.sides
-    agent, relay = agent_and_relay(bench)
+    agent, polling, relay = agent_of(bench, "node0", "mtls"), agent_of(bench, "node1", "polling"), relay_of(bench)
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", flush=True)
         for lanes in LANES:
@@ -160,6 +171,7 @@ def measure(bench: Bench, *, rounds: int, seconds: float) -> None:
         for _ in range(3):  # latency is what noise reaches: more and shorter turns
             bench.edges(agent.guard_socket, agent, "agent", "edges", seconds=seconds / 2, warm_up=20)
             bench.edges(bench.plane.folder / "relay", relay, "relay", "edges", seconds=seconds / 2, warm_up=20)
+            bench.edges(polling.guard_socket, polling, "polling", "edges", seconds=seconds / 2, warm_up=20)
         bench.steps(sides["mtls"], "path-1000", edges=1000, seconds=3 * seconds, warm_up=1)
         bench.steps(sides["mtls"], "wide-140", front="wide", edges=140, keep_open=True, seconds=seconds, warm_up=1)
 
@@ -184,9 +196,9 @@ def figures(bench: Bench, held: list[dict[str, Any]]) -> dict[str, tuple[float, 
     """What summary.csv holds; results-schema names them."""
     of = bench.median
 
-    def over_floor(which: str) -> float:
+    def over_floor(side: str, which: str) -> float:
         """Of pairs of turns that stand beside each other, so that a slow stretch of the machine is in both."""
-        pairs = zip(bench.of("edges", "agent", "Step", which), bench.of("edges", "relay", "Step", which), strict=True)
+        pairs = zip(bench.of("edges", side, "Step", which), bench.of("edges", "relay", "Step", which), strict=True)
         return statistics.median(ours - floor for ours, floor in pairs)
 
     def window(case: str, name: str) -> float:
@@ -200,8 +212,12 @@ def figures(bench: Bench, held: list[dict[str, Any]]) -> dict[str, tuple[float, 
         "step_p999_us": (of("lanes-1", "mtls", "Step", "P999"), "us"),
         "edge_p50_us": (of("edges", "agent", "Step", "P50"), "us"),
         "edge_p99_us": (of("edges", "agent", "Step", "P99"), "us"),
-        "edge_over_floor_p50_us": (over_floor("P50"), "us"),
-        "edge_over_floor_p99_us": (over_floor("P99"), "us"),
+        "edge_over_floor_p50_us": (over_floor("agent", "P50"), "us"),
+        "edge_over_floor_p99_us": (over_floor("agent", "P99"), "us"),
+        "edge_busy_poll_p50_us": (of("edges", "polling", "Step", "P50"), "us"),
+        "edge_busy_poll_p99_us": (of("edges", "polling", "Step", "P99"), "us"),
+        "edge_busy_poll_over_floor_p50_us": (over_floor("polling", "P50"), "us"),
+        "edge_busy_poll_over_floor_p99_us": (over_floor("polling", "P99"), "us"),
         "steps_per_s_pipelined": (of(f"lanes-{PIPELINED}", "mtls", "per_s"), "1/s"),
         "steps_per_s_256": (of("lanes-256", "mtls", "per_s"), "1/s"),
         "steps_per_s_16": (of("lanes-16", "mtls", "per_s"), "1/s"),

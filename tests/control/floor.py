@@ -25,6 +25,7 @@ from kalium.controller.calls import MemoryCalls
 from kalium.controller.dispatch import Dispatcher
 from kalium.controller.identity import PeerIdentity, Role
 from kalium.controller.registry import Registry
+from kalium.controller.server import INCOMING_BYTES
 from kalium.controller.state import State
 from kalium.policy.envelope import public_key, verify
 from kalium.protocol.codec import encode
@@ -34,7 +35,23 @@ ANSWER = bytearray(encode(1, Answer(True, "allowed", "0" * 31 + "b", "0" * 31 + 
 PREFIX = struct.Struct(">4sII")
 
 
-class Echo(asyncio.Protocol):
+class Server(asyncio.BufferedProtocol):
+    """One connection that reads as the controller does, into one buffer of all connections."""
+
+    _incoming = memoryview(bytearray(INCOMING_BYTES))
+    _transport: asyncio.Transport
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._incoming
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.received(bytes(self._incoming[:nbytes]))
+
+    def received(self, data: bytes) -> None:
+        raise NotImplementedError
+
+
+class Echo(Server):
     """The floor."""
 
     def __init__(self) -> None:
@@ -43,7 +60,7 @@ class Echo(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
-    def data_received(self, data: bytes) -> None:
+    def received(self, data: bytes) -> None:
         data = self._held + data
         at, out = 0, []
         while at + 12 <= len(data):
@@ -57,7 +74,7 @@ class Echo(asyncio.Protocol):
         self._transport.write(b"".join(out))
 
 
-class Plain(asyncio.Protocol):
+class Plain(Server):
     """One connection to a dispatcher."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
@@ -67,7 +84,7 @@ class Plain(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._dispatcher.connected(self, identity=PeerIdentity(Role.AGENT, "load"), address="bench", now_ns=time.monotonic_ns())
 
-    def data_received(self, data: bytes) -> None:
+    def received(self, data: bytes) -> None:
         now_ns = time.monotonic_ns()
         self._dispatcher.received(self, data, now_ns=now_ns)
         for outgoing in self._dispatcher.outgoing(now_ns=now_ns):
@@ -97,7 +114,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         context.minimum_version, context.verify_mode = ssl.TLSVersion.TLSv1_3, ssl.CERT_REQUIRED
         context.load_verify_locations(arguments.ca)
         context.load_cert_chain(arguments.cert, arguments.key)
-    make: Callable[[], asyncio.Protocol] = Echo
+    make: Callable[[], Server] = Echo
     if arguments.what == "plain":
         core = dispatcher(arguments.policies, arguments.key_file)
         make = lambda: Plain(core)  # noqa: E731

@@ -154,7 +154,7 @@ class Process:
 class Controller(Process):
     """`kalium controller serve`."""
 
-    def __init__(self, plane: Plane, name: str, store: dict[str, Any]) -> None:
+    def __init__(self, plane: Plane, name: str, store: dict[str, Any], **more: object) -> None:
         super().__init__(plane.folder / f"{name}.log")
         self.name = name
         self.port = free_port()
@@ -170,6 +170,7 @@ class Controller(Process):
             "name": name,
             "store": store,
             "audit": plane.audit(name, f"{name}.audit.jsonl"),
+            **more,
         }
 
     @property
@@ -297,9 +298,9 @@ class Plane:
         until(lambda: ready in made.said(), f"{name}: {ready}")
         return made
 
-    def controller(self, name: str, store: dict[str, Any] | None = None) -> Controller:
-        """A controller that is started."""
-        made = Controller(self, name, store or {"kind": "memory"})
+    def controller(self, name: str, store: dict[str, Any] | None = None, **more: object) -> Controller:
+        """A controller that is started, with `more` keys in its configuration."""
+        made = Controller(self, name, store or {"kind": "memory"}, **more)
         self._stack.callback(made.kill)
         for policy in self._policies:
             self.publish(made, policy)

@@ -51,10 +51,13 @@ def test_the_optional_keys_are_read(tmp_path: Path) -> None:
     path = tmp_path / "controller.json"
     store = {"kind": "redis", "url": "rediss://kalium@store:6380/2", "prefix": "k:", "ca": "store.crt", "password_file": "/etc/kalium/store.password"}
     audit = {"log": "audit.jsonl", "key": "audit.key", "fsync": "always", "max_mib": 16}
-    path.write_text(json.dumps({**GOOD, "name": "ctl-1", "store": store, "audit": audit, "metrics": {"host": "127.0.0.1", "port": 5001}}))
+    path.write_text(
+        json.dumps({**GOOD, "name": "ctl-1", "store": store, "audit": audit, "metrics": {"host": "127.0.0.1", "port": 5001}, "busy_poll_us": 300})
+    )
 
     config = load(path)
 
+    assert config.busy_poll_us == 300
     assert config.name == "ctl-1"
     assert config.store == Store("redis", "rediss://kalium@store:6380/2", "k:", tmp_path / "store.crt", Path("/etc/kalium/store.password"))
     assert config.audit == AuditFiles(tmp_path / "audit.jsonl", tmp_path / "audit.key", "always", 16)
@@ -68,7 +71,7 @@ def test_what_is_left_out_has_its_default(tmp_path: Path, store: object) -> None
 
     config = load(path)
 
-    assert (config.name, config.store, config.metrics) == ("controller", Store("memory"), None)
+    assert (config.name, config.store, config.metrics, config.busy_poll_us) == ("controller", Store("memory"), None, 0)
     assert config.audit == (AuditFiles(tmp_path / "a", tmp_path / "k", "interval", 64) if store is None else None)
 
 
@@ -127,6 +130,9 @@ def redis_at(url: object, **more: object) -> str:
         (json.dumps({**GOOD, "audit": {"log": "a", "key": "b", "fsync": "often"}}), r"audit\.fsync is not one of"),
         (json.dumps({**GOOD, "audit": {"log": "a", "key": "b", "max_mib": 0}}), r"audit\.max_mib is not"),
         (json.dumps({**GOOD, "audit": {"log": "a", "key": "b", "max_mib": True}}), r"audit\.max_mib is not"),
+        (json.dumps({**GOOD, "busy_poll_us": -1}), "busy_poll_us is not a whole number"),
+        (json.dumps({**GOOD, "busy_poll_us": True}), "busy_poll_us is not a whole number"),
+        (json.dumps({**GOOD, "busy_poll_us": 100_001}), "busy_poll_us is not a whole number"),
         (json.dumps({**GOOD, "metrics": {"host": "127.0.0.1"}}), "metrics has no key port"),
         (json.dumps({**GOOD, "metrics": {"host": "127.0.0.1", "port": -1}}), r"metrics\.port is not a whole number"),
         ("[" * 70_000, "more than 65536 bytes"),

@@ -40,7 +40,7 @@ from kalium.controller.calls import Deferred
 from kalium.controller.client import status
 from kalium.controller.config import TlsFiles, load
 from kalium.controller.dispatch import STATUS_KEPT_NS
-from kalium.controller.server import INCOMING_BYTES, KEPT_BYTES_MAX, TURN_BYTES, Connection, Controller, Door
+from kalium.controller.server import INCOMING_BYTES, KEPT_BYTES_MAX, TURN_BYTES, BusyPoll, Connection, Controller, Door
 from kalium.errors import KaliumError
 from kalium.pki import authority, files
 from kalium.pki.authority import Role
@@ -1365,3 +1365,54 @@ def test_one_coroutine_that_fails_ends_all_and_is_raised() -> None:
         asyncio.run(server.run_together(lasting(), failing(), until=asyncio.Event()))
 
     assert ended == ["lasting"]
+
+
+def turns_of_a_busy_loop(monkeypatch: pytest.MonkeyPatch, for_us: int, work_at_us: tuple[int, ...]) -> list[float | None]:
+    """How long a loop, of which each turn takes 10 us, would sleep in its turns: 0 where it polls, None where it waits for a socket."""
+    timeouts: list[float | None] = []
+
+    async def story() -> None:
+        loop, now_us = asyncio.get_running_loop(), 0
+        busy, over = BusyPoll(for_us, lambda: now_us * 1000), asyncio.Event()
+        selector = loop._selector  # type: ignore[attr-defined]  # of asyncio's own loop
+        select = selector.select
+
+        def looked(timeout: float | None = None) -> Any:
+            nonlocal now_us
+            timeouts.append(timeout)
+            now_us += 10
+            if now_us in work_at_us:
+                loop.call_soon(lambda: busy.prolong(now_us * 1000))
+            elif timeout is None:
+                loop.call_soon(over.set)
+            return select(0)
+
+        monkeypatch.setattr(selector, "select", looked)
+        busy.prolong(0)
+        await over.wait()
+
+    asyncio.run(story())
+    return timeouts[: timeouts.index(None) + 1]
+
+
+def test_a_busy_loop_looks_at_its_sockets_until_it_had_no_work_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert turns_of_a_busy_loop(monkeypatch, 100, ()) == [0] * 10 + [None]
+
+
+def test_work_prolongs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert turns_of_a_busy_loop(monkeypatch, 100, (50,)) == [0] * 15 + [None]
+
+
+def test_without_it_the_loop_sleeps_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert turns_of_a_busy_loop(monkeypatch, 0, ()) == [None]
+
+
+def test_a_controller_that_polls_serves_and_ends(site: Site, any_loop: str) -> None:
+    site.configure(busy_poll_us=100_000)
+    site.start()
+    agent = Agent(site)
+
+    assert agent.hello().ok
+    assert agent.ask(Register(*FRONT, "image")) == Answer(True, "allowed")
+    assert agent.start(FRONT).allowed
+    assert site.stop() == 0
