@@ -198,6 +198,9 @@ func (s *Stream) writePart(kind uint32, p tcpip.Payloader, o tcpip.WriteOptions)
 	if !connected(s.inner.State()) || kind == kindNone {
 		// An empty write gives the error that belongs to the state.
 		if _, err := s.inner.Write(nothing{}, o); err != nil {
+			if e := s.ending.Load(); s.ended.Load() || e != nil && e.Failed() {
+				err = &tcpip.ErrConnectionReset{} // a termination ends it from its own goroutine, also since it was asked above
+			}
 			return 0, err
 		}
 		if kind == kindNone {
